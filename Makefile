@@ -1,0 +1,40 @@
+# make test and make quickstart do all their set-up themselves, in a virtual environment of the clone.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/quickstart
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup test lint quickstart clean
+
+help:
+	@echo "make quickstart   train and evaluate an SAE on the embedded language model, into RUN=$(RUN)"
+	@echo "make test         every check: ruff, mypy, tests and doctests"
+	@echo "make lint         ruff and mypy alone"
+	@echo "make setup        the pinned environment alone, in $(VENV)"
+	@echo "make clean        remove caches and build products, not the environment and not the runs"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# ruff and mypy run inside pytest (tests/test_lint.py), so pytest's closing line speaks for all checks.
+test: $(STAMP)
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+quickstart: $(STAMP)
+	$(BIN)/lightning-sae fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
+	$(BIN)/lightning-sae test --config $(RUN)/config.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find lightning_sae callbacks tests -name __pycache__ -type d -prune -exec rm -rf {} +

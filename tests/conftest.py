@@ -1,0 +1,76 @@
+"""What every test starts from. The package is imported inside fixtures only.
+
+This file loads before the hook that makes jaxtyping check the package's annotations; a package
+imported here would go unchecked.
+"""
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before any Hugging Face import, which reads them once: no test reaches for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(2)  # the same sums in the same order on every machine
+
+
+@pytest.fixture(autouse=True)
+def _clean_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs each test in an empty folder, as a program without arguments, environment restored."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["lightning-sae"])
+    before = dict(os.environ)  # Lightning leaves PL_GLOBAL_SEED and the like behind
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Seeds every global generator, so that a test gives the same alone and among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns the execution of annotations off: what users meet who pass another type."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's root."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    """The folder of real data, or a skip."""
+    folder = os.environ.get("LIGHTNING_SAE_REAL")
+    if not folder:
+        pytest.skip("LIGHTNING_SAE_REAL is not set: no real language model to test on")
+    return Path(folder).resolve(strict=True)
+
+
+@pytest.fixture(scope="session")
+def real_model(real_folder: Path) -> Path:
+    """The Hugging Face folder of stories260K, a small Llama trained on TinyStories."""
+    return real_folder / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def real_text(real_folder: Path) -> Path:
+    """The folder of text files; documents are joined by ``<|endoftext|>``."""
+    return real_folder / "text"
