@@ -1,0 +1,43 @@
+"""Documents, and which of them are held out."""
+
+import hashlib
+from typing import NamedTuple
+
+
+class Document(NamedTuple):
+    """One text and the name that decides its split.
+
+    Attributes:
+        name: Stable name, the same on every machine; never a position in a list.
+        text: The whole text.
+    """
+
+    name: str
+    text: str
+
+
+def held_out(name: str, fraction: float) -> bool:
+    """Says whether the document called `name` belongs to the held-out split.
+
+    The name is hashed (64-bit BLAKE2b, read as a number in [0, 1)) and compared with `fraction`.
+    So the split depends on nothing but the name: it is the same on every machine, in every order
+    of the documents, and a document held out at some fraction stays so at any larger one.
+
+    Args:
+        name: The document's name.
+        fraction: Expected share of held-out documents, in [0, 1].
+
+    Returns:
+        True if the document is held out.
+
+    Raises:
+        ValueError: If `fraction` is outside [0, 1].
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(
+            f"fraction: expected a share of the documents between 0 and 1, got {fraction}; "
+            "pass for example 0.1 to hold out one document in ten"
+        )
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    # Integers are compared, not floats: 2**64 - 1 divided by 2**64 rounds up to 1.0.
+    return int.from_bytes(digest, "big") < int(fraction * 2**64)
