@@ -1,0 +1,181 @@
+"""The shuffling buffer: activations in, shuffled batches out."""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class Source(Protocol):
+    """An endless source of rows that knows where it stands."""
+
+    def read(self) -> Float[Tensor, "rows d"]:
+        """Some more rows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the source stands."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` stood."""
+
+
+class ShuffleBuffer(Iterator[Tensor]):
+    """Holds `capacity` rows in random order and serves them in batches, each row once.
+
+    When the share served reaches `refill_fraction`, the served rows are replaced by fresh ones and
+    all are shuffled anew. A thread reads the fresh rows while the present ones are being served.
+    Memory: `capacity` rows, the fresh ones of one refill, and what one `read` of the source gives.
+
+    The state is exact: rows, order and generator, and where the source stood when the refill
+    under way began, which is read again after a resume.
+
+    Args:
+        source: Where rows come from.
+        capacity: Rows held.
+        batch_size: Rows in a batch.
+        refill_fraction: Share served before a refill.
+        seed: Seed of the shuffle.
+        prefetch: Whether a thread reads ahead; otherwise a refill reads when it is due. The
+            batches are the same.
+
+    Raises:
+        ValueError: If the batch does not fit into the buffer or the fraction is not in (0, 1].
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        capacity: int,
+        batch_size: int,
+        refill_fraction: float = 0.5,
+        seed: int = 0,
+        prefetch: bool = True,
+    ) -> None:
+        check_buffer(capacity, batch_size, refill_fraction)
+        self.source = source
+        self.capacity = capacity
+        self.batch_size = batch_size
+        self.settings = {
+            "buffer_size": capacity,
+            "batch_size": batch_size,
+            "refill_fraction": refill_fraction,
+        }
+        wanted = math.ceil(refill_fraction * capacity / batch_size) * batch_size
+        self.rows_per_refill = min(wanted, capacity // batch_size * batch_size)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.served = 0
+        self.rows: Tensor | None = None
+        self._reader = ThreadPoolExecutor(1, "activations") if prefetch else None
+        self._surplus: Tensor | None = None
+
+    def __next__(self) -> Float[Tensor, "batch_size d"]:
+        """The next batch, float32."""
+        if self.rows is None:
+            self.fill()
+        assert self.rows is not None
+        if self.served == self.rows_per_refill:
+            self._refill(self.rows)
+        picked = self.order[self.served : self.served + self.batch_size]
+        self.served += self.batch_size
+        return self.rows[picked].float()
+
+    def fill(self) -> Float[Tensor, "capacity d"]:
+        """Fill the empty buffer from the source."""
+        self._request(self.capacity)
+        self.rows = self._receive()
+        self._shuffle()
+        return self.rows
+
+    def _refill(self, rows: Tensor) -> None:
+        rows[self.order[: self.served]] = self._receive()
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        self.order = torch.randperm(self.capacity, generator=self.generator)
+        self.served = 0
+        self._request(self.rows_per_refill)
+
+    def _request(self, n: int) -> None:
+        """Note where the source stands, then begin to read `n` rows."""
+        self._source_state = self.source.state_dict()
+        self._surplus_before = self._surplus
+        self._requested = n
+        if self._reader is not None:
+            self._fresh: Future[Tensor] = self._reader.submit(self._read, n)
+
+    def _receive(self) -> Tensor:
+        return self._read(self._requested) if self._reader is None else self._fresh.result()
+
+    def _read(self, n: int) -> Tensor:
+        """The next `n` rows; what a read gives beyond them is kept for the next time."""
+        chunk = self.source.read().cpu() if self._surplus is None else self._surplus
+        rows, filled = chunk.new_empty(n, chunk.shape[1]), 0
+        while True:
+            taken = chunk[: n - filled]
+            rows[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            if filled == n:
+                self._surplus = chunk[len(taken) :].clone()
+                return rows
+            chunk = self.source.read().cpu()
+
+    def nbytes(self) -> int:
+        """Bytes of the rows held."""
+        return 0 if self.rows is None else self.rows.nbytes
+
+    def state_dict(self, with_rows: bool = True) -> dict[str, Any]:
+        """All that the next batches depend on; without the rows, a resume fills them anew."""
+        if self.rows is None:
+            return {}
+        state = {"source": self._source_state, "generator": self.generator.get_state()}
+        if with_rows:
+            state |= {"rows": self.rows.clone(), "order": self.order, "served": self.served}
+            state |= {"surplus": self._surplus_before, "settings": {**self.settings}}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as if never interrupted, as far as `state` allows.
+
+        Raises:
+            ValueError: If the state is of a buffer of another size, batch or refill.
+        """
+        if not state:
+            return
+        for name, value in state.get("settings", {}).items():
+            if value != self.settings[name]:
+                raise ValueError(
+                    f"Expected argument `{name}` to be {value}, as in the checkpoint, but got "
+                    f"{self.settings[name]}: resume with the settings of the run."
+                )
+        self.source.load_state_dict(state["source"])
+        self.generator.set_state(state["generator"])
+        if "rows" not in state:
+            return
+        self.rows = state["rows"].clone()
+        self.order, self.served = state["order"], state["served"]
+        self._surplus = state["surplus"]
+        self._request(self.rows_per_refill)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+def check_buffer(capacity: int, batch_size: int, refill_fraction: float) -> None:
+    """Raise a ValueError if no buffer can be of this kind."""
+    if not 0 < batch_size <= capacity:
+        raise ValueError(
+            f"Expected argument `batch_size` to be between 1 and `buffer_size`={capacity} but got "
+            f"{batch_size}: make the batch smaller or the buffer larger."
+        )
+    if not 0 < refill_fraction <= 1:
+        raise ValueError(
+            f"Expected argument `refill_fraction` to be in (0, 1] but got {refill_fraction}: "
+            "0.5 refills when half of the buffer is served."
+        )

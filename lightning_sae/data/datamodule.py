@@ -1,0 +1,319 @@
+"""The stream of activations as a LightningDataModule."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+
+from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
+from lightning_sae.data.embedded import EMBEDDED_MODEL
+from lightning_sae.data.language_model import LanguageModel, load_language_model
+from lightning_sae.data.loaders import EndlessBatches, HeldOutBatches
+from lightning_sae.data.scaling import Scaling, estimate_scaling
+from lightning_sae.data.stream import ActivationFilter, ActivationStream
+from lightning_sae.data.text import Corpus, open_text
+from lightning_sae.data.tokens import TokenBlocks
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class ActivationDataModule(LightningDataModule):
+    """Text through a language model to shuffled batches of activations.
+
+    Text is tokenised, packed into blocks of `context_length` tokens with a BOS token before each
+    document, and run through the model up to the hook and no further. Activations pass a filter
+    and a shuffling buffer. Training is endless: its length is `trainer.max_steps`. Validation and
+    test read held-out documents, chosen by a hash of their names or contents, which training
+    never sees.
+
+    Args:
+        hook_name: TransformerLens name of the hook, such as `blocks.3.hook_resid_post`.
+        model: Folder or hub name of the language model, an instance of it, or `embedded` for the
+            small model that comes with this package.
+        text: `embedded` for the Python standard library's source; files, glob patterns or folders
+            (.txt with `<|endoftext|>` between documents, .jsonl, .parquet); a folder that
+            `datasets` saved; or a hub name.
+        text_column: Name of the text column, where there are columns.
+        text_split: Split of a saved or hub data set.
+        streaming: Read a hub data set as a stream, without a copy on the disk.
+        validation_text: Text of its own for validation and test; by default a share of `text`.
+        validation_fraction: Share of the documents of `text` that are held out.
+        context_length: Tokens in a block.
+        blocks_per_pass: Blocks in one forward pass of the model.
+        batch_size: Activations in a batch.
+        buffer_size: Activations in the shuffling buffer.
+        refill_fraction: Share of the buffer that is served before it is refilled.
+        prefetch: Read ahead in a thread while batches are trained on.
+        dtype: dtype of the activations in the buffer; batches are float32.
+        model_dtype: dtype of the model's weights.
+        drop_special_tokens: Leave out the activations of BOS and other special tokens.
+        positions: First position kept in a block and the one behind the last; null keeps all.
+        max_norm_multiple: Leave out activations longer than this multiple of the median norm of
+            their pass; null keeps all.
+        center: Have the SAE subtract the mean activation, estimated on the first full buffer.
+        scale: Have the SAE scale activations to mean norm sqrt(d_in), estimated likewise.
+        n_validation: Held-out activations in a validation.
+        n_test: Held-out activations in a test.
+        seed: Seed of the order of the documents and of the shuffle.
+        largest_saved_buffer: Bytes up to which the buffer is part of a checkpoint. A larger one
+            is filled anew on resume, which is then not exact.
+
+    Raises:
+        ValueError: If a size does not fit; most bad input is found in `d_in` and `setup`, before
+            any work.
+    """
+
+    def __init__(
+        self,
+        hook_name: str,
+        model: str | Path | nn.Module = "embedded",
+        *,
+        text: str | Path | Sequence[str | Path] = "embedded",
+        text_column: str = "text",
+        text_split: str = "train",
+        streaming: bool = False,
+        validation_text: str | Path | Sequence[str | Path] | None = None,
+        validation_fraction: float = 0.1,
+        context_length: int = 128,
+        blocks_per_pass: int = 32,
+        batch_size: int = 2048,
+        buffer_size: int = 65536,
+        refill_fraction: float = 0.5,
+        prefetch: bool = True,
+        dtype: Dtype = "float32",
+        model_dtype: Dtype = "float32",
+        drop_special_tokens: bool = True,
+        positions: tuple[int, int] | None = None,
+        max_norm_multiple: float | None = None,
+        center: bool = False,
+        scale: bool = False,
+        n_validation: int = 32768,
+        n_test: int = 131072,
+        seed: int = 0,
+        largest_saved_buffer: int = 2**30,
+    ) -> None:
+        super().__init__()
+        check_buffer(buffer_size, batch_size, refill_fraction)
+        _check_positions(positions, context_length)
+        self.hook_name = hook_name
+        self.model = EMBEDDED_MODEL if model == "embedded" else model
+        self.text = text
+        self.text_column, self.text_split, self.streaming = text_column, text_split, streaming
+        self.validation_text = validation_text
+        self.validation_fraction = 0.0 if validation_text is not None else validation_fraction
+        self.context_length, self.blocks_per_pass = context_length, blocks_per_pass
+        self.batch_size, self.buffer_size = batch_size, buffer_size
+        self.refill_fraction, self.prefetch = refill_fraction, prefetch
+        self.dtype, self.model_dtype = getattr(torch, dtype), getattr(torch, model_dtype)
+        self.drop_special_tokens = drop_special_tokens
+        self.positions, self.max_norm_multiple = positions, max_norm_multiple
+        self.center, self.scale = center, scale
+        self.n_validation, self.n_test = n_validation, n_test
+        self.seed = seed
+        self.largest_saved_buffer = largest_saved_buffer
+        self.buffer: ShuffleBuffer | None = None
+        self._scaling: Scaling | None = None
+        self._restored: dict[str, Any] = {}
+        self._left: dict[str, Any] = {}
+
+    # The model.
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The language model, loaded when first needed."""
+        model = load_language_model(self.model, self.hook_name, self.model_dtype)
+        longest = model.context_length
+        if longest is not None and self.context_length > longest:
+            raise ValueError(
+                f"Expected argument `context_length` to be at most {longest}, the context of the "
+                f"model, but got {self.context_length}: make it shorter."
+            )
+        return model
+
+    @cached_property
+    def d_in(self) -> int:
+        """Width of the activations, seen on one token."""
+        return self.language_model.width()
+
+    @cached_property
+    def filter(self) -> ActivationFilter:
+        """Which activations are trained and evaluated on."""
+        tokenizer = self.language_model.tokenizer
+        special = tokenizer.all_special_ids if self.drop_special_tokens else []
+        return ActivationFilter(special, self.positions, self.max_norm_multiple)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the activations come from, as plain values to keep with an SAE."""
+        name = "embedded" if self.model == EMBEDDED_MODEL else self.language_model.name
+        return {
+            "model": name,
+            "hook_name": self.hook_name,
+            "context_length": self.context_length,
+            "drop_special_tokens": self.drop_special_tokens,
+            "positions": None if self.positions is None else list(self.positions),
+            "max_norm_multiple": self.max_norm_multiple,
+            "text": str(self.text) if isinstance(self.text, str | Path) else [*map(str, self.text)],
+        }
+
+    # Text.
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text of training, and of what is held out unless that has its own."""
+        return self._open(self.text)
+
+    @cached_property
+    def held_out_corpus(self) -> Corpus:
+        """The text whose held-out documents are validated and tested on."""
+        return self.corpus if self.validation_text is None else self._open(self.validation_text)
+
+    def _open(self, text: str | Path | Sequence[str | Path]) -> Corpus:
+        return open_text(text, self.text_column, self.text_split, self.streaming, self.seed)
+
+    def training_blocks(self) -> TokenBlocks:
+        """Blocks of this rank's share of the training documents, from the start."""
+        return self._blocks(self.corpus, self.validation_fraction, held_out=False)
+
+    def held_out_blocks(self) -> TokenBlocks:
+        """Blocks of this rank's share of the held-out documents, from the start."""
+        fraction = self.validation_fraction if self.validation_text is None else 1.0
+        return self._blocks(self.held_out_corpus, fraction, held_out=True)
+
+    def _blocks(self, corpus: Corpus, fraction: float, held_out: bool) -> TokenBlocks:
+        return TokenBlocks(
+            corpus,
+            self.language_model.tokenizer,
+            self.context_length,
+            held_out_fraction=fraction,
+            part_held_out=held_out,
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            world_size=1 if self.trainer is None else self.trainer.world_size,
+        )
+
+    def held_out_tokens(self, n: int) -> Iterator[Int[Tensor, "blocks context_length"]]:
+        """Held-out blocks, a forward pass at a time, with about `n` tokens in all."""
+        blocks = self.held_out_blocks()
+        per_pass = self.blocks_per_pass * self.context_length
+        for _ in range(max(1, round(n / per_pass))):
+            yield blocks.read(self.blocks_per_pass)
+
+    # Lightning.
+
+    def setup(self, stage: str) -> None:
+        """Load the model and look at the text, so that bad input is found before any work.
+
+        Raises:
+            ValueError: If the run has no end, or the text gives no block.
+        """
+        trainer = self.trainer
+        if stage == "fit" and trainer.max_steps == -1 and trainer.max_time is None:  # type: ignore
+            raise ValueError(
+                "The stream of activations has no end: set `trainer.max_steps` to the number of "
+                f"optimiser steps, each on {self.batch_size} activations."
+            )
+        self.language_model.to(self.trainer.strategy.root_device)
+        if stage == "fit":
+            self._require_text(self.training_blocks())
+        if stage != "fit" or trainer.limit_val_batches:  # type: ignore
+            self._require_text(self.held_out_blocks())
+
+    def _require_text(self, blocks: TokenBlocks) -> None:
+        blocks.read(1)
+        if blocks.epoch > 0:
+            part = "held-out" if blocks.part_held_out else "training"
+            raise ValueError(
+                f"Expected argument `text` to hold at least {self.context_length} {part} tokens "
+                f"(`context_length`) but a whole pass over it gives fewer: give more text."
+            )
+
+    def train_dataloader(self) -> EndlessBatches:
+        """Shuffled batches, going on where a checkpoint left off."""
+        if self.buffer is None:
+            self.buffer = self._new_buffer()
+            self._restore(self.buffer)
+        return EndlessBatches(self.buffer)
+
+    def _restore(self, buffer: ShuffleBuffer) -> None:
+        if self._restored and "rows" not in self._restored:
+            warnings.warn(
+                "The checkpoint holds no buffer, for it was larger than `largest_saved_buffer`: "
+                "it is filled anew with the text that follows, and the run is not bit for bit the "
+                "one that would have been.",
+                stacklevel=2,
+            )
+        buffer.load_state_dict(self._restored)
+        self._restored = {}
+
+    def _new_buffer(self) -> ShuffleBuffer:
+        stream = ActivationStream(
+            self.language_model,
+            self.training_blocks(),
+            self.filter,
+            self.blocks_per_pass,
+            self.dtype,
+        )
+        return ShuffleBuffer(
+            stream,
+            self.buffer_size,
+            self.batch_size,
+            self.refill_fraction,
+            self.seed + stream.blocks.rank,
+            self.prefetch,
+        )
+
+    def val_dataloader(self) -> HeldOutBatches:
+        """Held-out activations in order."""
+        return HeldOutBatches(self, self.n_validation)
+
+    def test_dataloader(self) -> HeldOutBatches:
+        """Held-out activations in order."""
+        return HeldOutBatches(self, self.n_test)
+
+    def predict_dataloader(self) -> HeldOutBatches:
+        """Held-out activations in order."""
+        return HeldOutBatches(self, self.n_test)
+
+    def teardown(self, stage: str) -> None:
+        """Stop reading ahead, and note where training stopped for who saves it only now."""
+        if stage == "fit" and self.buffer is not None:
+            self._left = self.state_dict()
+            self.buffer.close()
+            self.buffer = None
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """Centring and scaling estimated on the first full buffer; None if not asked for."""
+        if self._scaling is None and self.buffer is not None and (self.center or self.scale):
+            rows = self.buffer.fill() if self.buffer.rows is None else self.buffer.rows
+            self._scaling = estimate_scaling(rows, self.center, self.scale)
+        return self._scaling
+
+    def statistics(self) -> dict[str, float]:
+        """What the stream has read and dropped so far; empty before training."""
+        return {} if self.buffer is None else self.buffer.source.statistics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Buffer, stream and generator, for an exact resume."""
+        if self.buffer is None:
+            return self._restored or self._left
+        return self.buffer.state_dict(with_rows=self.buffer.nbytes() <= self.largest_saved_buffer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for the buffer that `train_dataloader` makes."""
+        self._restored = state_dict
+
+
+def _check_positions(positions: tuple[int, int] | None, context_length: int) -> None:
+    """Raise a ValueError if no position of a block is kept."""
+    if positions is not None and not 0 <= positions[0] < min(positions[1], context_length):
+        raise ValueError(
+            f"Expected argument `positions` to be the first position kept and the one behind the "
+            f"last, within `context_length`={context_length}, but got {positions}."
+        )

@@ -1,0 +1,70 @@
+"""What Lightning iterates over."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sae.data.buffer import ShuffleBuffer
+
+if TYPE_CHECKING:
+    from lightning_sae.data.datamodule import ActivationDataModule
+
+ENDLESS = 2**40
+"""Batches in an endless loader: more than any run has, few enough to sum over ranks."""
+
+
+class EndlessBatches:
+    """Batches of a buffer for as long as the trainer asks.
+
+    Lightning asks a loader of unknown length for one batch more than it trains on, which a
+    checkpoint would then count as used. So the loader says a length that is never reached.
+    Iterating again goes on where the last iteration stopped. The state proper is the data
+    module's; the loader's own says how many batches that state should be behind.
+
+    Args:
+        buffer: Where the batches come from.
+    """
+
+    def __init__(self, buffer: ShuffleBuffer) -> None:
+        self.buffer = buffer
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
+        return self.buffer
+
+    def state_dict(self) -> dict[str, int]:
+        """Rows served of the present buffer."""
+        return {"served": self.buffer.served}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Nothing to do: the data module restores the buffer."""
+
+
+class HeldOutBatches:
+    """Held-out activations in order, in batches of at most the size of training's.
+
+    Each pass of the model gives the same number of batches, however many activations are left
+    out, for all ranks must see equally many.
+
+    Args:
+        data: The data module.
+        n: Activations before filtering, about.
+    """
+
+    def __init__(self, data: "ActivationDataModule", n: int) -> None:
+        self.data = data
+        self.n = n
+        per_pass = data.blocks_per_pass * data.context_length
+        self._batches_per_pass = math.ceil(per_pass / data.batch_size)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
+        model, keep = self.data.language_model, self.data.filter
+        for tokens in self.data.held_out_tokens(self.n):
+            activations = model.activations(tokens)
+            kept = keep.kept(tokens, activations).to(activations.device)
+            yield from activations[kept].float().tensor_split(self._batches_per_pass)

@@ -1,0 +1,109 @@
+"""Token blocks through the language model: rows of activations, less those left out."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.data.tokens import TokenBlocks
+
+REASONS = ("special_token", "position", "norm")
+
+
+class ActivationFilter:
+    """Which activations of a batch of blocks an SAE is trained and evaluated on.
+
+    Args:
+        special_tokens: Tokens whose activations are left out.
+        positions: First position kept and the one behind the last; None keeps all.
+        max_norm_multiple: Activations longer than this multiple of the batch's median norm are
+            left out; None keeps all.
+    """
+
+    def __init__(
+        self,
+        special_tokens: list[int],
+        positions: tuple[int, int] | None = None,
+        max_norm_multiple: float | None = None,
+    ) -> None:
+        self.special_tokens = torch.tensor(special_tokens, dtype=torch.long)
+        self.positions = positions
+        self.max_norm_multiple = max_norm_multiple
+
+    def left_out(
+        self, tokens: Int[Tensor, "batch seq"], activations: Float[Tensor, "batch seq d_in"]
+    ) -> dict[str, Bool[Tensor, "batch seq"]]:
+        """What each reason leaves out; one activation can be left out for several."""
+        special = torch.isin(tokens, self.special_tokens)
+        outside = torch.zeros_like(special)
+        if self.positions is not None:
+            first, end = self.positions
+            outside[:, :first] = True
+            outside[:, end:] = True
+        far = torch.zeros_like(special)
+        if self.max_norm_multiple is not None:
+            norms = activations.float().norm(dim=-1).to(tokens.device)
+            rest = norms[~(special | outside)]
+            far = norms > self.max_norm_multiple * rest.median() if len(rest) else far
+        return dict(zip(REASONS, (special, outside, far), strict=True))
+
+    def kept(
+        self, tokens: Int[Tensor, "batch seq"], activations: Float[Tensor, "batch seq d_in"]
+    ) -> Bool[Tensor, "batch seq"]:
+        """Activations that no reason leaves out."""
+        return ~torch.stack(list(self.left_out(tokens, activations).values())).any(0)
+
+
+class ActivationStream:
+    """Activations at the model's hook, a pass of the model at a time, without end.
+
+    Args:
+        model: The language model.
+        blocks: Its text.
+        keep: Which activations are kept.
+        blocks_per_pass: Blocks in one forward pass.
+        dtype: dtype of the rows.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        blocks: TokenBlocks,
+        keep: ActivationFilter,
+        blocks_per_pass: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.keep = keep
+        self.blocks_per_pass = blocks_per_pass
+        self.dtype = dtype
+        self.seen = 0
+        self.dropped = dict.fromkeys(REASONS, 0)
+
+    def read(self) -> Float[Tensor, "rows d_in"]:
+        """Activations of the next pass that are kept."""
+        tokens = self.blocks.read(self.blocks_per_pass)
+        activations = self.model.activations(tokens)
+        left_out = self.keep.left_out(tokens, activations)
+        kept = ~torch.stack(list(left_out.values())).any(0)
+        self.seen += tokens.numel()
+        for reason, mask in left_out.items():
+            self.dropped[reason] += int(mask.sum())
+        return activations[kept.to(activations.device)].to(self.dtype)
+
+    def statistics(self) -> dict[str, float]:
+        """Activations seen, passes over the text begun before, and share left out by reason."""
+        shares = {f"dropped_{k}": n / max(self.seen, 1) for k, n in self.dropped.items()}
+        return {"seen": float(self.seen), "text_epoch": float(self.blocks.epoch), **shares}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return {"blocks": self.blocks.state_dict(), "seen": self.seen, "dropped": {**self.dropped}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` stood."""
+        self.blocks.load_state_dict(state["blocks"])
+        self.seen, self.dropped = state["seen"], {**state["dropped"]}
