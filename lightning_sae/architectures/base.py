@@ -1,0 +1,427 @@
+"""What every sparse autoencoder shares: weights, scaling, a training step, an optimiser, saving."""
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_sae.architectures.optimisation import adam_with_schedule
+from lightning_sae.functional.geometry import random_unit_rows
+from lightning_sae.metrics import held_out_metrics
+
+SAE = TypeVar("SAE", bound="SparseAutoencoder")
+
+
+class Step(NamedTuple):
+    """One evaluation of the training objective, in the space it works in (see `input_scale`).
+
+    Attributes:
+        losses: Terms of the objective by name, each a scalar; training minimises their sum.
+        f: Latent activations.
+        x_hat: Reconstruction.
+    """
+
+    losses: dict[str, Float[Tensor, ""]]
+    f: Float[Tensor, "batch d_sae"]
+    x_hat: Float[Tensor, "batch d_in"]
+
+
+class SparseAutoencoder(LightningModule):
+    """Base of all architectures; a subclass says how it activates and what it minimises.
+
+    Training may work on centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`,
+    `decode` and `forward` take and give raw activations at any moment of training.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        lr: Peak learning rate of Adam.
+        betas: Adam's decay rates of the first and second moment.
+        lr_warmup_steps: Optimiser steps over which the learning rate rises linearly from zero.
+        lr_decay_steps: Last optimiser steps of the run, over which it falls linearly to zero.
+        clip_grad_norm: Largest norm of the whole gradient; null leaves it alone.
+        apply_b_dec_to_input: Whether `b_dec` is subtracted from the encoder's input.
+        b_dec_init: `mean` starts `b_dec` at the mean of the first batch, `zero` at the origin.
+        decoder_norm: `unit` keeps decoder rows at norm 1 (with the callback
+            `DecoderNormProjection`); `free` weights the penalty by their norms instead.
+        dead_after: Activations in a row on which a latent did not fire before it counts as dead.
+
+    Raises:
+        ValueError: If a size, a rate or a length is out of range.
+    """
+
+    W_enc: Float[Tensor, "d_in d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_in"]
+    input_mean: Float[Tensor, " d_in"]
+    input_scale: Float[Tensor, ""]
+    silent_for: Int[Tensor, " d_sae"]
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        lr_warmup_steps: int = 0,
+        lr_decay_steps: int = 0,
+        clip_grad_norm: float | None = 1.0,
+        apply_b_dec_to_input: bool = True,
+        b_dec_init: Literal["mean", "zero"] = "mean",
+        decoder_norm: Literal["unit", "free"] = "unit",
+        dead_after: int = 1_000_000,
+    ) -> None:
+        super().__init__()
+        _require_positive(d_in=d_in, d_sae=d_sae, lr=lr, dead_after=dead_after)
+        self.save_hyperparameters()
+        self.d_in, self.d_sae = d_in, d_sae
+        self.lr, self.betas = lr, betas
+        self.lr_warmup_steps, self.lr_decay_steps = lr_warmup_steps, lr_decay_steps
+        self.clip_grad_norm = clip_grad_norm
+        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.b_dec_init = b_dec_init
+        self.decoder_norm = decoder_norm
+        self.dead_after = dead_after
+        self.source: dict[str, Any] = {}
+        self.is_trained = False
+        self.penalty_scale = 1.0  # share of the penalty in force; `L1Warmup` moves it
+        self.held_out_frequency: Float[Tensor, " d_sae"] | None = None
+        self.held_out_count = 0
+        self._create_weights()
+        self.metrics = held_out_metrics(d_in, d_sae)
+
+    def _create_weights(self) -> None:
+        """Decoder: random unit rows; encoder: its transpose; biases: zero."""
+        directions = random_unit_rows(self.d_sae, self.d_in)
+        self.W_enc = nn.Parameter(directions.T.clone())
+        self.W_dec = nn.Parameter(directions)
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_in))
+        self.register_buffer("input_mean", torch.zeros(self.d_in))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("silent_for", torch.zeros(self.d_sae, dtype=torch.int64))
+
+    # What a subclass gives.
+
+    def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
+        """Latent activations from the encoder's pre-activations."""
+        raise NotImplementedError
+
+    def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        """Terms of the loss on centred and scaled activations."""
+        raise NotImplementedError
+
+    # What users call: raw activations in and out, latents in raw units.
+
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """Latent activations of raw activations, in their units.
+
+        Raises:
+            ValueError: If the last axis of `x` is not `d_in`.
+        """
+        self._check_width(x)
+        return self.activate(self.pre_activations(self.scaled(x))) / self.input_scale
+
+    def decode(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
+        """Raw activations rebuilt from latent activations."""
+        return self.unscaled(self.reconstruct(f * self.input_scale))
+
+    @override
+    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        """Reconstruct raw activations."""
+        return self.decode(self.encode(x))
+
+    # The same in the space of training.
+
+    def scaled(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        """Centre and scale raw activations as the objective sees them."""
+        return (x - self.input_mean) * self.input_scale
+
+    def unscaled(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        """Undo `scaled`."""
+        return x / self.input_scale + self.input_mean
+
+    def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """The encoder's affine part."""
+        return self.encoder_input(x) @ self.W_enc + self.b_enc
+
+    def encoder_input(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        """What the encoder is applied to: `x`, less `b_dec` where that is asked for."""
+        return x - self.b_dec if self.apply_b_dec_to_input else x
+
+    def reconstruct(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
+        """The decoder."""
+        return f @ self.W_dec + self.b_dec
+
+    # Training.
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Take from the data what belongs to the SAE: its width is checked, its origin noted."""
+        data = getattr(self.trainer, "datamodule", None)
+        width = getattr(data, "d_in", self.d_in)
+        if width != self.d_in:
+            raise ValueError(
+                f"Expected argument `d_in` to be {width}, the width of the data's activations, "
+                f"but got {self.d_in}: build the SAE with `d_in={width}` or choose another hook."
+            )
+        self.source = getattr(data, "source", self.source)
+
+    @override
+    def on_train_start(self) -> None:
+        """Warn where nothing keeps the decoder's norm, for a penalty is then no penalty."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        kept = any(getattr(c, "constrains_decoder_norm", False) for c in callbacks)
+        if self.decoder_norm == "unit" and not kept:
+            warnings.warn(
+                "`decoder_norm` is `unit` but nothing keeps it so: latents shrink and decoder rows "
+                "grow without cost. Add the callback `DecoderNormProjection`, or set "
+                "`decoder_norm='free'`, which weights the penalty by the norms.",
+                stacklevel=2,
+            )
+
+    @override
+    def on_train_batch_start(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
+        """Before the very first step: adopt the data's scaling and place `b_dec`."""
+        if not self.is_trained:
+            self._start_from(batch)
+            self.is_trained = True
+
+    @torch.no_grad()
+    def _start_from(self, batch: Float[Tensor, "batch d_in"]) -> None:
+        scaling = getattr(getattr(self.trainer, "datamodule", None), "scaling", None)
+        if scaling is not None:
+            self.input_mean.copy_(scaling.mean)
+            self.input_scale.copy_(scaling.scale)
+        if self.b_dec_init == "mean":
+            mean = self.trainer.strategy.reduce(self.scaled(batch).mean(0), reduce_op="mean")
+            self.b_dec.copy_(mean)
+
+    @override
+    def training_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> dict[str, Any]:
+        """Objective on one batch; callbacks find its parts in the returned dictionary.
+
+        Returns:
+            `loss`, what is minimised; `fired` [d_sae], how often each latent fired in the batch;
+            `squared_error` [batch], each activation's error in the objective's space.
+
+        Raises:
+            ValueError: If the width of `batch` is not `d_in`.
+            FloatingPointError: If the loss is not finite; the message says at which step.
+        """
+        self._check_width(batch)
+        x = self.scaled(batch)
+        step = self.objective(x)
+        loss = torch.stack(list(step.losses.values())).sum()
+        self._require_finite(loss, batch)
+        with torch.no_grad():
+            fired = (step.f != 0).sum(0)
+            squared_error = (step.x_hat - x).pow(2).sum(-1)
+            self._count_silence(fired, len(x))
+        self._log_step(step.losses, loss, fired.sum() / len(x))
+        return {"loss": loss, "fired": fired, "squared_error": squared_error}
+
+    def _count_silence(self, fired: Int[Tensor, " d_sae"], n: int) -> None:
+        fired = self.trainer.strategy.reduce(fired, reduce_op="sum")
+        self.silent_for += n * self.trainer.world_size
+        self.silent_for[fired > 0] = 0
+
+    @property
+    def dead(self) -> Tensor:
+        """Which latents did not fire on the last `dead_after` training activations, [d_sae]."""
+        return self.silent_for >= self.dead_after
+
+    def _log_step(self, losses: dict[str, Tensor], loss: Tensor, l0: Tensor) -> None:
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        self.log("l0", l0, prog_bar=True, logger=False)
+        dead = self.dead.float().mean()
+        self.log("dead", dead, prog_bar=True, logger=False)
+        rows = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict({**rows, "train/loss": loss.detach(), "train/l0": l0, "train/dead": dead})
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Fused Adam with warm-up and decay of the learning rate."""
+        return adam_with_schedule(
+            self.parameters(),
+            lr=self.lr,
+            betas=self.betas,
+            warmup=self.lr_warmup_steps,
+            decay=self.lr_decay_steps,
+            total=self.trainer.max_steps,
+            # A fused step unscales fp16 gradients itself, which Lightning cannot clip.
+            fused=self.trainer.precision != "16-mixed",
+        )
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the trainer's own setting where it has one, else by `clip_grad_norm`.
+
+        Done here, for Lightning refuses to clip for a fused optimiser under any mixed precision,
+        though only fp16's scaled gradients are in its way, and there Adam is not fused.
+        """
+        value = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
+        if gradient_clip_algorithm == "value" and value is not None:
+            nn.utils.clip_grad_value_(self.parameters(), value)
+        elif value is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), value)
+
+    # Held-out data.
+
+    @override
+    def validation_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
+        """Add a batch of held-out activations to the metrics, in raw space."""
+        f = self.encode(batch)
+        self.metrics.update(x=batch, x_hat=self.decode(f), f=f)
+        self.held_out_count += len(batch) * self.trainer.world_size
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Count anew."""
+        self.held_out_count = 0
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out metrics as `val/...`."""
+        self._log_metrics("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        """Count anew."""
+        self.held_out_count = 0
+
+    @override
+    def test_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
+        """Add a batch of held-out activations to the metrics, in raw space."""
+        self.validation_step(batch, batch_idx)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Log the held-out metrics as `test/...`."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        values = self.metrics.compute()
+        self.held_out_frequency = values.pop("frequency")
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
+        self.metrics.reset()
+
+    @override
+    def predict_step(
+        self, batch: Float[Tensor, "batch d_in"], batch_idx: int
+    ) -> Float[Tensor, "batch d_sae"]:
+        """Latent activations of a batch."""
+        return self.encode(batch)
+
+    # Saving.
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the SAE to a new folder as safetensors and JSON, acting on raw activations.
+
+        Centring and scaling are folded into the weights.
+
+        Raises:
+            ValueError: If `folder` exists and is not empty.
+        """
+        from lightning_sae.saving import save_pretrained  # it knows all architectures
+
+        return save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls: type[SAE], folder: str | Path) -> SAE:
+        """Read what `save_pretrained` wrote; for subclasses that `lightning_sae.load` cannot know.
+
+        Raises:
+            ValueError: If `folder` holds no SAE or one of another architecture.
+        """
+        from lightning_sae.saving import load
+
+        return load(folder, cls)
+
+    def folded_state(self) -> dict[str, Tensor]:
+        """Weights that act on raw activations, with centring and scaling worked in.
+
+        With s the scale and m the mean: `b_dec' = b_dec / s + m`, `b_enc' = b_enc / s`, less
+        `m @ W_enc` where the encoder does not subtract `b_dec`. The directions stay as they are.
+        """
+        b_enc = self.b_enc / self.input_scale
+        if not self.apply_b_dec_to_input:
+            b_enc = b_enc - self.input_mean @ self.W_enc
+        folded = {"b_enc": b_enc, "b_dec": self.b_dec / self.input_scale + self.input_mean}
+        weights = {name: w for name, w in self.named_parameters() if name not in folded}
+        return {name: w.detach().clone().contiguous() for name, w in {**weights, **folded}.items()}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what kind of SAE the checkpoint holds, and of what."""
+        checkpoint["lightning_sae"] = {"architecture": type(self).__name__, "source": self.source}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture or shape before it is loaded.
+
+        Raises:
+            ValueError: If it does not fit this SAE.
+        """
+        self._require_matching(checkpoint)
+        self.source = checkpoint.get("lightning_sae", {}).get("source", {})
+        self.is_trained = True
+
+    # Checks.
+
+    def _require_matching(self, checkpoint: dict[str, Any]) -> None:
+        architecture = checkpoint.get("lightning_sae", {}).get("architecture")
+        if architecture != type(self).__name__:
+            raise ValueError(
+                f"Expected a checkpoint of `{type(self).__name__}` but it holds `{architecture}`: "
+                f"build the architecture it was made with, or give another `ckpt_path`."
+            )
+        own = {name: tuple(w.shape) for name, w in self.state_dict().items()}
+        its = {name: tuple(w.shape) for name, w in checkpoint["state_dict"].items()}
+        if own != its:
+            names = sorted(n for n in own.keys() | its.keys() if own.get(n) != its.get(n))
+            pairs = ", ".join(f"{n} {own.get(n)} against {its.get(n)}" for n in names)
+            raise ValueError(
+                f"The checkpoint's shapes differ from this SAE's ({pairs}): "
+                "set the `d_in` and `d_sae` it was made with, or give another `ckpt_path`."
+            )
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d_in:
+            raise ValueError(
+                f"Expected activations with last axis d_in={self.d_in} but got shape "
+                f"{tuple(x.shape)}: use the hook and model this SAE was built for."
+            )
+
+    def _require_finite(self, loss: Tensor, batch: Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        bad = int((~torch.isfinite(batch)).any(-1).sum())
+        cause = (
+            f"{bad} of the batch's {len(batch)} activations are not finite: look at the model and "
+            "its dtype, or drop outliers with `data.max_norm_multiple`"
+            if bad
+            else "the activations are finite: lower `lr` or raise `lr_warmup_steps`"
+        )
+        step = self.trainer.global_step
+        raise FloatingPointError(f"The loss is {loss.item()} at optimiser step {step}; {cause}.")
+
+
+def _require_positive(**values: int | float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")

@@ -1,0 +1,156 @@
+"""SAEs on disk: portable folders, and Lightning checkpoints that survive a full disk."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from typing_extensions import override
+
+from lightning_sae import architectures
+from lightning_sae.architectures.base import SAE, SparseAutoencoder
+from lightning_sae.version import __version__
+
+CONFIG, WEIGHTS = "config.json", "sae.safetensors"
+FORMAT = 1
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` on a temporary neighbour of `path`, then put that in the place of `path`.
+
+    Whatever happens, `path` is either what it was or complete.
+
+    Raises:
+        OSError: If writing fails, for instance on a full disk; says what became of the old file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        _flush_to_disk(temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap ENOSPC
+        kept = f"the earlier {path.name} is intact" if path.exists() else "nothing was written"
+        raise OSError(f"Could not write {path}: {error}; {kept}. Free some disk space.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, written beside the old file and then put in its place."""
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write `checkpoint`; a failure leaves an existing file at `path` as it was."""
+        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read tensors and plain values only, unless told otherwise: a pickle can run code."""
+        return super().load_checkpoint(path, map_location, weights_only is not False)
+
+
+def save_pretrained(sae: SparseAutoencoder, folder: Path) -> Path:
+    """Write `sae` to a new folder; see `SparseAutoencoder.save_pretrained`."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"Expected argument `folder` to be new or empty but {folder} holds files: "
+            "choose another folder, or move them away."
+        )
+    weights = {name: w.cpu() for name, w in sae.folded_state().items()}
+    write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
+    text = json.dumps(_description(sae), indent=2, sort_keys=True)
+    write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
+    return folder
+
+
+def _description(sae: SparseAutoencoder) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "architecture": type(sae).__name__,
+        "arguments": {k: v for k, v in sae.hparams.items() if not k.startswith("_")},
+        "source": sae.source,
+        "versions": {"lightning_sae": __version__, "torch": torch.__version__},
+    }
+
+
+def load(path: str | Path, architecture: type[SAE] | None = None) -> SAE:
+    """Read an SAE from a portable folder or a Lightning checkpoint, ready for raw activations.
+
+    Args:
+        path: A folder that `save_pretrained` wrote, or a `.ckpt` file of a training run.
+        architecture: Class to build; by default the one of this package that the file names.
+
+    Returns:
+        The SAE in evaluation mode; `sae.source` names its model and hook.
+
+    Raises:
+        ValueError: If there is no SAE at `path`, or it needs another class.
+    """
+    path = Path(path)
+    if path.suffix == ".ckpt":
+        return _load_checkpoint(path, architecture)
+    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+        raise ValueError(
+            f"Expected argument `path` to be a folder with {CONFIG} and {WEIGHTS}, or a .ckpt "
+            f"file, but got {path}: give a folder that `save_pretrained` wrote."
+        )
+    description = json.loads((path / CONFIG).read_text())
+    weights = load_file(path / WEIGHTS)
+    return _build(description, weights, architecture)
+
+
+def _load_checkpoint(path: Path, architecture: type[SAE] | None) -> SAE:
+    if not path.is_file():
+        raise ValueError(f"Expected argument `path` to be an SAE but {path} does not exist.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "lightning_sae" not in checkpoint:
+        raise ValueError(
+            f"Expected argument `path` to hold an SAE but {path} holds something else."
+        )
+    arguments = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
+    description = {**checkpoint["lightning_sae"], "arguments": arguments}
+    return _build(description, checkpoint["state_dict"], architecture)
+
+
+def _build(
+    description: dict[str, Any], weights: dict[str, torch.Tensor], architecture: type[SAE] | None
+) -> SAE:
+    named = description["architecture"]
+    if architecture is None:
+        if named not in architectures.__all__:
+            raise ValueError(
+                f"Expected an architecture of this package but got `{named}`: "
+                f"call `{named}.from_pretrained(path)` on your own class."
+            )
+        architecture = getattr(architectures, named)
+    elif architecture.__name__ != named:
+        raise ValueError(
+            f"Expected an SAE of architecture `{architecture.__name__}` but the file holds "
+            f"`{named}`: load it with that class."
+        )
+    arguments = description["arguments"]  # JSON knows no tuples
+    sae = architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+    missing, unexpected = sae.load_state_dict(weights, strict=False)
+    missing = sorted(set(missing) - dict(sae.named_buffers()).keys())  # a folded SAE needs none
+    if unexpected or missing:
+        raise ValueError(f"The weights lack {missing} and have {unexpected} too many.")
+    sae.source, sae.is_trained = description["source"], True
+    return sae.eval()

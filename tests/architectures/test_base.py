@@ -1,0 +1,247 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_sae import ReLUSAE
+from lightning_sae.architectures.optimisation import warmup_stable_decay
+from lightning_sae.data.scaling import Scaling
+
+
+class Activations(LightningDataModule):
+    """A given tensor in order, with what an SAE asks of its data."""
+
+    def __init__(self, x: Tensor, batch_size: int = 16, scaling: Scaling | None = None) -> None:
+        super().__init__()
+        self.x, self.batch_size, self.scaling = x, batch_size, scaling
+        self.d_in = x.shape[1]
+        self.source = {"hook_name": "somewhere"}
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.x, batch_size=self.batch_size)  # type: ignore[arg-type]
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+def quiet_trainer(**arguments: Any) -> Trainer:
+    return Trainer(
+        **{
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **arguments,
+        }
+    )
+
+
+def free_sae(d_in: int = 4, d_sae: int = 6, **arguments: Any) -> ReLUSAE:
+    """An SAE that needs no callback."""
+    return ReLUSAE(d_in, d_sae, **{"decoder_norm": "free", **arguments})
+
+
+def scaled_sae(**arguments: Any) -> ReLUSAE:
+    """An SAE with all weights random that sees centred and scaled activations."""
+    sae = free_sae(4, 6, **arguments)
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter)
+    sae.input_mean.copy_(torch.randn(4))
+    sae.input_scale.fill_(2.5)
+    return sae
+
+
+def test_latents_and_reconstruction_are_in_raw_units() -> None:
+    sae, x = scaled_sae(), torch.randn(5, 4)
+    inner = (x - sae.input_mean) * 2.5
+    f = torch.relu((inner - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    torch.testing.assert_close(sae.encode(x), f / 2.5)
+    torch.testing.assert_close(sae(x), (f @ sae.W_dec + sae.b_dec) / 2.5 + sae.input_mean)
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_folded_weights_act_on_raw_activations(apply_b_dec_to_input: bool) -> None:
+    sae, x = scaled_sae(apply_b_dec_to_input=apply_b_dec_to_input), torch.randn(5, 4)
+    folded = free_sae(4, 6, apply_b_dec_to_input=apply_b_dec_to_input)
+    folded.load_state_dict(sae.folded_state(), strict=False)
+    torch.testing.assert_close(folded.encode(x), sae.encode(x))
+    torch.testing.assert_close(folded(x), sae(x))
+
+
+def test_first_batch_places_b_dec_at_its_mean_after_the_data_scaling() -> None:
+    x = torch.randn(16, 4) + 3
+    scaling = Scaling(torch.full((4,), 2.0), torch.tensor(0.5))
+    sae = free_sae(4, 6, lr=1e-12)
+    quiet_trainer(max_steps=1).fit(sae, datamodule=Activations(x, scaling=scaling))
+    torch.testing.assert_close(sae.b_dec.data, (x.mean(0) - 2) * 0.5)
+    assert sae.input_scale.item() == 0.5
+
+
+def test_b_dec_can_start_at_the_origin_and_training_goes_on_from_a_trained_one() -> None:
+    x = torch.randn(16, 4) + 3
+    sae = free_sae(4, 6, lr=1e-12, b_dec_init="zero")
+    quiet_trainer(max_steps=1).fit(sae, datamodule=Activations(x))
+    assert sae.b_dec.abs().max() < 1e-6
+    sae.b_dec_init = "mean"  # trained already: the second fit leaves b_dec where it is
+    quiet_trainer(max_steps=1).fit(sae, datamodule=Activations(x))
+    assert sae.b_dec.abs().max() < 1e-6
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    shares = [warmup_stable_decay(step, warmup=4, decay=5, total=20) for step in range(20)]
+    assert shares[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert shares[4:16] == [1.0] * 12
+    assert shares[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+class LearningRates(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_schedule_counts_optimiser_steps_not_batches() -> None:
+    rates = LearningRates()
+    sae = free_sae(4, 6, lr=0.1, lr_warmup_steps=2, lr_decay_steps=2)
+    trainer = quiet_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[rates])
+    trainer.fit(sae, DataLoader(torch.randn(160, 4), 16))  # type: ignore[arg-type]
+    assert rates.seen == pytest.approx([0.05, 0.1, 0.1, 0.05])
+
+
+def test_decay_needs_a_run_of_known_length() -> None:
+    trainer = quiet_trainer(max_epochs=1)
+    with pytest.raises(ValueError, match="`lr_decay_steps`=5 .* set `trainer.max_steps`"):
+        trainer.fit(free_sae(4, 6, lr_decay_steps=5), DataLoader(torch.randn(32, 4)))  # type: ignore
+    trainer = quiet_trainer(max_steps=6)
+    with pytest.raises(ValueError, match="`lr_warmup_steps` .* at most .*=6 but got 2 \\+ 5"):
+        trainer.fit(
+            free_sae(4, 6, lr_warmup_steps=2, lr_decay_steps=5),
+            DataLoader(torch.randn(32, 4)),  # type: ignore[arg-type]
+        )
+
+
+class GradientNorms(Callback):
+    def on_before_zero_grad(self, trainer: Trainer, module: LightningModule, _: Any) -> None:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if gradients:
+            self.last = torch.nn.utils.get_total_norm(gradients).item()
+
+
+@pytest.mark.parametrize(("own", "trainers", "expected"), [(0.5, None, 0.5), (0.5, 0.25, 0.25)])
+def test_gradient_is_clipped_by_the_trainer_or_else_by_the_sae(
+    own: float, trainers: float | None, expected: float
+) -> None:
+    norms = GradientNorms()
+    sae = free_sae(4, 6, clip_grad_norm=own)
+    trainer = quiet_trainer(max_steps=2, gradient_clip_val=trainers, callbacks=[norms])
+    trainer.fit(sae, DataLoader(100 * torch.randn(64, 4), 16))  # type: ignore[arg-type]
+    assert norms.last == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_clipping_the_gradient_is_left_alone() -> None:
+    norms = GradientNorms()
+    sae = free_sae(4, 6, clip_grad_norm=None)
+    quiet_trainer(max_steps=2, callbacks=[norms]).fit(
+        sae,
+        DataLoader(100 * torch.randn(64, 4), 16),  # type: ignore[arg-type]
+    )
+    assert norms.last > 10
+
+
+def test_width_of_the_data_must_be_the_width_of_the_sae() -> None:
+    with pytest.raises(ValueError, match="`d_in` to be 4, .* but got 5: build the SAE with"):
+        quiet_trainer(max_steps=1).fit(free_sae(5, 6), datamodule=Activations(torch.randn(16, 4)))
+    with pytest.raises(ValueError, match=r"d_in=5 but got shape \(2, 4\)"):
+        free_sae(5, 6).encode(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_training_stops_at_activations_that_are_not_finite(value: float) -> None:
+    x = torch.randn(64, 4)
+    x[40, 1] = value  # in the third batch of 16
+    with pytest.raises(FloatingPointError, match="at optimiser step 2; 1 of the batch's 16"):
+        quiet_trainer(max_steps=4).fit(free_sae(4, 6), datamodule=Activations(x))
+
+
+def test_training_stops_at_a_loss_that_is_not_finite() -> None:
+    sae = free_sae(4, 6)
+    with torch.no_grad():
+        sae.W_dec.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="activations are finite: lower `lr`"):
+        quiet_trainer(max_steps=4).fit(sae, datamodule=Activations(torch.randn(64, 4)))
+
+
+def test_a_latent_is_dead_after_so_many_activations_without_firing() -> None:
+    sae = free_sae(4, 3, lr=1e-12, dead_after=32)
+    with torch.no_grad():
+        sae.b_enc[:] = torch.tensor([100.0, -100.0, 100.0])
+    quiet_trainer(max_steps=2).fit(sae, datamodule=Activations(torch.randn(32, 4)))
+    assert sae.silent_for.tolist() == [0, 32, 0]
+    assert sae.dead.tolist() == [False, True, False]
+
+
+def test_held_out_metrics_are_those_of_the_whole_set_in_raw_space() -> None:
+    sae, x = scaled_sae(), torch.randn(50, 4)
+    results = quiet_trainer().test(sae, datamodule=Activations(x), verbose=False)[0]
+    error = (sae(x) - x).pow(2).sum()
+    assert results["test/mse"] == pytest.approx(error.item() / 50, rel=1e-5)
+    total = (x - x.mean(0)).pow(2).sum()
+    assert results["test/fvu"] == pytest.approx((error / total).item(), rel=1e-5)
+    assert results["test/l0"] == pytest.approx((sae.encode(x) > 0).sum().item() / 50)
+    frequency = (sae.encode(x) > 0).double().mean(0)
+    assert sae.held_out_frequency is not None
+    torch.testing.assert_close(sae.held_out_frequency, frequency)
+
+
+def test_predict_gives_latents() -> None:
+    sae, x = scaled_sae(), torch.randn(20, 4)
+    f = torch.cat(quiet_trainer().predict(sae, datamodule=Activations(x)))  # type: ignore
+    torch.testing.assert_close(f, sae.encode(x))
+
+
+def test_bfloat16_autocast_trains_float32_weights() -> None:
+    sae = free_sae(4, 6)
+    before = sae.W_dec.detach().clone()
+    trainer = quiet_trainer(max_steps=4, precision="bf16-mixed")
+    trainer.fit(sae, datamodule=Activations(torch.randn(64, 4)))
+    assert sae.W_dec.dtype == torch.float32
+    assert not torch.equal(sae.W_dec, before)
+
+
+@pytest.mark.parametrize(("name", "value"), [("d_in", 0), ("d_sae", -1), ("lr", 0.0)])
+def test_sizes_and_rates_must_be_positive(name: str, value: float) -> None:
+    arguments: dict[str, Any] = {"d_in": 4, "d_sae": 6, name: value}
+    with pytest.raises(ValueError, match=f"`{name}` to be positive but got {value}"):
+        ReLUSAE(**arguments)
+
+
+def test_checkpoint_of_another_architecture_or_shape_is_refused(tmp_path: Path) -> None:
+    trainer = quiet_trainer(max_steps=1)
+    data = Activations(torch.randn(32, 4))
+    trainer.fit(free_sae(4, 6), datamodule=data)
+    path = tmp_path / "a.ckpt"
+    trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"W_dec \(7, 4\) against \(6, 4\).*set the `d_in`"):
+        quiet_trainer(max_steps=2).fit(free_sae(4, 7), datamodule=data, ckpt_path=path)
+
+    class OtherSAE(ReLUSAE):
+        pass
+
+    with pytest.raises(ValueError, match="checkpoint of `OtherSAE` but it holds `ReLUSAE`"):
+        quiet_trainer(max_steps=2).fit(
+            OtherSAE(4, 6, decoder_norm="free"), datamodule=data, ckpt_path=path
+        )
+
+
+def test_decoder_meant_to_be_unit_norm_needs_a_callback_that_keeps_it_so() -> None:
+    data = Activations(torch.randn(32, 4))
+    with pytest.warns(UserWarning, match="Add the callback `DecoderNormProjection`"):
+        quiet_trainer(max_steps=1).fit(ReLUSAE(4, 6), datamodule=data)

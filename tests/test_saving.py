@@ -1,0 +1,154 @@
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+import lightning_sae
+from lightning_sae import ReLUSAE
+from lightning_sae.saving import AtomicCheckpointIO, write_atomically
+
+
+@pytest.fixture
+def sae() -> ReLUSAE:
+    """An SAE with all weights random, scaled inputs and an origin."""
+    sae = ReLUSAE(4, 6, 0.3, lr=0.01, betas=(0.5, 0.9), apply_b_dec_to_input=False)
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter)
+    sae.input_mean.copy_(torch.randn(4))
+    sae.input_scale.fill_(3.0)
+    sae.source = {"model": "some/model", "hook_name": "blocks.0.hook_resid_post"}
+    return sae
+
+
+def test_a_saved_sae_acts_on_raw_activations_as_before(sae: ReLUSAE, tmp_path: Path) -> None:
+    x = torch.randn(7, 4)
+    loaded = lightning_sae.load(sae.save_pretrained(tmp_path / "sae"))
+    assert isinstance(loaded, ReLUSAE)
+    assert not loaded.training
+    assert loaded.source == sae.source
+    assert (loaded.l1_coefficient, tuple(loaded.betas)) == (0.3, (0.5, 0.9))
+    torch.testing.assert_close(loaded.encode(x), sae.encode(x))
+    torch.testing.assert_close(loaded(x), sae(x))
+
+
+def test_the_folder_holds_plain_tensors_and_json(sae: ReLUSAE, tmp_path: Path) -> None:
+    folder = sae.save_pretrained(tmp_path / "sae")
+    shapes = {name: tuple(w.shape) for name, w in load_file(folder / "sae.safetensors").items()}
+    assert shapes == {"W_enc": (4, 6), "W_dec": (6, 4), "b_enc": (6,), "b_dec": (4,)}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "ReLUSAE"
+    assert config["source"] == sae.source
+    assert config["versions"]["lightning_sae"] == lightning_sae.__version__
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "sae.safetensors"]
+
+
+def test_a_folder_with_files_is_not_overwritten(sae: ReLUSAE, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="`folder` to be new or empty but .* choose another"):
+        sae.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["notes.txt"]
+
+
+class MySAE(ReLUSAE):
+    """A user's own architecture."""
+
+
+def test_a_users_own_class_is_loaded_by_that_class(tmp_path: Path) -> None:
+    folder = MySAE(4, 6).save_pretrained(tmp_path / "sae")
+    with pytest.raises(ValueError, match=r"`MySAE.from_pretrained\(path\)`"):
+        lightning_sae.load(folder)
+    assert type(MySAE.from_pretrained(folder)) is MySAE
+    with pytest.raises(ValueError, match="architecture `ReLUSAE` but the file holds `MySAE`"):
+        ReLUSAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.ckpt", "."])
+def test_what_is_no_sae_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected argument `path` to be"):
+        lightning_sae.load(tmp_path / name)
+
+
+def test_weights_that_do_not_belong_are_refused(sae: ReLUSAE, tmp_path: Path) -> None:
+    folder = sae.save_pretrained(tmp_path / "sae")
+    config = json.loads((folder / "config.json").read_text())
+    from safetensors.torch import save_file
+
+    weights = load_file(folder / "sae.safetensors")
+    del weights["b_enc"]
+    save_file(weights, folder / "sae.safetensors")
+    with pytest.raises(ValueError, match=r"lack \['b_enc'\]"):
+        lightning_sae.load(folder)
+    assert config["format"] == 1
+
+
+def test_a_checkpoint_loads_without_unpickling(tmp_path: Path) -> None:
+    sae = ReLUSAE(4, 6, decoder_norm="free")
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(sae, DataLoader(torch.randn(32, 4), batch_size=16))  # type: ignore[arg-type]
+    path = tmp_path / "a.ckpt"
+    trainer.save_checkpoint(path)
+    torch.load(path, weights_only=True)
+    x = torch.randn(3, 4)
+    assert torch.equal(lightning_sae.load(path).encode(x), sae.encode(x))
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Writing more than 2 kB to a file fails, as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A complete checkpoint, made before the disk is full."""
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    return path
+
+
+def test_the_old_checkpoint_survives_a_full_disk(checkpoint: Path, full_disk: Any) -> None:
+    with pytest.raises(OSError, match=r"the earlier last.ckpt is intact\. Free some disk space"):
+        AtomicCheckpointIO().save_checkpoint({"step": 2, "big": torch.zeros(10_000)}, checkpoint)
+    assert AtomicCheckpointIO().load_checkpoint(checkpoint) == {"step": 1}
+    assert [p.name for p in checkpoint.parent.iterdir() if p.is_file()] == ["last.ckpt"]
+
+
+def test_nothing_half_written_is_left_where_the_disk_fills(tmp_path: Path, full_disk: Any) -> None:
+    sae = ReLUSAE(32, 64)
+    with pytest.raises(OSError, match="nothing was written"):
+        sae.save_pretrained(tmp_path / "sae")
+    assert list((tmp_path / "sae").iterdir()) == []
+
+
+def test_a_failing_writer_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half of the n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["file"]
