@@ -1,0 +1,26 @@
+"""What happens between steps."""
+
+if __name__ != "lightning_sae.callbacks":
+    raise ImportError(f"import lightning_sae.callbacks, not {__name__}")
+
+from lightning_sae.callbacks.checkpoint import RunCheckpoint as RunCheckpoint
+from lightning_sae.callbacks.decoder_norm import DecoderNormProjection as DecoderNormProjection
+from lightning_sae.callbacks.l1_warmup import L1Warmup as L1Warmup
+from lightning_sae.callbacks.progress import SAEProgressBar as SAEProgressBar
+from lightning_sae.callbacks.resampling import DeadFeatureResampling as DeadFeatureResampling
+from lightning_sae.callbacks.results import ExportSAE as ExportSAE
+from lightning_sae.callbacks.results import HeldOutEvaluation as HeldOutEvaluation
+from lightning_sae.callbacks.watching import Histograms as Histograms
+from lightning_sae.callbacks.watching import StreamMonitor as StreamMonitor
+
+__all__ = [
+    "DeadFeatureResampling",
+    "DecoderNormProjection",
+    "ExportSAE",
+    "HeldOutEvaluation",
+    "Histograms",
+    "L1Warmup",
+    "RunCheckpoint",
+    "SAEProgressBar",
+    "StreamMonitor",
+]

@@ -1,0 +1,123 @@
+"""The checkpoint from which a run goes on: regularly, at the end, and when a run is stopped."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others did is saved too
+    """Keeps `<trainer.default_root_dir>/checkpoints/last.ckpt` up to date.
+
+    Saved every `every_n_steps`, at the end, and on Ctrl-C or SIGTERM after the step under way;
+    resumed from it, a run gives the weights it would have given uninterrupted. A second Ctrl-C
+    stops at once. When training fails, as with a loss that is not finite, `last.ckpt` stays and
+    `stopped.ckpt` gets the weights before the failing step.
+
+    Args:
+        every_n_steps: Optimiser steps between two checkpoints.
+
+    Raises:
+        ValueError: If `every_n_steps` is not positive; before training, if the folder holds a run
+            that is not being resumed.
+    """
+
+    def __init__(self, every_n_steps: int = 1000) -> None:
+        if every_n_steps <= 0:
+            raise ValueError(
+                f"Expected argument `every_n_steps` to be positive but got {every_n_steps}."
+            )
+        self.every_n_steps = every_n_steps
+        self._started = False
+        self._step_before = self._saved_at = -1
+        self._received: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in setup, where the trainer does not yet tell whether it resumes.
+        require_new_run(self.folder.parent, trainer.ckpt_path, ("checkpoints",))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._received, self._started = None, True
+        for number in SIGNALS:
+            try:
+                self._handlers[number] = signal.signal(number, self._note)
+            except ValueError:  # outside the main thread, signals are somebody else's matter
+                return
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        self._give_signals_back()  # a second one acts at once
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._step_before = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step_before:  # gradients are being accumulated
+            return
+        if self._received is not None or trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer, "last.ckpt")
+        if self._received is not None:
+            raise KeyboardInterrupt(self._received.name)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._give_signals_back()
+        self._started = False
+        if self._saved_at != trainer.global_step:
+            self._save(trainer, "last.ckpt")
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._give_signals_back()
+        if not self._started:
+            return
+        if self._received is None:
+            self._save(trainer, "stopped.ckpt")
+        name = "stopped.ckpt" if self._received is None else "last.ckpt"
+        rank_zero_info(
+            f"\nStopped after {trainer.global_step} optimiser steps; the checkpoint is "
+            f"{self.folder / name}\nGo on with the same command and --ckpt_path "
+            f"{self.folder / name}"
+        )
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        trainer.save_checkpoint(self.folder / name)
+        self._saved_at = trainer.global_step
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+def require_new_run(folder: Path, ckpt_path: str | Path | None, parts: tuple[str, ...]) -> None:
+    """Raise a ValueError if `folder` holds one of a run's `parts` and no run is being resumed."""
+    held = [name for name in parts if (folder / name).exists()]
+    if held and ckpt_path is None:
+        raise ValueError(
+            f"Expected argument `trainer.default_root_dir` to be a new folder but {folder} holds a "
+            f"run ({', '.join(held)}), which is not overwritten: choose another folder, or go on "
+            f"with that run by --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}"
+        )

@@ -1,0 +1,261 @@
+"""A second chance for latents that have died."""
+
+import math
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_sae.architectures.base import SparseAutoencoder
+from lightning_sae.callbacks.checks import expect, refuse_second
+from lightning_sae.callbacks.moments import reset_moments
+from lightning_sae.functional.geometry import random_unit_rows
+from lightning_sae.functional.resampling import dead_latents, mean_norm, sample_directions
+
+
+class DeadFeatureResampling(Callback):
+    """Give latents that do not fire a new direction, every so many steps of the optimiser.
+
+    Firings are counted on all training activations of the last `window` steps, micro-batches and
+    ranks included. Then, for the latents that are dead by that count:
+
+    - `loss_squared`: those that never fired. Inputs are drawn with probability proportional to the
+      square of their squared error; the decoder row becomes the input as the encoder sees it, at
+      norm 1; the encoder row the same direction at `encoder_scale` times the mean norm of the
+      living encoder rows (1 if none lives). Source: Bricken et al., Towards Monosemanticity
+      (2023). An input's error is the one of its own training step.
+    - `reinitialize`: those that fired on less than `min_frequency` of the inputs. The decoder row
+      becomes a random direction at norm 1, the encoder row its transpose, as at the start of
+      training. Source: Neel Nanda's open-source replication (2023).
+
+    In both, the latent's `b_enc` becomes 0 and the optimiser's moments of exactly these entries
+    are set to zero, as is the SAE's count of how long it was silent. `b_dec` and all other latents
+    are left alone. With `decoder_norm="free"` the new decoder rows get the mean norm of the living
+    ones. Nothing is replaced after the last step of a run, for it would stay untrained.
+
+    How many were replaced is logged as `train/resampled`. Everything drawn comes from a generator
+    of the callback's own, which is saved with the counts: a resumed run is exact.
+
+    Example::
+
+        trainer = Trainer(
+            callbacks=DeadFeatureResampling(every_n_steps=2500, stop_after_step=10_000),
+            max_steps=20_000,
+        )
+
+    Args:
+        every_n_steps: Steps of the optimiser from one resampling to the next.
+        scheme: `loss_squared` or `reinitialize`.
+        window: Steps before a resampling over which firings are counted; null for all of them.
+        min_frequency: With `reinitialize`, the frequency below which a latent is replaced.
+        n_inputs: With `loss_squared`, how many of the latest inputs are kept to draw from, of
+            those that rank 0 saw. They are held in memory as they come.
+        encoder_scale: With `loss_squared`, norm of a new encoder row relative to living ones.
+        max_resamplings: How often in a run this is done, whether or not any latent was dead; null
+            for no limit.
+        stop_after_step: Last step of the optimiser after which it may be done; null for no limit.
+        seed: Seed of the generator.
+
+    Raises:
+        ValueError: If an argument is out of range; when fitting starts, if the run is too short
+            for a single resampling, if the SAE has no untied `W_enc`, `W_dec` and `b_enc`, if its
+            optimiser is not of Adam's family, or if the trainer has this callback twice.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        scheme: Literal["loss_squared", "reinitialize"] = "loss_squared",
+        *,
+        window: int | None = None,
+        min_frequency: float = 1e-5,
+        n_inputs: int = 8192,
+        encoder_scale: float = 0.2,
+        max_resamplings: int | None = None,
+        stop_after_step: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        window = every_n_steps if window is None else window
+        schemes = ("loss_squared", "reinitialize")
+        expect(every_n_steps > 0, "every_n_steps", "positive", every_n_steps)
+        expect(scheme in schemes, "scheme", f"one of {schemes}", scheme)
+        between = f"from 1 to `every_n_steps`={every_n_steps}"
+        expect(0 < window <= every_n_steps, "window", between, window)
+        expect(0 < min_frequency < 1, "min_frequency", "between 0 and 1", min_frequency)
+        expect(n_inputs > 0, "n_inputs", "positive", n_inputs)
+        expect(encoder_scale > 0, "encoder_scale", "positive", encoder_scale)
+        allowed = max_resamplings is None or max_resamplings > 0
+        expect(allowed, "max_resamplings", "positive, or null for no limit", max_resamplings)
+        reached = stop_after_step is None or stop_after_step >= every_n_steps
+        least = f"at least `every_n_steps`={every_n_steps}, or null for no limit"
+        expect(reached, "stop_after_step", least, stop_after_step)
+        self.every_n_steps = every_n_steps
+        self.scheme = scheme
+        self.window = window
+        self.min_frequency = min_frequency
+        self.n_inputs = n_inputs
+        self.encoder_scale = encoder_scale
+        self.max_resamplings = max_resamplings
+        self.stop_after_step = stop_after_step
+        self.seed = seed
+        self._inputs: list[Tensor]
+        self._losses: list[Tensor]
+        self._start_afresh()
+
+    def next_resampling(self, step: int) -> int | None:
+        """After how many steps of the optimiser the next resampling comes, once `step` are taken.
+
+        None if there is no other. The result is larger than `step`.
+        """
+        due = (step // self.every_n_steps + 1) * self.every_n_steps
+        spent = self.max_resamplings is not None and self._n_done >= self.max_resamplings
+        late = self.stop_after_step is not None and due > self.stop_after_step
+        return None if spent or late else due
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work; forget an earlier fit (resuming loads its state after this)."""
+        if stage != "fit":
+            return
+        self._start_afresh()
+        weights = [getattr(pl_module, name, None) for name in ("W_enc", "W_dec", "b_enc")]
+        untied = all(isinstance(weight, nn.Parameter) for weight in weights)
+        if not isinstance(pl_module, SparseAutoencoder) or not untied:
+            raise ValueError(
+                "`DeadFeatureResampling` needs an SAE with untied parameters `W_enc`, `W_dec` and "
+                f"`b_enc`, which {type(pl_module).__name__} is not: remove the callback."
+            )
+        if 0 < trainer.max_steps <= self.every_n_steps:
+            raise ValueError(
+                "Expected argument `every_n_steps` to be less than "
+                f"`trainer.max_steps`={trainer.max_steps} but got {self.every_n_steps}, so that "
+                "nothing is ever resampled: lower it or remove the callback."
+            )
+        refuse_second(trainer, self)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an optimiser whose state is not known to be safe to reset in part."""
+        for optimizer in trainer.optimizers:
+            if "betas" not in optimizer.defaults:
+                raise ValueError(
+                    "`DeadFeatureResampling` resets the moments of Adam and its variants but the "
+                    f"optimiser is {type(optimizer).__name__}: use one of them or remove the "
+                    "callback."
+                )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the step that the first batch belongs to."""
+        self._step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Float[Tensor, "batch d_in"],
+        batch_idx: int,
+    ) -> None:
+        """Count the batch, and resample if it completed the step after which that is due."""
+        # global_step counts steps taken: the last micro-batch of a step has already raised it.
+        step, self._step = self._step, trainer.global_step
+        due = self.next_resampling(step)
+        if due is None:
+            return
+        self._count(trainer, cast(dict[str, Tensor], outputs), batch, steps_left=due - step)
+        if trainer.global_step >= due:
+            if trainer.global_step != trainer.max_steps:
+                self._resample(trainer, cast(SparseAutoencoder, pl_module))
+            self._forget_window()
+            self._n_done += 1
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and inputs of the window in progress, resamplings done, and the generator."""
+        return {
+            "fired": self._fired,
+            "n_counted": self._n_counted,
+            "inputs": list(self._inputs),
+            "losses": list(self._losses),
+            "n_done": self._n_done,
+            "generator": self._generator.get_state(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was."""
+        self._fired, self._n_counted = state_dict["fired"], state_dict["n_counted"]
+        self._inputs, self._losses = list(state_dict["inputs"]), list(state_dict["losses"])
+        self._n_done = state_dict["n_done"]
+        self._generator.set_state(state_dict["generator"])
+
+    def _start_afresh(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._n_done = 0
+        self._forget_window()
+
+    def _forget_window(self) -> None:
+        self._fired = torch.zeros((), dtype=torch.int64)  # [d_sae] from the first batch on
+        self._n_counted = 0
+        self._inputs, self._losses = [], []
+
+    def _count(
+        self, trainer: Trainer, outputs: dict[str, Tensor], batch: Tensor, steps_left: int
+    ) -> None:
+        if steps_left <= self.window:
+            # Summed over ranks batch by batch, so that the checkpoint of rank 0 holds all counts.
+            # `reduce` works in place, and other callbacks read the outputs too.
+            fired = trainer.strategy.reduce(outputs["fired"].clone(), reduce_op="sum")
+            self._fired = self._fired.to(fired.device) + fired
+            self._n_counted += len(batch) * trainer.world_size
+        draws = self.scheme == "loss_squared" and trainer.is_global_zero
+        if draws and steps_left <= math.ceil(self.n_inputs / len(batch)):
+            self._keep(batch[-self.n_inputs :], outputs["squared_error"][-self.n_inputs :])
+
+    def _keep(self, inputs: Tensor, losses: Tensor) -> None:
+        self._inputs.append(inputs.detach().clone())  # a batch may be a view of a buffer in use
+        self._losses.append(losses.detach().clone())
+        n = sum(map(len, self._losses))
+        while n - len(self._losses[0]) >= self.n_inputs:
+            n -= len(self._losses.pop(0))
+            self._inputs.pop(0)
+
+    @torch.no_grad()
+    def _resample(self, trainer: Trainer, sae: SparseAutoencoder) -> None:
+        min_frequency = self.min_frequency if self.scheme == "reinitialize" else 0.0
+        dead = dead_latents(self._fired, self._n_counted, min_frequency).to(sae.device)
+        n_dead = int(dead.sum())
+        if n_dead:
+            # Drawn once and told to all: ranks see different inputs but must stay the same.
+            drawn = self._draw(sae, n_dead) if trainer.is_global_zero else torch.empty(0)
+            directions = trainer.strategy.broadcast(drawn.cpu()).to(sae.device)
+            self._replace(sae, dead, directions)
+            for weight, axis in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
+                reset_moments(trainer.optimizers, weight, dead, axis)
+        for logger in trainer.loggers:  # self.log would drop what falls between its intervals
+            logger.log_metrics({"train/resampled": n_dead}, step=trainer.global_step - 1)
+
+    def _draw(self, sae: SparseAutoencoder, count: int) -> Float[Tensor, "count d_in"]:
+        if self.scheme == "reinitialize":
+            return random_unit_rows(count, sae.d_in, generator=self._generator)
+        inputs = torch.cat([chunk.to(sae.device) for chunk in self._inputs])[-self.n_inputs :]
+        losses = torch.cat([chunk.to(sae.device) for chunk in self._losses])[-self.n_inputs :]
+        seen = sae.encoder_input(sae.scaled(inputs))
+        return sample_directions(seen, losses, count, self._generator)
+
+    def _replace(self, sae: SparseAutoencoder, dead: Tensor, directions: Tensor) -> None:
+        rows = directions
+        if sae.decoder_norm == "free":
+            rows = directions * mean_norm(sae.W_dec[~dead])
+        sae.W_dec[dead] = rows.to(sae.W_dec.dtype)
+        if self.scheme == "loss_squared":
+            rows = directions * self.encoder_scale * mean_norm(sae.W_enc.T[~dead])
+        sae.W_enc.T[dead] = rows.to(sae.W_enc.dtype)
+        sae.b_enc[dead] = 0
+        sae.silent_for[dead] = 0

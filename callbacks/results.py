@@ -1,0 +1,66 @@
+"""The SAE and its figures as files that other programs read."""
+
+import json
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from lightning_sae.analysis import evaluate_in_model
+from lightning_sae.saving import write_atomically
+
+
+class ExportSAE(Callback):
+    """Writes the trained SAE to `<trainer.default_root_dir>/sae` when training ends.
+
+    If there is one already, as when a finished run is prolonged, to `sae-2` and so on.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+
+    @override
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder = unused(Path(trainer.default_root_dir) / "sae")
+        pl_module.save_pretrained(self.folder)  # type: ignore[operator]
+
+
+class HeldOutEvaluation(Callback):
+    """Adds to a test what the reconstruction costs the language model, and writes it all down.
+
+    Figures go to `<trainer.default_root_dir>/results.json`, or `results-2.json` and so on if there
+    is one. Needs an `ActivationDataModule`; with other data, only the test's metrics are written.
+
+    Args:
+        n_tokens: Held-out tokens that the language model reads, about.
+    """
+
+    def __init__(self, n_tokens: int = 65536) -> None:
+        if n_tokens <= 0:
+            raise ValueError(f"Expected argument `n_tokens` to be positive but got {n_tokens}.")
+        self.n_tokens = n_tokens
+        self.path: Path | None = None
+        self.results: dict[str, Any] = {}
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        results = {k.removeprefix("test/"): v.item() for k, v in metrics.items() if "test/" in k}
+        data = getattr(trainer, "datamodule", None)
+        if hasattr(data, "language_model"):
+            results |= evaluate_in_model(pl_module, data, self.n_tokens)  # type: ignore[arg-type]
+        self.results = results
+        if trainer.is_global_zero:
+            self.path = unused(Path(trainer.default_root_dir) / "results.json")
+            text = json.dumps(results, indent=2) + "\n"
+            write_atomically(self.path, lambda path: path.write_text(text))
+
+
+def unused(path: Path) -> Path:
+    """`path`, or the first of `name-2`, `name-3`, ... that does not exist."""
+    others = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2))
+    return path if not path.exists() else next(other for other in others if not other.exists())

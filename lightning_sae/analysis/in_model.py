@@ -1,0 +1,108 @@
+"""What the language model loses when an SAE's reconstruction stands in for the activation."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_sae.architectures.base import SparseAutoencoder
+from lightning_sae.data.datamodule import ActivationDataModule
+from lightning_sae.data.hooks import Edit
+from lightning_sae.functional import (
+    kl_divergence,
+    loss_recovered,
+    next_token_cross_entropy,
+    perplexity,
+)
+
+Tokens = Int[Tensor, "blocks context_length"]
+
+
+@torch.no_grad()
+def evaluate_in_model(
+    sae: SparseAutoencoder, data: ActivationDataModule, n_tokens: int
+) -> dict[str, float]:
+    """Cross-entropy of the model on held-out text with the activation left, spliced and ablated.
+
+    The activations that training leaves out (BOS, positions, outliers) are left alone in every
+    condition. Predictions of special tokens, where one document follows another, do not count.
+    The mean activation is that of the same held-out tokens.
+
+    Args:
+        sae: The SAE; it acts on raw activations.
+        data: Gives the language model, its held-out text and the filter of training.
+        n_tokens: Held-out tokens to read, about.
+
+    Returns:
+        `ce_clean`, `ce_spliced`, `ce_zero_ablation`, `ce_mean_ablation` and `kl` in nats per
+        token; `loss_recovered_zero` and `loss_recovered_mean`, (CE ablated - CE spliced) / (CE
+        ablated - CE clean); `perplexity_clean`, `perplexity_spliced`; `n_tokens`, predictions
+        counted.
+    """
+    mean = _mean_activation(data, n_tokens)
+    replacements: dict[str, Callable[[Tensor], Tensor]] = {
+        "ce_spliced": sae.forward,
+        "ce_zero_ablation": torch.zeros_like,
+        "ce_mean_ablation": lambda activations: mean.to(activations).expand_as(activations),
+    }
+    sums = dict.fromkeys(["ce_clean", *replacements, "kl"], 0.0)
+    count = 0
+    for tokens in data.held_out_tokens(n_tokens):
+        counted = ~torch.isin(tokens, data.filter.special_tokens)
+        clean = data.language_model.logits(tokens)
+        target, counted = tokens.to(clean.device), counted.to(clean.device)
+        nats, n = next_token_cross_entropy(clean, target, counted)
+        sums["ce_clean"] += float(nats)
+        count += int(n)
+        for name, replace in replacements.items():
+            logits = data.language_model.logits(tokens, _edit(data, tokens, replace))
+            sums[name] += float(next_token_cross_entropy(logits, target, counted)[0])
+            if name == "ce_spliced":
+                sums["kl"] += float(kl_divergence(clean, logits, counted)[0])
+    return _summary({name: total / count for name, total in sums.items()}, count)
+
+
+def _summary(nats: dict[str, float], count: int) -> dict[str, float]:
+    clean, spliced = nats["ce_clean"], nats["ce_spliced"]
+    return {
+        **nats,
+        "loss_recovered_zero": float(loss_recovered(clean, spliced, nats["ce_zero_ablation"])),
+        "loss_recovered_mean": float(loss_recovered(clean, spliced, nats["ce_mean_ablation"])),
+        "perplexity_clean": float(perplexity(clean)),
+        "perplexity_spliced": float(perplexity(spliced)),
+        "n_tokens": count,
+    }
+
+
+def _edit(data: ActivationDataModule, tokens: Tokens, replace: Callable[[Tensor], Tensor]) -> Edit:
+    """Replace the activations that training keeps."""
+
+    def edit(
+        activations: Float[Tensor, "blocks context_length d_in"],
+    ) -> Float[Tensor, "blocks context_length d_in"]:
+        kept = _kept(data, tokens, activations)
+        replaced = replace(activations.float()).to(activations.dtype)
+        return torch.where(kept.unsqueeze(-1), replaced, activations)
+
+    return edit
+
+
+def _kept(
+    data: ActivationDataModule, tokens: Tokens, activations: Tensor
+) -> Bool[Tensor, "blocks context_length"]:
+    return data.filter.kept(tokens, activations).to(activations.device)
+
+
+def _mean_activation(data: ActivationDataModule, n_tokens: int) -> Float[Tensor, " d_in"]:
+    total, count = torch.zeros(data.d_in, dtype=torch.float64), 0
+    for rows in _kept_rows(data, n_tokens):
+        total += rows.double().sum(0).cpu()
+        count += len(rows)
+    return total / max(count, 1)
+
+
+def _kept_rows(data: ActivationDataModule, n_tokens: int) -> Iterator[Float[Tensor, "rows d_in"]]:
+    for tokens in data.held_out_tokens(n_tokens):
+        activations = data.language_model.activations(tokens)
+        yield activations[_kept(data, tokens, activations)]
