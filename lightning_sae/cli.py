@@ -1,0 +1,140 @@
+"""The command line: Lightning's own, with the parts of a run on an SAE put together."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.callbacks import (
+    ExportSAE,
+    HeldOutEvaluation,
+    Histograms,
+    RunCheckpoint,
+    SAEProgressBar,
+    StreamMonitor,
+)
+from lightning_sae.callbacks.checkpoint import require_new_run
+from lightning_sae.saving import AtomicCheckpointIO
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the run's whole configuration to `<trainer.default_root_dir>/config.yaml`."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: whether the run is resumed is known only when it starts."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is not None or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "config.yaml", skip_none=False, multifile=False)
+
+
+class SAECLI(LightningCLI):
+    """Lightning's command line with an SAE as model and a stream of activations as data.
+
+    The SAE's `d_in` is read from the data. Every run gets a progress bar, TensorBoard logs,
+    checkpoints, the exported SAE and, by `test`, an evaluation in the language model, all below
+    `trainer.default_root_dir`.
+    """
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SAEProgressBar, "progress_bar")
+        parser.add_lightning_class_args(HeldOutEvaluation, "evaluation")
+        parser.set_defaults({"trainer.default_root_dir": "runs/sae"})
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        root = self._get(self.config_init, "trainer.default_root_dir")
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(root, name="tensorboard", version="")
+        if not self._get(self.config_init, "trainer.plugins"):
+            kwargs["plugins"] = [AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Refuse a folder that holds a run, before anything is written."""
+        root = Path(self.trainer.default_root_dir)
+        ckpt_path = self._get(self.config_init, "ckpt_path")
+        require_new_run(root, ckpt_path, ("config.yaml", "checkpoints", "sae"))
+
+    def after_fit(self) -> None:
+        """Say what was made and what to type next."""
+        root = Path(self.trainer.default_root_dir)
+        exported = next(c for c in self.trainer.callbacks if isinstance(c, ExportSAE)).folder
+        say(
+            f"\nTrained {type(self.model).__name__} for {self.trainer.global_step} steps. Made:",
+            f"  {exported}  the SAE, for lightning_sae.load",
+            f"  {root / 'checkpoints' / 'last.ckpt'}  to go on from",
+            f"  {root / 'tensorboard'}  curves and histograms",
+            "Next:",
+            f"  lightning-sae test --config {root / 'config.yaml'} "
+            f"--ckpt_path {root / 'checkpoints' / 'last.ckpt'}",
+            f"  tensorboard --logdir {root / 'tensorboard'}",
+        )
+
+    def after_test(self) -> None:
+        """Show the figures and where they are."""
+        evaluation = next(c for c in self.trainer.callbacks if isinstance(c, HeldOutEvaluation))
+        root = Path(self.trainer.default_root_dir)
+        say(
+            "\nOn held-out text:",
+            *(f"  {name:<30}{value:>14.6g}" for name, value in evaluation.results.items()),
+            f"Made: {evaluation.path}",
+            "Next:",
+            f"  tensorboard --logdir {root / 'tensorboard'}",
+            f'  python -c "import lightning_sae; print(lightning_sae.load({str(root / "sae")!r}))"',
+        )
+
+
+def say(*lines: str) -> None:
+    """Print lines for the reader at the terminal."""
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def command() -> None:
+    """Run `lightning-sae`, and end with one line, not a traceback, where the input is bad."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"lightning-sae: {type(error).__name__}: {error}")
+
+
+def main(args: ArgsType = None, run: bool = True) -> SAECLI:
+    """Run `lightning-sae`.
+
+    Args:
+        args: Command-line arguments; those of the process by default.
+        run: Whether to run the command, rather than only build its parts.
+
+    Returns:
+        The command line with its model, data and trainer.
+    """
+    return SAECLI(
+        SparseAutoencoder,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        seed_everything_default=0,
+        trainer_defaults={"callbacks": [ExportSAE(), Histograms(), StreamMonitor()]},
+        auto_configure_optimizers=False,
+        args=args,
+        run=run,
+    )
