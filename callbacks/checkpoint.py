@@ -103,7 +103,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         )
 
     def _save(self, trainer: Trainer, name: str) -> None:
-        trainer.save_checkpoint(self.folder / name)
+        trainer.save_checkpoint(self.folder / name, weights_only=False)
         self._saved_at = trainer.global_step
 
     def _give_signals_back(self) -> None:

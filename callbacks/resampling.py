@@ -93,15 +93,10 @@ class DeadFeatureResampling(Callback):
         reached = stop_after_step is None or stop_after_step >= every_n_steps
         least = f"at least `every_n_steps`={every_n_steps}, or null for no limit"
         expect(reached, "stop_after_step", least, stop_after_step)
-        self.every_n_steps = every_n_steps
-        self.scheme = scheme
-        self.window = window
-        self.min_frequency = min_frequency
-        self.n_inputs = n_inputs
-        self.encoder_scale = encoder_scale
-        self.max_resamplings = max_resamplings
-        self.stop_after_step = stop_after_step
-        self.seed = seed
+        self.every_n_steps, self.scheme, self.window = every_n_steps, scheme, window
+        self.min_frequency, self.encoder_scale = min_frequency, encoder_scale
+        self.n_inputs, self.seed = n_inputs, seed
+        self.max_resamplings, self.stop_after_step = max_resamplings, stop_after_step
         self._inputs: list[Tensor]
         self._losses: list[Tensor]
         self._start_afresh()
@@ -132,8 +127,8 @@ class DeadFeatureResampling(Callback):
         if 0 < trainer.max_steps <= self.every_n_steps:
             raise ValueError(
                 "Expected argument `every_n_steps` to be less than "
-                f"`trainer.max_steps`={trainer.max_steps} but got {self.every_n_steps}, so that "
-                "nothing is ever resampled: lower it or remove the callback."
+                f"`trainer.max_steps`={trainer.max_steps} but got {self.every_n_steps}: "
+                "lower it or remove the callback."
             )
         refuse_second(trainer, self)
 
@@ -144,8 +139,7 @@ class DeadFeatureResampling(Callback):
             if "betas" not in optimizer.defaults:
                 raise ValueError(
                     "`DeadFeatureResampling` resets the moments of Adam and its variants but the "
-                    f"optimiser is {type(optimizer).__name__}: use one of them or remove the "
-                    "callback."
+                    f"optimiser is {type(optimizer).__name__}: use one or remove the callback."
                 )
 
     @override

@@ -45,24 +45,12 @@ def latent_statistics(sae: Any) -> dict[str, Float[Tensor, " d_sae"]]:
 
 
 class StreamMonitor(Callback):
-    """Logs what the stream read and left out as `data/...`, and the rate of training.
-
-    Args:
-        every_n_steps: Optimiser steps between two entries.
-    """
-
-    def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps <= 0:
-            raise ValueError(
-                f"Expected argument `every_n_steps` to be positive but got {every_n_steps}."
-            )
-        self.every_n_steps = every_n_steps
+    """Logs what the stream has read and left out as `data/...`, with the losses."""
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         statistics = getattr(getattr(trainer, "datamodule", None), "statistics", None)
-        if statistics is None or trainer.global_step % self.every_n_steps:
-            return
-        pl_module.log_dict({f"data/{name}": value for name, value in statistics().items()})
+        if statistics is not None:
+            pl_module.log_dict({f"data/{name}": value for name, value in statistics().items()})

@@ -2,9 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -25,6 +25,8 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.callbacks.checkpoint import require_new_run
 from lightning_sae.saving import AtomicCheckpointIO
+
+C = TypeVar("C", bound=Callback)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -77,7 +79,7 @@ class SAECLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what was made and what to type next."""
         root = Path(self.trainer.default_root_dir)
-        exported = next(c for c in self.trainer.callbacks if isinstance(c, ExportSAE)).folder
+        exported = self._callback(ExportSAE).folder
         say(
             f"\nTrained {type(self.model).__name__} for {self.trainer.global_step} steps. Made:",
             f"  {exported}  the SAE, for lightning_sae.load",
@@ -91,7 +93,7 @@ class SAECLI(LightningCLI):
 
     def after_test(self) -> None:
         """Show the figures and where they are."""
-        evaluation = next(c for c in self.trainer.callbacks if isinstance(c, HeldOutEvaluation))
+        evaluation = self._callback(HeldOutEvaluation)
         root = Path(self.trainer.default_root_dir)
         say(
             "\nOn held-out text:",
@@ -101,6 +103,10 @@ class SAECLI(LightningCLI):
             f"  tensorboard --logdir {root / 'tensorboard'}",
             f'  python -c "import lightning_sae; print(lightning_sae.load({str(root / "sae")!r}))"',
         )
+
+    def _callback(self, kind: type[C]) -> C:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next(callback for callback in callbacks if isinstance(callback, kind))
 
 
 def say(*lines: str) -> None:

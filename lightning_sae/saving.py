@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -91,7 +91,13 @@ def _description(sae: SparseAutoencoder) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path, architecture: type[SAE] | None = None) -> SAE:
+@overload
+def load(path: str | Path) -> SparseAutoencoder: ...
+@overload
+def load(path: str | Path, architecture: type[SAE]) -> SAE: ...
+def load(
+    path: str | Path, architecture: type[SparseAutoencoder] | None = None
+) -> SparseAutoencoder:
     """Read an SAE from a portable folder or a Lightning checkpoint, ready for raw activations.
 
     Args:
@@ -117,7 +123,7 @@ def load(path: str | Path, architecture: type[SAE] | None = None) -> SAE:
     return _build(description, weights, architecture)
 
 
-def _load_checkpoint(path: Path, architecture: type[SAE] | None) -> SAE:
+def _load_checkpoint(path: Path, architecture: type[SparseAutoencoder] | None) -> SparseAutoencoder:
     if not path.is_file():
         raise ValueError(f"Expected argument `path` to be an SAE but {path} does not exist.")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -131,8 +137,10 @@ def _load_checkpoint(path: Path, architecture: type[SAE] | None) -> SAE:
 
 
 def _build(
-    description: dict[str, Any], weights: dict[str, torch.Tensor], architecture: type[SAE] | None
-) -> SAE:
+    description: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    architecture: type[SparseAutoencoder] | None,
+) -> SparseAutoencoder:
     named = description["architecture"]
     if architecture is None:
         if named not in architectures.__all__:
@@ -146,8 +154,10 @@ def _build(
             f"Expected an SAE of architecture `{architecture.__name__}` but the file holds "
             f"`{named}`: load it with that class."
         )
-    arguments = description["arguments"]  # JSON knows no tuples
-    sae = architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+    arguments: dict[str, Any] = description["arguments"]
+    # JSON knows no tuples.
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    sae = architecture(**arguments)
     missing, unexpected = sae.load_state_dict(weights, strict=False)
     missing = sorted(set(missing) - dict(sae.named_buffers()).keys())  # a folded SAE needs none
     if unexpected or missing:

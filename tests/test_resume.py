@@ -85,9 +85,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
 def run_and_kill(root: Path, at: int, signal_name: str) -> int:
     """Run the command in a process of its own that gets the signal in the given step."""
     (root.parent / "killer.py").write_text(KILLER)
-    killer = (
-        f"    - class_path: killer.KillAt\n      init_args: {{step: {at}, signal_name: {signal_name}}}"
-    )
+    arguments = f"{{step: {at}, signal_name: {signal_name}}}"
+    killer = f"    - class_path: killer.KillAt\n      init_args: {arguments}"
     command = [sys.executable, "-m", "lightning_sae", "fit", "--config", write_config(root, killer)]
     repository = Path(__file__).resolve().parent.parent
     environment = {"PYTHONPATH": f"{repository}:{root.parent}", "HF_HUB_OFFLINE": "1"}

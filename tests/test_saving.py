@@ -2,8 +2,8 @@ import json
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -107,15 +107,17 @@ def test_a_checkpoint_loads_without_unpickling(tmp_path: Path) -> None:
     assert torch.equal(lightning_sae.load(path).encode(x), sae.encode(x))
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
     """Writing more than 2 kB to a file fails, as on a full disk."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture
@@ -126,16 +128,17 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_old_checkpoint_survives_a_full_disk(checkpoint: Path, full_disk: Any) -> None:
-    with pytest.raises(OSError, match=r"the earlier last.ckpt is intact\. Free some disk space"):
-        AtomicCheckpointIO().save_checkpoint({"step": 2, "big": torch.zeros(10_000)}, checkpoint)
+def test_the_old_checkpoint_survives_a_full_disk(checkpoint: Path) -> None:
+    big = {"step": 2, "big": torch.zeros(10_000)}
+    with pytest.raises(OSError, match=r"earlier last.ckpt is intact\. Free some"), full_disk():
+        AtomicCheckpointIO().save_checkpoint(big, checkpoint)
     assert AtomicCheckpointIO().load_checkpoint(checkpoint) == {"step": 1}
     assert [p.name for p in checkpoint.parent.iterdir() if p.is_file()] == ["last.ckpt"]
 
 
-def test_nothing_half_written_is_left_where_the_disk_fills(tmp_path: Path, full_disk: Any) -> None:
+def test_nothing_half_written_is_left_where_the_disk_fills(tmp_path: Path) -> None:
     sae = ReLUSAE(32, 64)
-    with pytest.raises(OSError, match="nothing was written"):
+    with pytest.raises(OSError, match="nothing was written"), full_disk():
         sae.save_pretrained(tmp_path / "sae")
     assert list((tmp_path / "sae").iterdir()) == []
 

@@ -48,8 +48,9 @@ def evaluate_in_model(
     }
     sums = dict.fromkeys(["ce_clean", *replacements, "kl"], 0.0)
     count = 0
+    special = torch.tensor(data.language_model.tokenizer.all_special_ids)
     for tokens in data.held_out_tokens(n_tokens):
-        counted = ~torch.isin(tokens, data.filter.special_tokens)
+        counted = ~torch.isin(tokens, special)
         clean = data.language_model.logits(tokens)
         target, counted = tokens.to(clean.device), counted.to(clean.device)
         nats, n = next_token_cross_entropy(clean, target, counted)

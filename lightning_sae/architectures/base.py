@@ -231,7 +231,8 @@ class SparseAutoencoder(LightningModule):
         return {"loss": loss, "fired": fired, "squared_error": squared_error}
 
     def _count_silence(self, fired: Int[Tensor, " d_sae"], n: int) -> None:
-        fired = self.trainer.strategy.reduce(fired, reduce_op="sum")
+        # Across ranks, on a copy: `reduce` works in place, and callbacks read this rank's own.
+        fired = self.trainer.strategy.reduce(fired.clone(), reduce_op="sum")
         self.silent_for += n * self.trainer.world_size
         self.silent_for[fired > 0] = 0
 

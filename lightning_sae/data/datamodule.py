@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
@@ -212,16 +213,17 @@ class ActivationDataModule(LightningDataModule):
         Raises:
             ValueError: If the run has no end, or the text gives no block.
         """
-        trainer = self.trainer
-        if stage == "fit" and trainer.max_steps == -1 and trainer.max_time is None:  # type: ignore
+        trainer: Any = self.trainer
+        timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+        if stage == "fit" and trainer.max_steps == -1 and not timed:
             raise ValueError(
                 "The stream of activations has no end: set `trainer.max_steps` to the number of "
                 f"optimiser steps, each on {self.batch_size} activations."
             )
-        self.language_model.to(self.trainer.strategy.root_device)
+        self.language_model.to(trainer.strategy.root_device)
         if stage == "fit":
             self._require_text(self.training_blocks())
-        if stage != "fit" or trainer.limit_val_batches:  # type: ignore
+        if stage != "fit" or trainer.limit_val_batches:
             self._require_text(self.held_out_blocks())
 
     def _require_text(self, blocks: TokenBlocks) -> None:
@@ -297,7 +299,8 @@ class ActivationDataModule(LightningDataModule):
 
     def statistics(self) -> dict[str, float]:
         """What the stream has read and dropped so far; empty before training."""
-        return {} if self.buffer is None else self.buffer.source.statistics()
+        source = None if self.buffer is None else self.buffer.source
+        return source.statistics() if isinstance(source, ActivationStream) else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Buffer, stream and generator, for an exact resume."""

@@ -101,7 +101,7 @@ def _site_in_block(block: nn.Module, hook: str) -> Site | None:
     return None if module is None else Site(module, side)  # type: ignore[arg-type]
 
 
-def _layers(model: nn.Module) -> nn.ModuleList | None:
+def _layers(model: Any) -> nn.ModuleList | None:
     """The stack of blocks: the one module list as long as the configuration says."""
     n_layers = model.config.num_hidden_layers
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]

@@ -159,7 +159,7 @@ def _boot(name: str, dtype: torch.dtype, earlier: Exception | None = None) -> nn
         ) from error
 
 
-def _from_instance(model: nn.Module, hook_name: str) -> LanguageModel:
+def _from_instance(model: Any, hook_name: str) -> LanguageModel:
     if hasattr(model, "hook_dict"):
         return _from_lens(model, hook_name, str(model.cfg.model_name))
     from transformers import AutoTokenizer

@@ -48,7 +48,9 @@ class TokenBlocks:
         self.held_out_fraction = held_out_fraction
         self.part_held_out = part_held_out
         self.rank, self.world_size = rank, world_size
-        self.load_state_dict({"epoch": 0, "document": 0, "rest": torch.zeros(0, dtype=torch.int32)})
+        self.epoch = self.document = 0
+        self._rest: list[int] = []
+        self._open()
 
     def read(self, n: int) -> Int[Tensor, "n context_length"]:
         """The next `n` blocks."""
@@ -103,7 +105,7 @@ class TokenBlocks:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` stood."""
         self.epoch, self.document = state["epoch"], state["document"]
-        self._rest: list[int] = state["rest"].tolist()
+        self._rest = state["rest"].tolist()
         self._open()
 
 

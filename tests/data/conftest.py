@@ -13,7 +13,7 @@ CONTEXT = 64
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
     """Sixty short texts, each with a number of its own."""
-    words = "the cat dog sees runs a big small red house tree and then under over to".split()
+    words = ["the", "cat", "dog", "sees", "runs", "a", "big", "small", "red", "and", "then", "over"]
     rng = random.Random(0)
     return [f"{i}: " + " ".join(rng.choices(words, k=rng.randint(15, 40))) for i in range(60)]
 

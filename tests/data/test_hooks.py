@@ -106,18 +106,17 @@ def test_nothing_behind_the_hook_is_computed(
     names = dict(zip(("attention", "mlp", "mlp_out"), parts, strict=True))
     finished: list[nn.Module] = []
     for module in model.network.modules():
-        module.register_forward_hook(lambda module, args, output: finished.append(module))
+        module.register_forward_hook(lambda ended, args, output: finished.append(ended))
     model.activations(TOKENS)
 
-    def module(path: str) -> nn.Module:
-        return model.network.get_submodule(path)
+    def ran(path: str) -> bool:
+        return model.network.get_submodule(path) in finished
 
-    assert module(block[:-1] + "0") in finished
-    assert module(block[:-1] + "2") not in finished
-    assert model.network not in finished
-    assert model.network.get_output_embeddings() not in finished
+    assert ran(block[:-1] + "0")
+    assert not ran(block[:-1] + "2")
+    assert not ran("")
     for skipped in COMMON[hook]:
-        assert module(f"{block}.{names[skipped]}") not in finished
+        assert not ran(f"{block}.{names[skipped]}")
 
 
 def test_no_hook_stays_behind(models: dict[str, Path], family: str) -> None:

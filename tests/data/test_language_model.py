@@ -36,9 +36,7 @@ def test_a_folder_is_loaded_with_its_tokenizer_ready_to_be_read(
 
 
 @pytest.mark.parametrize("hook_name", [HOOK, "blocks.1.attn.hook_q"])
-def test_weights_are_loaded_in_the_dtype_asked_for(
-    models: dict[str, Path], hook_name: str
-) -> None:
+def test_weights_are_loaded_in_the_dtype_asked_for(models: dict[str, Path], hook_name: str) -> None:
     model = load_language_model(models["llama"], hook_name, torch.bfloat16)
     assert model.activations(TOKENS).dtype == torch.bfloat16
     model = load_language_model(models["llama"], hook_name)
@@ -76,9 +74,7 @@ def test_an_instance_of_a_plain_model_is_taken_as_it_is(
 
 
 @pytest.mark.parametrize("hook_name", [HOOK, "blocks.1.attn.hook_q"])
-def test_an_instance_of_a_bridge_is_taken_as_it_is(
-    models: dict[str, Path], hook_name: str
-) -> None:
+def test_an_instance_of_a_bridge_is_taken_as_it_is(models: dict[str, Path], hook_name: str) -> None:
     bridge = TransformerBridge.boot_transformers(str(models["llama"]), device="cpu")
     model = load_language_model(bridge, hook_name)
     assert model.network is bridge

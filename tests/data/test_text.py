@@ -130,7 +130,9 @@ def test_column_and_split_are_chosen_by_name(tmp_path: Path) -> None:
 
 
 def test_a_text_file_is_split_at_the_mark_and_blank_documents_are_dropped(tmp_path: Path) -> None:
-    path = write_txt(tmp_path / "a.txt", ["one", "", " \n\t", "\n two\nlines \n", "drei é 日本", ""])
+    path = write_txt(
+        tmp_path / "a.txt", ["one", "", " \n\t", "\n two\nlines \n", "drei é 日本", ""]
+    )
     assert [document.text for document in TextFile(path)] == ["one", "two\nlines", "drei é 日本"]
     assert TextFile(path).spans[0] == (0, 3)
 
@@ -254,6 +256,6 @@ def test_a_file_of_another_kind_or_a_missing_one_in_a_list_is_refused(tmp_path: 
         open_text(tmp_path / "model.bin")
     with pytest.raises(ValueError, match=r"to list files but there is no \['missing'\]"):
         open_text([one_txt(tmp_path), "missing"])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="none at .*empty"):
-        (tmp_path / "empty").mkdir()
         open_text(tmp_path / "empty")

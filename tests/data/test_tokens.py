@@ -44,7 +44,7 @@ def letters(n: int) -> list[str]:
 def documents_in_a_pass(corpus: Any, **arguments: Any) -> list[str]:
     """The one-letter documents that blocks give before the second pass over the text."""
     blocks = blocks_of(corpus, 1, **arguments)
-    tokens = []
+    tokens: list[int] = []
     while True:
         token = blocks.read(1).item()
         if blocks.epoch > 0:

@@ -39,7 +39,7 @@ def _check_ranks(metric: Metric, batches: list[Batch], expected: Tensor) -> None
     _close(merged.compute(), expected)
 
     others = iter(_states(second).values())
-    first.dist_sync_fn = lambda state, group: [state, next(others)]  # noqa: ARG005
+    first.dist_sync_fn = lambda state, group: [state, next(others)]
     first.distributed_available_fn = lambda: True
     _close(first.compute(), expected)
 

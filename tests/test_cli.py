@@ -1,0 +1,264 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lightning_sae
+from lightning_sae import ActivationDataModule, ReLUSAE
+from lightning_sae.cli import command, main
+
+SMALL = [
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=6",
+    "--trainer.val_check_interval=3",
+    "--trainer.check_val_every_n_epoch=null",
+    "--trainer.log_every_n_steps=2",
+    "--trainer.enable_model_summary=false",
+    "--model=lightning_sae.ReLUSAE",
+    "--model.d_sae=256",
+    "--data=lightning_sae.ActivationDataModule",
+    "--data.hook_name=blocks.1.hook_resid_post",
+    "--data.context_length=32",
+    "--data.blocks_per_pass=8",
+    "--data.batch_size=128",
+    "--data.buffer_size=512",
+    "--data.n_validation=512",
+    "--data.n_test=512",
+    "--evaluation.n_tokens=512",
+]
+PROJECTION = "--trainer.callbacks=lightning_sae.callbacks.DecoderNormProjection"
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run on the embedded model, fitted and tested."""
+    root = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lightning-sae"])
+        main(["fit", *SMALL, PROJECTION, f"--trainer.default_root_dir={root}"])
+        main(
+            [
+                "test",
+                f"--config={root}/config.yaml",
+                f"--ckpt_path={root}/checkpoints/last.ckpt",
+            ]
+        )
+    return root
+
+
+def test_a_run_leaves_what_it_promises(run: Path) -> None:
+    assert {"sae", "checkpoints", "tensorboard", "results.json", "config.yaml"} == {
+        path.name for path in run.iterdir()
+    }
+    sae = lightning_sae.load(run / "sae")
+    assert (sae.d_in, sae.d_sae) == (128, 256)  # d_in was read from the model
+    assert sae.source["hook_name"] == "blocks.1.hook_resid_post"
+    assert sae.source["model"] == "embedded"
+
+
+def test_results_hold_every_figure(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    expected = (
+        "l0 mse fvu explained_variance l2_ratio relative_reconstruction_bias cosine_similarity "
+        "dead_fraction frequency_below_1e-5 frequency_below_1e-4 ce_clean ce_spliced "
+        "ce_zero_ablation ce_mean_ablation loss_recovered_zero loss_recovered_mean "
+        "perplexity_clean perplexity_spliced kl n_tokens"
+    )
+    assert set(expected.split()) <= results.keys()
+    assert all(isinstance(value, int | float) for value in results.values())
+    assert results["fvu"] == pytest.approx(1 - results["explained_variance"], abs=1e-6)
+    assert results["ce_clean"] < results["ce_spliced"] < results["ce_zero_ablation"]
+
+
+def test_tensorboard_gets_curves_histograms_and_hyperparameters(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"), {"histograms": 0}).Reload()
+    scalars, histograms = set(events.Tags()["scalars"]), set(events.Tags()["histograms"])
+    assert {"train/loss", "train/l0", "train/dead", "val/fvu", "val/l0"} <= scalars
+    assert {
+        "latents/log10_frequency",
+        "latents/encoder_decoder_cosine",
+        "latents/decoder_norm",
+        "latents/encoder_bias",
+    } <= histograms
+    assert [event.step for event in events.Histograms("latents/decoder_norm")] == [3, 6]
+    norms = events.Histograms("latents/decoder_norm")[-1].histogram_value
+    assert norms.num == 256
+    assert norms.min == pytest.approx(1, abs=1e-5)
+    assert "d_sae: 256" in (run / "tensorboard" / "hparams.yaml").read_text()
+
+
+def test_the_exported_sae_is_the_trained_one(run: Path) -> None:
+    x = torch.randn(9, 128)
+    exported = lightning_sae.load(run / "sae")
+    trained = lightning_sae.load(run / "checkpoints" / "last.ckpt")
+    torch.testing.assert_close(exported.encode(x), trained.encode(x))
+
+
+def test_testing_again_keeps_the_earlier_results(run: Path, capsys: Any) -> None:
+    before = (run / "results.json").read_bytes()
+    arguments = [f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"]
+    main(["test", *arguments])
+    assert (run / "results.json").read_bytes() == before
+    again = json.loads((run / "results-2.json").read_text())
+    assert again == json.loads(before)
+    assert f"Made: {run}/results-2.json" in capsys.readouterr().out
+    (run / "results-2.json").unlink()
+
+
+def test_validate_and_predict_work_from_the_same_config(run: Path) -> None:
+    arguments = [f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"]
+    assert main(["validate", *arguments]).trainer.callback_metrics["val/l0"] > 0
+    main(["predict", *arguments, "--return_predictions=false"])
+
+
+def test_a_run_in_the_folder_of_another_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    arguments = ["fit", *SMALL, PROJECTION, f"--trainer.default_root_dir={run}"]
+    monkeypatch.setattr(sys, "argv", ["lightning-sae", *arguments])
+    with pytest.raises(SystemExit, match=r"lightning-sae: ValueError: .*is not overwritten"):
+        command()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_can_be_prolonged(run: Path, tmp_path: Path) -> None:
+    last = run / "checkpoints" / "last.ckpt"
+    root = tmp_path / "longer"
+    main(
+        [
+            "fit",
+            *SMALL,
+            PROJECTION,
+            f"--trainer.default_root_dir={root}",
+            "--trainer.max_steps=8",
+            f"--ckpt_path={last}",
+        ]
+    )
+    assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+class MySAE(ReLUSAE):
+    """A user's architecture.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        sharpness: The user's own argument.
+        kwargs: Arguments of `ReLUSAE`.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, sharpness: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(d_in, d_sae, **kwargs)
+        self.sharpness = sharpness
+
+
+class MyData(ActivationDataModule):
+    """A user's data."""
+
+
+def test_every_part_can_be_a_users_own() -> None:
+    arguments = [argument for argument in SMALL if not argument.startswith(("--model=", "--data="))]
+    cli = main(
+        [
+            f"--model={__name__}.MySAE",
+            f"--data={__name__}.MyData",
+            *arguments,
+            "--model.sharpness=3",
+            "--model.l1_coefficient=0.5",
+            "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+            "--trainer.logger.save_dir=logs",
+        ],
+        run=False,
+    )
+    assert isinstance(cli.model, MySAE)
+    assert (cli.model.sharpness, cli.model.l1_coefficient) == (3.0, 0.5)
+    assert isinstance(cli.datamodule, MyData)
+    assert type(cli.trainer.logger).__name__ == "CSVLogger"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_is_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed and built, but for models that only the hub has."""
+    monkeypatch.setattr(ActivationDataModule, "d_in", 8)
+    cli = main([f"--config={path}"], run=False)
+    assert isinstance(cli.model, lightning_sae.SparseAutoencoder)
+    assert cli.trainer.max_steps > 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_trains_a_step(path: Path, tmp_path: Path) -> None:
+    """On the embedded model, with small sizes, and without callbacks' long schedules."""
+    shrunk = [a for a in SMALL if not a.startswith(("--model", "--data=", "--data.hook"))]
+    arguments = [
+        "--data.model=embedded",
+        "--data.text=embedded",
+        "--data.streaming=false",
+        "--data.hook_name=blocks.0.hook_resid_post",
+        "--model.d_sae=64",
+        "--model.lr_warmup_steps=0",
+        "--model.lr_decay_steps=0",
+        f"--trainer.default_root_dir={tmp_path}/run",
+    ]
+    cli = main(["fit", f"--config={path}", *shrunk, *arguments, "--trainer.max_steps=400000",
+                "--trainer.max_time=00:00:00:01", "--trainer.val_check_interval=null"])  # fmt: skip
+    assert cli.trainer.global_step > 0
+
+
+def test_help_documents_arguments_from_the_docstrings() -> None:
+    environment = {**os.environ, "COLUMNS": "200"}
+    arguments = ["fit", "--model.help=lightning_sae.ReLUSAE"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "lightning_sae", *arguments],
+        cwd=Path(__file__).resolve().parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for line in ("Weight lambda of the penalty", "Peak learning rate of Adam", "Largest norm of"):
+        assert line in shown
+
+
+BAD_INPUT = {
+    "--data.hook_name=blocks.1.hook_resid_pots": "close ones are: blocks.1.hook_resid_post",
+    "--data.hook_name=blocks.7.hook_resid_post": "a layer from 0 to 2 but got",
+    "--data.model=./no/such/folder": "there is no folder",
+    "--data.model=some-org/some-model": "the hub did not give it",
+    "--data.text=./no/such/file.txt": "to name files but there is none",
+    "--data.context_length=100000": "to be at most 256, the context of the model",
+    "--data.batch_size=1024": "between 1 and `buffer_size`=512",
+    "--trainer.max_steps=-1": "set `trainer.max_steps`",
+    "--model.lr=0": "`lr` to be positive",
+    "--ckpt_path=missing.ckpt": "missing.ckpt",
+}
+
+
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set:UserWarning")
+@pytest.mark.parametrize(("argument", "message"), BAD_INPUT.items())
+def test_bad_input_ends_with_one_line_before_anything_is_written(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-sae", "fit", *SMALL, PROJECTION, argument])
+    with pytest.raises(SystemExit) as stopped:
+        command()
+    assert message in f"{stopped.value}{capsys.readouterr().err}"
+    assert not list(Path("runs").rglob("*.ckpt"))
+    assert not list(Path("runs").rglob("config.yaml"))
+
+
+def test_seed_is_fixed_unless_the_user_sets_one() -> None:
+    weights = []
+    for seed in (0, 0, 1):
+        seed_everything(seed)
+        weights.append(main([*SMALL, f"--seed_everything={seed}"], run=False).model.W_dec)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
