@@ -10,6 +10,7 @@ from lightning_sae.callbacks.progress import SAEProgressBar as SAEProgressBar
 from lightning_sae.callbacks.resampling import DeadFeatureResampling as DeadFeatureResampling
 from lightning_sae.callbacks.results import ExportSAE as ExportSAE
 from lightning_sae.callbacks.results import HeldOutEvaluation as HeldOutEvaluation
+from lightning_sae.callbacks.results import LatentWriter as LatentWriter
 from lightning_sae.callbacks.watching import Histograms as Histograms
 from lightning_sae.callbacks.watching import StreamMonitor as StreamMonitor
 
@@ -20,6 +21,7 @@ __all__ = [
     "HeldOutEvaluation",
     "Histograms",
     "L1Warmup",
+    "LatentWriter",
     "RunCheckpoint",
     "SAEProgressBar",
     "StreamMonitor",

@@ -5,8 +5,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.analysis import evaluate_in_model
@@ -58,6 +62,56 @@ class HeldOutEvaluation(Callback):
             self.path = unused(Path(trainer.default_root_dir) / "results.json")
             text = json.dumps(results, indent=2) + "\n"
             write_atomically(self.path, lambda path: path.write_text(text))
+
+
+class LatentWriter(Callback):
+    """Writes what `predict` gives to `<trainer.default_root_dir>/latents`, a file per batch.
+
+    `batch-00000.safetensors` and so on hold the non-zero latents in compressed rows: `values` [n],
+    `latents` [n], `starts` [batch + 1] and `d_sae`; those of row i are `starts[i]:starts[i + 1]`.
+    With several ranks, the rank stands in the name. If there is a folder already, the next is
+    `latents-2`.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = unused(Path(trainer.default_root_dir) / "latents")
+        self.folder = trainer.strategy.broadcast(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Float[Tensor, "batch d_sae"],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self.folder is not None
+        rank = f"-rank-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = self.folder / f"batch-{batch_idx:05d}{rank}.safetensors"
+        rows = compressed_rows(outputs.cpu())
+        write_atomically(path, lambda temporary: save_file(rows, temporary))
+
+
+def compressed_rows(f: Float[Tensor, "batch d_sae"]) -> dict[str, Tensor]:
+    """The non-zero entries of `f` row by row; see `LatentWriter`.
+
+    Example:
+        >>> rows = compressed_rows(torch.tensor([[0.0, 2.0], [0.0, 0.0], [3.0, 4.0]]))
+        >>> rows["values"], rows["latents"], rows["starts"]
+        (tensor([2., 3., 4.]), tensor([1, 0, 1]), tensor([0, 1, 1, 3]))
+    """
+    rows, latents = f.nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(f))
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    d_sae = torch.tensor(f.shape[1])
+    return {"values": f[rows, latents], "latents": latents, "starts": starts, "d_sae": d_sae}
 
 
 def unused(path: Path) -> Path:

@@ -19,6 +19,7 @@ from lightning_sae.callbacks import (
     ExportSAE,
     HeldOutEvaluation,
     Histograms,
+    LatentWriter,
     RunCheckpoint,
     SAEProgressBar,
     StreamMonitor,
@@ -49,8 +50,8 @@ class SAECLI(LightningCLI):
     """Lightning's command line with an SAE as model and a stream of activations as data.
 
     The SAE's `d_in` is read from the data. Every run gets a progress bar, TensorBoard logs,
-    checkpoints, the exported SAE and, by `test`, an evaluation in the language model, all below
-    `trainer.default_root_dir`.
+    checkpoints, the exported SAE and, by `test`, an evaluation in the language model, by `predict`
+    the latents, all below `trainer.default_root_dir`.
     """
 
     @override
@@ -104,6 +105,22 @@ class SAECLI(LightningCLI):
             f'  python -c "import lightning_sae; print(lightning_sae.load({str(root / "sae")!r}))"',
         )
 
+    def after_validate(self) -> None:
+        """Say that there is no more than what was shown."""
+        say("\nValidated on held-out text. Made nothing: `lightning-sae test` writes results.json.")
+
+    def predict(self, **arguments: Any) -> None:
+        """Predict without holding all latents in memory: they are written batch by batch."""
+        self.trainer.predict(**{**arguments, "return_predictions": False})
+
+    def after_predict(self) -> None:
+        """Say where the latents are."""
+        folder = self._callback(LatentWriter).folder
+        say(
+            "\nPredicted the latents of held-out text.",
+            f"Made: {folder}  safetensors, the non-zero latents of a batch in compressed rows",
+        )
+
     def _callback(self, kind: type[C]) -> C:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         return next(callback for callback in callbacks if isinstance(callback, kind))
@@ -139,7 +156,9 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         subclass_mode_data=True,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [ExportSAE(), Histograms(), StreamMonitor()]},
+        trainer_defaults={
+            "callbacks": [ExportSAE(), Histograms(), LatentWriter(), StreamMonitor()]
+        },
         auto_configure_optimizers=False,
         args=args,
         run=run,

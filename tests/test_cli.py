@@ -2,12 +2,14 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_sae
@@ -113,10 +115,25 @@ def test_testing_again_keeps_the_earlier_results(run: Path, capsys: Any) -> None
     (run / "results-2.json").unlink()
 
 
-def test_validate_and_predict_work_from_the_same_config(run: Path) -> None:
+def test_validate_works_from_the_same_config(run: Path) -> None:
     arguments = [f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"]
     assert main(["validate", *arguments]).trainer.callback_metrics["val/l0"] > 0
-    main(["predict", *arguments, "--return_predictions=false"])
+
+
+def test_predict_writes_the_latents(run: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = [f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"]
+    cli = main(["predict", *arguments, f"--trainer.default_root_dir={tmp_path}/out"])
+    assert f"Made: {tmp_path}/out/latents" in capsys.readouterr().out
+    files = sorted((tmp_path / "out" / "latents").iterdir())
+    batches = list(cli.datamodule.predict_dataloader())
+    assert len(files) == len(batches) > 1
+    for file, batch in zip(files, batches, strict=True):
+        rows, f = load_file(file), cli.model.encode(batch)
+        assert rows["d_sae"] == 256
+        for i, (start, end) in enumerate(pairwise(rows["starts"].tolist())):
+            dense = torch.zeros(256)
+            dense[rows["latents"][start:end]] = rows["values"][start:end]
+            torch.testing.assert_close(dense, f[i])
 
 
 def test_a_run_in_the_folder_of_another_is_refused(
