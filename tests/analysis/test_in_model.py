@@ -14,7 +14,7 @@ from lightning_sae.data.embedded import EMBEDDED_MODEL
 
 HOOK = "blocks.1.hook_resid_post"
 BOS = 0
-N = 512
+N = 256
 
 
 @pytest.fixture(scope="module")

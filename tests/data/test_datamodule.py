@@ -278,9 +278,15 @@ def test_a_checkpoint_of_the_middle_of_a_run_gives_the_rest_of_it(
         assert torch.equal(rest, torch.stack(recorder.batches[step:]))
 
 
-def test_a_second_run_with_the_same_data_starts_at_the_beginning(make_data: Any) -> None:
-    data = make_data()
+def test_a_second_run_with_the_same_data_starts_at_the_beginning(
+    make_data: Any, tmp_path: Path
+) -> None:
+    data, run = make_data(), trainer(12)
+    run.fit(Recorder(), data)
+    run.save_checkpoint(tmp_path / "run.ckpt")
     first = batches_of_a_fit(data, 12)
+    assert torch.equal(batches_of_a_fit(data, 12), first)
+    batches_of_a_fit(data, 15, ckpt_path=tmp_path / "run.ckpt")
     assert torch.equal(batches_of_a_fit(data, 12), first)
 
 
