@@ -51,6 +51,6 @@ class SAEProgressBar(TQDMProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        if trainer.training:
+        if trainer.training and self.rate > 0:
             metrics["act/s"] = f"{self.rate:,.0f}"
         return metrics

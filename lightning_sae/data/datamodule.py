@@ -59,8 +59,8 @@ class ActivationDataModule(LightningDataModule):
             their pass; null keeps all.
         center: Have the SAE subtract the mean activation, estimated on the first full buffer.
         scale: Have the SAE scale activations to mean norm sqrt(d_in), estimated likewise.
-        n_validation: Held-out activations in a validation.
-        n_test: Held-out activations in a test.
+        n_validation: Held-out activations in a validation, for each rank.
+        n_test: Held-out activations in a test, for each rank.
         seed: Seed of the order of the documents and of the shuffle.
         largest_saved_buffer: Bytes up to which the buffer is part of a checkpoint. A larger one
             is filled anew on resume, which is then not exact.
@@ -215,7 +215,8 @@ class ActivationDataModule(LightningDataModule):
         """
         trainer: Any = self.trainer
         timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
-        if stage == "fit" and trainer.max_steps == -1 and not timed:
+        ends = trainer.max_steps > 0 or timed or isinstance(trainer.limit_train_batches, int)
+        if stage == "fit" and not ends:
             raise ValueError(
                 "The stream of activations has no end: set `trainer.max_steps` to the number of "
                 f"optimiser steps, each on {self.batch_size} activations."

@@ -55,7 +55,7 @@ class StreamedCorpus:
         """The documents of any pass over the text, from position `start` on."""
         rows = self.rows.skip(start)
         rows.set_epoch(number)  # a shuffled stream has an order for each
-        return (named(row[self.column]) for row in rows)
+        return (named(row[self.column] or "") for row in rows)
 
 
 class TextFile(Sequence[Document]):
@@ -86,7 +86,7 @@ class Rows(Sequence[Document]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return named(self.rows[index][self.column])
+        return named(self.rows[index][self.column] or "")  # a row may have no text
 
 
 class Joined(Sequence[Document]):

@@ -376,3 +376,9 @@ def test_without_validation_no_document_need_be_held_out(make_data: Any, tmp_pat
 def test_a_run_without_an_end_is_refused(make_data: Any) -> None:
     with pytest.raises(ValueError, match="no end: set `trainer.max_steps` .* 16 activations"):
         trainer(-1, max_epochs=3).fit(Recorder(), make_data())
+
+
+def test_a_run_may_end_by_the_length_of_its_epochs(make_data: Any) -> None:
+    limited = trainer(-1, max_epochs=2, limit_train_batches=3)
+    limited.fit(Recorder(), make_data())
+    assert limited.global_step == 6
