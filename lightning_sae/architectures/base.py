@@ -200,11 +200,15 @@ class SparseAutoencoder(LightningModule):
     def _start_from(self, batch: Float[Tensor, "batch d_in"]) -> None:
         scaling = getattr(getattr(self.trainer, "datamodule", None), "scaling", None)
         if scaling is not None:
-            self.input_mean.copy_(scaling.mean)
-            self.input_scale.copy_(scaling.scale)
+            self.input_mean.copy_(self._mean_of_ranks(scaling.mean))
+            self.input_scale.copy_(self._mean_of_ranks(scaling.scale))
         if self.b_dec_init == "mean":
-            mean = self.trainer.strategy.reduce(self.scaled(batch).mean(0), reduce_op="mean")
-            self.b_dec.copy_(mean)
+            self.b_dec.copy_(self._mean_of_ranks(self.scaled(batch).mean(0)))
+
+    def _mean_of_ranks(self, value: Tensor) -> Tensor:
+        # On a copy, for `reduce` works in place.
+        value = value.to(self.device, copy=True)
+        return self.trainer.strategy.reduce(value, reduce_op="mean")
 
     @override
     def training_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> dict[str, Any]:

@@ -244,15 +244,17 @@ class ActivationDataModule(LightningDataModule):
         return EndlessBatches(self.buffer)
 
     def _restore(self, buffer: ShuffleBuffer) -> None:
-        if self._restored and "rows" not in self._restored:
+        state, self._restored = self._restored, {}
+        if state and self.trainer is not None and self.trainer.world_size > 1:
+            state = {"source": state["source"], "generator": state["generator"]}
+        if state and "rows" not in state:
             warnings.warn(
-                "The checkpoint holds no buffer, for it was larger than `largest_saved_buffer`: "
-                "it is filled anew with the text that follows, and the run is not bit for bit the "
-                "one that would have been.",
+                "The checkpoint holds no buffer for this rank (it is larger than "
+                "`largest_saved_buffer`, or there are several ranks): it is filled anew with the "
+                "text that follows, and the run is not bit for bit the one that would have been.",
                 stacklevel=2,
             )
-        buffer.load_state_dict(self._restored)
-        self._restored = {}
+        buffer.load_state_dict(state)
 
     def _new_buffer(self) -> ShuffleBuffer:
         stream = ActivationStream(
