@@ -12,6 +12,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
@@ -126,8 +127,9 @@ class SAECLI(LightningCLI):
         return next(callback for callback in callbacks if isinstance(callback, kind))
 
 
+@rank_zero_only
 def say(*lines: str) -> None:
-    """Print lines for the reader at the terminal."""
+    """Print lines for the reader at the terminal, once for all ranks."""
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sae.architectures.checks import (
+    require_finite,
+    require_matching,
+    require_positive,
+    require_width,
+)
 from lightning_sae.architectures.optimisation import adam_with_schedule
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.metrics import held_out_metrics
@@ -81,7 +87,7 @@ class SparseAutoencoder(LightningModule):
         dead_after: int = 1_000_000,
     ) -> None:
         super().__init__()
-        _require_positive(d_in=d_in, d_sae=d_sae, lr=lr, dead_after=dead_after)
+        require_positive(d_in=d_in, d_sae=d_sae, lr=lr, dead_after=dead_after)
         self.save_hyperparameters()
         self.d_in, self.d_sae = d_in, d_sae
         self.lr, self.betas = lr, betas
@@ -128,7 +134,7 @@ class SparseAutoencoder(LightningModule):
         Raises:
             ValueError: If the last axis of `x` is not `d_in`.
         """
-        self._check_width(x)
+        require_width(x, self.d_in)
         return self.activate(self.pre_activations(self.scaled(x))) / self.input_scale
 
     def decode(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
@@ -222,11 +228,11 @@ class SparseAutoencoder(LightningModule):
             ValueError: If the width of `batch` is not `d_in`.
             FloatingPointError: If the loss is not finite; the message says at which step.
         """
-        self._check_width(batch)
+        require_width(batch, self.d_in)
         x = self.scaled(batch)
         step = self.objective(x)
         loss = torch.stack(list(step.losses.values())).sum()
-        self._require_finite(loss, batch)
+        require_finite(loss, batch, self.trainer.global_step)
         with torch.no_grad():
             fired = (step.f != 0).sum(0)
             squared_error = (step.x_hat - x).pow(2).sum(-1)
@@ -382,51 +388,6 @@ class SparseAutoencoder(LightningModule):
         Raises:
             ValueError: If it does not fit this SAE.
         """
-        self._require_matching(checkpoint)
+        require_matching(self, checkpoint)
         self.source = checkpoint.get("lightning_sae", {}).get("source", {})
         self.is_trained = True
-
-    # Checks.
-
-    def _require_matching(self, checkpoint: dict[str, Any]) -> None:
-        architecture = checkpoint.get("lightning_sae", {}).get("architecture")
-        if architecture != type(self).__name__:
-            raise ValueError(
-                f"Expected a checkpoint of `{type(self).__name__}` but it holds `{architecture}`: "
-                f"build the architecture it was made with, or give another `ckpt_path`."
-            )
-        own = {name: tuple(w.shape) for name, w in self.state_dict().items()}
-        its = {name: tuple(w.shape) for name, w in checkpoint["state_dict"].items()}
-        if own != its:
-            names = sorted(n for n in own.keys() | its.keys() if own.get(n) != its.get(n))
-            pairs = ", ".join(f"{n} {own.get(n)} against {its.get(n)}" for n in names)
-            raise ValueError(
-                f"The checkpoint's shapes differ from this SAE's ({pairs}): "
-                "set the `d_in` and `d_sae` it was made with, or give another `ckpt_path`."
-            )
-
-    def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.d_in:
-            raise ValueError(
-                f"Expected activations with last axis d_in={self.d_in} but got shape "
-                f"{tuple(x.shape)}: use the hook and model this SAE was built for."
-            )
-
-    def _require_finite(self, loss: Tensor, batch: Tensor) -> None:
-        if torch.isfinite(loss):
-            return
-        bad = int((~torch.isfinite(batch)).any(-1).sum())
-        cause = (
-            f"{bad} of the batch's {len(batch)} activations are not finite: look at the model and "
-            "its dtype, or drop outliers with `data.max_norm_multiple`"
-            if bad
-            else "the activations are finite: lower `lr` or raise `lr_warmup_steps`"
-        )
-        step = self.trainer.global_step
-        raise FloatingPointError(f"The loss is {loss.item()} at optimiser step {step}; {cause}.")
-
-
-def _require_positive(**values: int | float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")

@@ -1,0 +1,56 @@
+"""What an SAE refuses, each with the remedy."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def require_positive(**values: int | float) -> None:
+    """Raise a ValueError if an argument is not positive."""
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")
+
+
+def require_width(x: Tensor, d_in: int) -> None:
+    """Raise a ValueError if the last axis of `x` is not `d_in`."""
+    if x.shape[-1] != d_in:
+        raise ValueError(
+            f"Expected activations with last axis d_in={d_in} but got shape {tuple(x.shape)}: use "
+            "the hook and model this SAE was built for."
+        )
+
+
+def require_finite(loss: Float[Tensor, ""], batch: Float[Tensor, "batch d_in"], step: int) -> None:
+    """Raise a FloatingPointError if `loss` is not finite, saying at which step and likely why."""
+    if torch.isfinite(loss):
+        return
+    bad = int((~torch.isfinite(batch)).any(-1).sum())
+    cause = (
+        f"{bad} of the batch's {len(batch)} activations are not finite: look at the model and its "
+        "dtype, or drop outliers with `data.max_norm_multiple`"
+        if bad
+        else "the activations are finite: lower `lr` or raise `lr_warmup_steps`"
+    )
+    raise FloatingPointError(f"The loss is {loss.item()} at optimiser step {step}; {cause}.")
+
+
+def require_matching(sae: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Raise a ValueError if `checkpoint` is of another architecture or shape than `sae`."""
+    architecture = checkpoint.get("lightning_sae", {}).get("architecture")
+    if architecture != type(sae).__name__:
+        raise ValueError(
+            f"Expected a checkpoint of `{type(sae).__name__}` but it holds `{architecture}`: "
+            "build the architecture it was made with, or give another `ckpt_path`."
+        )
+    own = {name: tuple(w.shape) for name, w in sae.state_dict().items()}
+    its = {name: tuple(w.shape) for name, w in checkpoint["state_dict"].items()}
+    if own != its:
+        names = sorted(n for n in own.keys() | its.keys() if own.get(n) != its.get(n))
+        pairs = ", ".join(f"{n} {own.get(n)} against {its.get(n)}" for n in names)
+        raise ValueError(
+            f"The checkpoint's shapes differ from this SAE's ({pairs}): "
+            "set the `d_in` and `d_sae` it was made with, or give another `ckpt_path`."
+        )
