@@ -19,7 +19,8 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
     Saved every `every_n_steps`, at the end, and on Ctrl-C or SIGTERM after the step under way;
     resumed from it, a run gives the weights it would have given uninterrupted. A second Ctrl-C
     stops at once. When training fails, as with a loss that is not finite, `last.ckpt` stays and
-    `stopped.ckpt` gets the weights before the failing step.
+    `stopped.ckpt` gets the weights before the failing step; resumed from that one, a run goes on
+    behind the failing batch.
 
     Args:
         every_n_steps: Optimiser steps between two checkpoints.
@@ -37,6 +38,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         self.every_n_steps = every_n_steps
         self._started = False
         self._step_before = self._saved_at = -1
+        self._saved: Path | None = None
         self._received: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -74,10 +76,13 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
     ) -> None:
         if trainer.global_step == self._step_before:  # gradients are being accumulated
             return
-        if self._received is not None or trainer.global_step % self.every_n_steps == 0:
+        stop = self._received is not None
+        if trainer.world_size > 1:  # a signal may reach one rank only, or at different steps
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer, "last.ckpt")
-        if self._received is not None:
-            raise KeyboardInterrupt(self._received.name)
+        if stop:
+            raise KeyboardInterrupt
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,20 +96,20 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._give_signals_back()
-        if not self._started:
+        if not self._started or trainer.global_step == 0:
             return
-        if self._received is None:
+        if self._saved_at != trainer.global_step:
             self._save(trainer, "stopped.ckpt")
-        name = "stopped.ckpt" if self._received is None else "last.ckpt"
         rank_zero_info(
             f"\nStopped after {trainer.global_step} optimiser steps; the checkpoint is "
-            f"{self.folder / name}\nGo on with the same command and --ckpt_path "
-            f"{self.folder / name}"
+            f"{self._saved}\nGo on with the same command and --ckpt_path {self._saved}"
         )
 
     def _save(self, trainer: Trainer, name: str) -> None:
-        trainer.save_checkpoint(self.folder / name, weights_only=False)
-        self._saved_at = trainer.global_step
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._saved, self._saved_at = self.folder / name, trainer.global_step
+        trainer.save_checkpoint(self._saved, weights_only=False)
 
     def _give_signals_back(self) -> None:
         for number, handler in self._handlers.items():
@@ -113,9 +118,10 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
 
 
 def require_new_run(folder: Path, ckpt_path: str | Path | None, parts: tuple[str, ...]) -> None:
-    """Raise a ValueError if `folder` holds one of a run's `parts` and no run is being resumed."""
+    """Raise a ValueError if `folder` holds one of a run's `parts` and that run is not resumed."""
     held = [name for name in parts if (folder / name).exists()]
-    if held and ckpt_path is None:
+    inside = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
+    if held and not inside:
         raise ValueError(
             f"Expected argument `trainer.default_root_dir` to be a new folder but {folder} holds a "
             f"run ({', '.join(held)}), which is not overwritten: choose another folder, or go on "

@@ -60,7 +60,7 @@ class L1Warmup(Callback):
                 "`L1Warmup` needs an SAE with an `l1_coefficient` and a `penalty_scale` but "
                 f"{type(pl_module).__name__} has not both: remove the callback."
             )
-        if 0 < trainer.max_steps < self.n_steps:
+        if 0 < trainer.max_steps < self.n_steps and not trainer.fast_dev_run:  # type: ignore
             raise ValueError(
                 "Expected argument `n_steps` to be at most "
                 f"`trainer.max_steps`={trainer.max_steps} but got {self.n_steps}: "

@@ -124,7 +124,7 @@ class DeadFeatureResampling(Callback):
                 "`DeadFeatureResampling` needs an SAE with untied parameters `W_enc`, `W_dec` and "
                 f"`b_enc`, which {type(pl_module).__name__} is not: remove the callback."
             )
-        if 0 < trainer.max_steps <= self.every_n_steps:
+        if 0 < trainer.max_steps <= self.every_n_steps and not trainer.fast_dev_run:  # type: ignore
             raise ValueError(
                 "Expected argument `every_n_steps` to be less than "
                 f"`trainer.max_steps`={trainer.max_steps} but got {self.every_n_steps}: "

@@ -29,6 +29,8 @@ class ExportSAE(Callback):
     @override
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self.folder = unused(Path(trainer.default_root_dir) / "sae")
         pl_module.save_pretrained(self.folder)  # type: ignore[operator]
 
@@ -38,6 +40,7 @@ class HeldOutEvaluation(Callback):
 
     Figures go to `<trainer.default_root_dir>/results.json`, or `results-2.json` and so on if there
     is one. Needs an `ActivationDataModule`; with other data, only the test's metrics are written.
+    With several ranks, the language model reads the share of the first.
 
     Args:
         n_tokens: Held-out tokens that the language model reads, about.

@@ -1,5 +1,6 @@
 """The command line: Lightning's own, with the parts of a run on an SAE put together."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
@@ -26,6 +28,7 @@ from lightning_sae.callbacks import (
     StreamMonitor,
 )
 from lightning_sae.callbacks.checkpoint import require_new_run
+from lightning_sae.callbacks.results import unused
 from lightning_sae.saving import AtomicCheckpointIO
 
 C = TypeVar("C", bound=Callback)
@@ -40,11 +43,12 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.ckpt_path is not None or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / "config.yaml", skip_none=False, multifile=False)
+        path = unused(folder / "config.yaml")  # a resumed run may have other settings
+        self.parser.save(self.config, path, skip_none=False, multifile=False)
 
 
 class SAECLI(LightningCLI):
@@ -70,23 +74,39 @@ class SAECLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(root, name="tensorboard", version="")
         if not self._get(self.config_init, "trainer.plugins"):
             kwargs["plugins"] = [AtomicCheckpointIO()]
+        if self._get(self.config_init, "trainer.enable_progress_bar") is False:
+            self._parser(self.subcommand).callback_keys.remove("progress_bar")
+        if self._get(self.config_init, "trainer.enable_checkpointing") is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Refuse a folder that holds a run, before anything is written."""
-        root = Path(self.trainer.default_root_dir)
-        ckpt_path = self._get(self.config_init, "ckpt_path")
+        root, ckpt_path = Path(self.trainer.default_root_dir), self._ckpt_path()
+        if ckpt_path is not None:
+            require_checkpoint(ckpt_path, root)
         require_new_run(root, ckpt_path, ("config.yaml", "checkpoints", "sae"))
+
+    def before_test(self) -> None:
+        """Refuse to evaluate an SAE that was not trained."""
+        require_checkpoint(self._ckpt_path(), Path(self.trainer.default_root_dir))
+
+    before_validate = before_predict = before_test
+
+    def _ckpt_path(self) -> str | None:
+        return self._get(self.config_init, "ckpt_path")
 
     def after_fit(self) -> None:
         """Say what was made and what to type next."""
         root = Path(self.trainer.default_root_dir)
-        exported = self._callback(ExportSAE).folder
+        made = {
+            self._callback(ExportSAE).folder: "the SAE, for lightning_sae.load",
+            root / "checkpoints" / "last.ckpt": "to go on from",
+            root / "tensorboard": "curves and histograms",
+        }
         say(
             f"\nTrained {type(self.model).__name__} for {self.trainer.global_step} steps. Made:",
-            f"  {exported}  the SAE, for lightning_sae.load",
-            f"  {root / 'checkpoints' / 'last.ckpt'}  to go on from",
-            f"  {root / 'tensorboard'}  curves and histograms",
+            *(f"  {path}  {what}" for path, what in made.items() if path and path.exists()),
             "Next:",
             f"  lightning-sae test --config {root / 'config.yaml'} "
             f"--ckpt_path {root / 'checkpoints' / 'last.ckpt'}",
@@ -103,7 +123,7 @@ class SAECLI(LightningCLI):
             f"Made: {evaluation.path}",
             "Next:",
             f"  tensorboard --logdir {root / 'tensorboard'}",
-            f'  python -c "import lightning_sae; print(lightning_sae.load({str(root / "sae")!r}))"',
+            f'  python -c "import lightning_sae; print(lightning_sae.load({_newest(root)!r}))"',
         )
 
     def after_validate(self) -> None:
@@ -127,6 +147,20 @@ class SAECLI(LightningCLI):
         return next(callback for callback in callbacks if isinstance(callback, kind))
 
 
+def require_checkpoint(ckpt_path: str | None, root: Path) -> None:
+    """Raise a ValueError if `ckpt_path` is no checkpoint file; without one, weights are random."""
+    if ckpt_path is None or ("://" not in ckpt_path and not Path(ckpt_path).is_file()):
+        raise ValueError(
+            f"Expected argument `ckpt_path` to be a checkpoint file but got {ckpt_path}: a run "
+            f"leaves its own at {root / 'checkpoints' / 'last.ckpt'}"
+        )
+
+
+def _newest(root: Path) -> str:
+    exported = sorted(root.glob("sae*/config.json"), key=lambda path: path.stat().st_mtime)
+    return str(exported[-1].parent if exported else root / "sae")
+
+
 @rank_zero_only
 def say(*lines: str) -> None:
     """Print lines for the reader at the terminal, once for all ranks."""
@@ -134,11 +168,19 @@ def say(*lines: str) -> None:
 
 
 def command() -> None:
-    """Run `lightning-sae`, and end with one line, not a traceback, where the input is bad."""
+    """Run `lightning-sae`, and end with one line, not a traceback, where the input is bad.
+
+    The environment variable `LIGHTNING_SAE_TRACEBACK=1` shows the traceback all the same.
+    """
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"lightning-sae: {type(error).__name__}: {error}")
+    except (ValueError, OSError, FloatingPointError, MisconfigurationException) as error:
+        if os.environ.get("LIGHTNING_SAE_TRACEBACK"):
+            raise
+        sys.exit(
+            f"lightning-sae: {type(error).__name__}: {error}\n"
+            "(LIGHTNING_SAE_TRACEBACK=1 shows where)"
+        )
 
 
 def main(args: ArgsType = None, run: bool = True) -> SAECLI:

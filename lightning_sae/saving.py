@@ -35,6 +35,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
+        temporary.chmod(0o666 & ~_umask())  # as if opened in the ordinary way
         _flush_to_disk(temporary)
         temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap ENOSPC
@@ -42,6 +43,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         raise OSError(f"Could not write {path}: {error}; {kept}. Free some disk space.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _flush_to_disk(path: Path) -> None:

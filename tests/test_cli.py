@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -120,6 +121,30 @@ def test_validate_works_from_the_same_config(run: Path) -> None:
     assert main(["validate", *arguments]).trainer.callback_metrics["val/l0"] > 0
 
 
+@pytest.mark.parametrize("command_name", ["test", "validate", "predict"])
+def test_weights_that_were_not_trained_are_not_evaluated(run: Path, command_name: str) -> None:
+    with pytest.raises(ValueError, match=r"`ckpt_path` to be a checkpoint file but got None"):
+        main([command_name, f"--config={run}/config.yaml"])
+
+
+def test_a_resumed_run_keeps_both_configurations(run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(run, root)
+    last = f"--ckpt_path={root}/checkpoints/last.ckpt"
+    config = f"--config={run}/config.yaml"
+    main(["fit", config, f"--trainer.default_root_dir={root}", "--trainer.max_steps=7", last])
+    assert "max_steps: 6" in (root / "config.yaml").read_text()
+    assert "max_steps: 7" in (root / "config-2.yaml").read_text()
+    assert (root / "sae-2" / "config.json").is_file()
+
+
+def test_bars_and_checkpoints_can_be_switched_off(tmp_path: Path) -> None:
+    off = ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
+    main(["fit", *SMALL, PROJECTION, *off, f"--trainer.default_root_dir={tmp_path}/run"])
+    assert (tmp_path / "run" / "sae").is_dir()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_predict_writes_the_latents(run: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = [f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"]
     cli = main(["predict", *arguments, f"--trainer.default_root_dir={tmp_path}/out"])
@@ -225,8 +250,9 @@ def test_every_shipped_config_trains_a_step(path: Path, tmp_path: Path) -> None:
         "--model.lr_decay_steps=0",
         f"--trainer.default_root_dir={tmp_path}/run",
     ]
-    cli = main(["fit", f"--config={path}", *shrunk, *arguments, "--trainer.max_steps=400000",
-                "--trainer.max_time=00:00:00:01", "--trainer.val_check_interval=null"])  # fmt: skip
+    endless = ["--trainer.max_steps=400000", "--trainer.val_check_interval=100000"]
+    second = "--trainer.max_time=00:00:00:01"
+    cli = main(["fit", f"--config={path}", *shrunk, *arguments, *endless, second])
     assert cli.trainer.global_step > 0
 
 

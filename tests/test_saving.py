@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_sae
@@ -68,6 +69,29 @@ def test_a_users_own_class_is_loaded_by_that_class(tmp_path: Path) -> None:
     assert type(MySAE.from_pretrained(folder)) is MySAE
     with pytest.raises(ValueError, match="architecture `ReLUSAE` but the file holds `MySAE`"):
         ReLUSAE.from_pretrained(folder)
+
+
+class ThresholdSAE(ReLUSAE):
+    """Its latents do not scale with their pre-activations, so scaling cannot be folded."""
+
+    def activate(self, pre: Tensor) -> Tensor:
+        return torch.where(pre > 1.0, pre, 0.0)
+
+
+def test_what_cannot_be_folded_is_kept_beside_the_weights(tmp_path: Path) -> None:
+    sae, x = ThresholdSAE(4, 6), torch.randn(50, 4)
+    sae.input_mean.copy_(torch.randn(4))
+    sae.input_scale.fill_(3.0)
+    loaded = ThresholdSAE.from_pretrained(sae.save_pretrained(tmp_path / "sae"))
+    torch.testing.assert_close(loaded.encode(x), sae.encode(x))
+    assert (sae.encode(x) > 0).any()
+
+
+def test_files_can_be_read_by_others_as_usual(tmp_path: Path) -> None:
+    folder = ReLUSAE(4, 6).save_pretrained(tmp_path / "sae")
+    (tmp_path / "ordinary").touch()
+    modes = {path.stat().st_mode for path in [*folder.iterdir(), tmp_path / "ordinary"]}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.ckpt", "."])

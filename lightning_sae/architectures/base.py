@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.architectures.checks import (
+    compare_sources,
     require_finite,
     require_matching,
+    require_one_of,
     require_positive,
     require_width,
 )
@@ -88,6 +90,10 @@ class SparseAutoencoder(LightningModule):
     ) -> None:
         super().__init__()
         require_positive(d_in=d_in, d_sae=d_sae, lr=lr, dead_after=dead_after)
+        if clip_grad_norm is not None:
+            require_positive(clip_grad_norm=clip_grad_norm)
+        require_one_of(("mean", "zero"), b_dec_init=b_dec_init)
+        require_one_of(("unit", "free"), decoder_norm=decoder_norm)
         self.save_hyperparameters()
         self.d_in, self.d_sae = d_in, d_sae
         self.lr, self.betas = lr, betas
@@ -199,6 +205,7 @@ class SparseAutoencoder(LightningModule):
     def on_train_batch_start(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
         """Before the very first step: adopt the data's scaling and place `b_dec`."""
         if not self.is_trained:
+            require_width(batch, self.d_in)
             self._start_from(batch)
             self.is_trained = True
 
@@ -266,8 +273,8 @@ class SparseAutoencoder(LightningModule):
             self.parameters(),
             lr=self.lr,
             betas=self.betas,
-            warmup=self.lr_warmup_steps,
-            decay=self.lr_decay_steps,
+            warmup=0 if self.trainer.fast_dev_run else self.lr_warmup_steps,  # type: ignore
+            decay=0 if self.trainer.fast_dev_run else self.lr_decay_steps,  # type: ignore
             total=self.trainer.max_steps,
             # A fused step unscales fp16 gradients itself, which Lightning cannot clip.
             fused=self.trainer.precision != "16-mixed",
@@ -286,9 +293,11 @@ class SparseAutoencoder(LightningModule):
         though only fp16's scaled gradients are in its way, and there Adam is not fused.
         """
         value = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
-        if gradient_clip_algorithm == "value" and value is not None:
+        if not value:  # Lightning's 0 does not clip
+            return
+        if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), value)
-        elif value is not None:
+        else:
             nn.utils.clip_grad_norm_(self.parameters(), value)
 
     # Held-out data.
@@ -368,13 +377,28 @@ class SparseAutoencoder(LightningModule):
 
         With s the scale and m the mean: `b_dec' = b_dec / s + m`, `b_enc' = b_enc / s`, less
         `m @ W_enc` where the encoder does not subtract `b_dec`. The directions stay as they are.
+
+        This is exact if latents scale with their pre-activations. Where a subclass's `activate`
+        does not, as with a threshold, centring and scaling are kept beside the weights instead.
         """
+        if not self._activates_in_proportion():
+            state = {**dict(self.named_parameters()), "input_mean": self.input_mean}
+            state["input_scale"] = self.input_scale
+            return {name: w.detach().clone().contiguous() for name, w in state.items()}
         b_enc = self.b_enc / self.input_scale
         if not self.apply_b_dec_to_input:
             b_enc = b_enc - self.input_mean @ self.W_enc
         folded = {"b_enc": b_enc, "b_dec": self.b_dec / self.input_scale + self.input_mean}
         weights = {name: w for name, w in self.named_parameters() if name not in folded}
         return {name: w.detach().clone().contiguous() for name, w in {**weights, **folded}.items()}
+
+    @torch.no_grad()
+    def _activates_in_proportion(self) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        sizes = torch.logspace(-4, 2, 256).unsqueeze(-1)
+        pre = (sizes * torch.randn(256, self.d_sae, generator=generator)).to(self.device)
+        scaled = self.activate(pre / self.input_scale)
+        return torch.allclose(self.activate(pre) / self.input_scale, scaled, rtol=1e-4, atol=1e-6)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -389,5 +413,8 @@ class SparseAutoencoder(LightningModule):
             ValueError: If it does not fit this SAE.
         """
         require_matching(self, checkpoint)
-        self.source = checkpoint.get("lightning_sae", {}).get("source", {})
+        source = checkpoint["lightning_sae"]["source"]
+        if self.source:
+            compare_sources(source, self.source)
+        self.source = self.source or source
         self.is_trained = True

@@ -1,5 +1,6 @@
 """What an SAE refuses, each with the remedy."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,8 +15,22 @@ def require_positive(**values: int | float) -> None:
             raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")
 
 
-def require_width(x: Tensor, d_in: int) -> None:
-    """Raise a ValueError if the last axis of `x` is not `d_in`."""
+def require_one_of(allowed: tuple[str, ...], **values: str) -> None:
+    """Raise a ValueError if an argument is not one of the allowed words."""
+    for name, value in values.items():
+        if value not in allowed:
+            raise ValueError(
+                f"Expected argument `{name}` to be one of {allowed} but got {value!r}."
+            )
+
+
+def require_width(x: Any, d_in: int) -> None:
+    """Raise a ValueError if `x` is no tensor or its last axis is not `d_in`."""
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"Expected a batch to be a tensor of activations but got a {type(x).__name__}: have "
+            "the data loader give the tensor itself, as `DataLoader(tensor, batch_size=...)` does."
+        )
     if x.shape[-1] != d_in:
         raise ValueError(
             f"Expected activations with last axis d_in={d_in} but got shape {tuple(x.shape)}: use "
@@ -35,6 +50,24 @@ def require_finite(loss: Float[Tensor, ""], batch: Float[Tensor, "batch d_in"], 
         else "the activations are finite: lower `lr` or raise `lr_warmup_steps`"
     )
     raise FloatingPointError(f"The loss is {loss.item()} at optimiser step {step}; {cause}.")
+
+
+def compare_sources(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Raise a ValueError if the hooks of a checkpoint and of the data differ; warn of the rest."""
+    hooks = saved.get("hook_name"), present.get("hook_name")
+    if None not in hooks and hooks[0] != hooks[1]:
+        raise ValueError(
+            f"Expected argument `hook_name` to be {hooks[0]}, at which the checkpoint was trained, "
+            f"but got {hooks[1]}: set that hook, or give another `ckpt_path`."
+        )
+    both = saved.keys() & present.keys()
+    changed = [f"{k} {saved[k]} to {present[k]}" for k in sorted(both) if saved[k] != present[k]]
+    if changed:
+        warnings.warn(
+            f"The data is not what the checkpoint was trained on ({'; '.join(changed)}); a run "
+            "resumed like this is not the one that would have been.",
+            stacklevel=2,
+        )
 
 
 def require_matching(sae: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The shuffling buffer: activations in, shuffled batches out."""
 
 import math
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
@@ -8,6 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+PATIENCE = 100
+"""Reads in a row that may give nothing before the buffer gives up."""
 
 
 @runtime_checkable
@@ -69,6 +73,7 @@ class ShuffleBuffer(Iterator[Tensor]):
         self.rows_per_refill = min(wanted, capacity // batch_size * batch_size)
         self.generator = torch.Generator().manual_seed(seed)
         self.served = 0
+        self._closed = threading.Event()
         self.rows: Tensor | None = None
         self._reader = ThreadPoolExecutor(1, "activations") if prefetch else None
         self._surplus: Tensor | None = None
@@ -114,8 +119,8 @@ class ShuffleBuffer(Iterator[Tensor]):
     def _read(self, n: int) -> Tensor:
         """The next `n` rows; what a read gives beyond them is kept for the next time."""
         chunk = self.source.read().cpu() if self._surplus is None else self._surplus
-        rows, filled = chunk.new_empty(n, chunk.shape[1]), 0
-        while True:
+        rows, filled, in_vain = chunk.new_empty(n, chunk.shape[1]), 0, 0
+        while in_vain < PATIENCE and not self._closed.is_set():
             taken = chunk[: n - filled]
             rows[filled : filled + len(taken)] = taken
             filled += len(taken)
@@ -123,6 +128,11 @@ class ShuffleBuffer(Iterator[Tensor]):
                 self._surplus = chunk[len(taken) :].clone()
                 return rows
             chunk = self.source.read().cpu()
+            in_vain = 0 if len(chunk) else in_vain + 1
+        raise ValueError(
+            f"{in_vain} passes of the model in a row gave no activation: all are left out. Widen "
+            "`positions` or `max_norm_multiple`, or look at what `data/dropped_...` says."
+        )
 
     def nbytes(self) -> int:
         """Bytes of the rows held."""
@@ -162,7 +172,8 @@ class ShuffleBuffer(Iterator[Tensor]):
         self._request(self.rows_per_refill)
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead, also in the middle of a fill."""
+        self._closed.set()
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
 

@@ -199,11 +199,18 @@ class ActivationDataModule(LightningDataModule):
         )
 
     def held_out_tokens(self, n: int) -> Iterator[Int[Tensor, "blocks context_length"]]:
-        """Held-out blocks, a forward pass at a time, with about `n` tokens in all."""
+        """Held-out blocks, a forward pass at a time: about `n` tokens, or all that there are.
+
+        Several ranks need equally many passes: there a text that is too short is read again.
+        """
         blocks = self.held_out_blocks()
-        per_pass = self.blocks_per_pass * self.context_length
-        for _ in range(max(1, round(n / per_pass))):
-            yield blocks.read(self.blocks_per_pass)
+        read = blocks.read if blocks.world_size > 1 else blocks.read_first_epoch
+        passes = max(1, round(n / (self.blocks_per_pass * self.context_length)))
+        for _ in range(passes):
+            tokens = read(self.blocks_per_pass)
+            if len(tokens) == 0:
+                return
+            yield tokens
 
     # Lightning.
 
@@ -220,6 +227,14 @@ class ActivationDataModule(LightningDataModule):
             raise ValueError(
                 "The stream of activations has no end: set `trainer.max_steps` to the number of "
                 f"optimiser steps, each on {self.batch_size} activations."
+            )
+        each_epoch = isinstance(trainer.val_check_interval, float) and trainer.limit_val_batches
+        if stage == "fit" and each_epoch and not isinstance(trainer.limit_train_batches, int):
+            warnings.warn(
+                "Validation would come at the end of an epoch, but the stream has no end: set "
+                "`trainer.val_check_interval` to a number of batches and "
+                "`trainer.check_val_every_n_epoch` to null, or `trainer.limit_val_batches` to 0.",
+                stacklevel=2,
             )
         self.language_model.to(trainer.strategy.root_device)
         if stage == "fit":

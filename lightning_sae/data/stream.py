@@ -28,6 +28,11 @@ class ActivationFilter:
         positions: tuple[int, int] | None = None,
         max_norm_multiple: float | None = None,
     ) -> None:
+        if max_norm_multiple is not None and max_norm_multiple <= 1:
+            raise ValueError(
+                "Expected argument `max_norm_multiple` to be more than 1, for it multiplies the "
+                f"median norm, but got {max_norm_multiple}: 10 leaves out outliers."
+            )
         self.special_tokens = torch.tensor(special_tokens, dtype=torch.long)
         self.positions = positions
         self.max_norm_multiple = max_norm_multiple
@@ -45,8 +50,10 @@ class ActivationFilter:
         far = torch.zeros_like(special)
         if self.max_norm_multiple is not None:
             norms = activations.float().norm(dim=-1).to(tokens.device)
-            rest = norms[~(special | outside)]
-            far = norms > self.max_norm_multiple * rest.median() if len(rest) else far
+            far = ~torch.isfinite(norms)
+            rest = norms[~(special | outside | far)]
+            if len(rest):
+                far |= norms > self.max_norm_multiple * rest.median()
         return dict(zip(REASONS, (special, outside, far), strict=True))
 
     def kept(

@@ -207,6 +207,12 @@ def _column_checked(rows: Any, column: str, source: str) -> Any:
             f"Expected argument `text_column` to be one of {rows.column_names} but got `{column}` "
             f"for {source}."
         )
+    kind = getattr((rows.features or {}).get(column), "dtype", "string")
+    if kind not in ("string", "large_string"):
+        raise ValueError(
+            f"Expected argument `text_column` to name a column of text but `{column}` of {source} "
+            f"holds {kind}: name another column."
+        )
     return rows
 
 

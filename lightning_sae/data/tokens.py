@@ -60,6 +60,16 @@ class TokenBlocks:
         block, self._rest = self._rest[:need], self._rest[need:]
         return torch.tensor(block).view(n, self.context_length)
 
+    def read_first_epoch(self, n: int) -> Int[Tensor, "blocks context_length"]:
+        """The next blocks of the first pass over the text: `n`, or fewer where it ends."""
+        found: list[Tensor] = []
+        while len(found) < n:
+            block = self.read(1)
+            if self.epoch > 0:
+                break
+            found.append(block)
+        return torch.cat(found) if found else torch.zeros(0, self.context_length, dtype=torch.long)
+
     def _next_document(self) -> list[int]:
         """Tokens of the next document of this split and rank."""
         while True:

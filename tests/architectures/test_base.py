@@ -7,10 +7,11 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import ReLUSAE
 from lightning_sae.architectures.optimisation import warmup_stable_decay
+from lightning_sae.callbacks import L1Warmup, RunCheckpoint
 from lightning_sae.data.scaling import Scaling
 
 
@@ -146,10 +147,13 @@ def test_gradient_is_clipped_by_the_trainer_or_else_by_the_sae(
     assert norms.last == pytest.approx(expected, rel=1e-3)
 
 
-def test_without_clipping_the_gradient_is_left_alone() -> None:
+@pytest.mark.parametrize(("own", "trainers"), [(None, None), (1.0, 0.0)])
+def test_without_clipping_the_gradient_is_left_alone(
+    own: float | None, trainers: float | None
+) -> None:
     norms = GradientNorms()
-    sae = free_sae(4, 6, clip_grad_norm=None)
-    quiet_trainer(max_steps=2, callbacks=[norms]).fit(
+    sae = free_sae(4, 6, clip_grad_norm=own)
+    quiet_trainer(max_steps=2, callbacks=[norms], gradient_clip_val=trainers).fit(
         sae,
         DataLoader(100 * torch.randn(64, 4), 16),  # type: ignore[arg-type]
     )
@@ -245,3 +249,41 @@ def test_decoder_meant_to_be_unit_norm_needs_a_callback_that_keeps_it_so() -> No
     data = Activations(torch.randn(32, 4))
     with pytest.warns(UserWarning, match="Add the callback `DecoderNormProjection`"):
         quiet_trainer(max_steps=1).fit(ReLUSAE(4, 6), datamodule=data)
+
+
+def test_a_checkpoint_of_another_hook_is_refused_and_of_other_text_warned_of(
+    tmp_path: Path,
+) -> None:
+    data = Activations(torch.randn(32, 4))
+    data.source = {"hook_name": "here", "text": "one"}
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(free_sae(), datamodule=data)
+    path = tmp_path / "a.ckpt"
+    trainer.save_checkpoint(path)
+    data.source = {"hook_name": "there", "text": "one"}
+    with pytest.raises(ValueError, match="`hook_name` to be here, .* but got there"):
+        quiet_trainer().test(free_sae(), datamodule=data, ckpt_path=path, verbose=False)
+    data.source = {"hook_name": "here", "text": "other"}
+    with pytest.warns(UserWarning, match="text one to other"):
+        quiet_trainer().test(free_sae(), datamodule=data, ckpt_path=path, verbose=False)
+
+
+@pytest.mark.parametrize("name", ["decoder_norm", "b_dec_init"])
+def test_unknown_words_are_refused(name: str, unchecked: None) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` to be one of .* but got 'foo'"):
+        ReLUSAE(4, 6, **{name: "foo"})  # type: ignore[arg-type]
+
+
+def test_a_batch_that_is_no_tensor_is_refused(unchecked: None) -> None:
+    batches = DataLoader(TensorDataset(torch.randn(32, 4)), batch_size=16)
+    with pytest.raises(ValueError, match="a tensor of activations but got a list"):
+        quiet_trainer(max_steps=1).fit(free_sae(), batches)
+
+
+def test_fast_dev_run_needs_no_other_settings() -> None:
+    sae = free_sae(lr_warmup_steps=100, lr_decay_steps=100)
+    callbacks = [L1Warmup(100), RunCheckpoint()]
+    trainer = quiet_trainer(fast_dev_run=True, enable_checkpointing=True, callbacks=callbacks)
+    trainer.fit(sae, datamodule=Activations(torch.randn(32, 4)))
+    assert trainer.global_step == 1
+    assert not list(Path().iterdir())

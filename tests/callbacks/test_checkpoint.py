@@ -117,6 +117,30 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(tmp_path: Pat
     assert steps_in(last) == 8
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint:UserWarning")
+def test_the_folder_of_another_run_is_not_resumed_into(tmp_path: Path) -> None:
+    fit(tmp_path / "a")
+    fit(tmp_path / "b")
+    last, other = (tmp_path / name / "checkpoints" / "last.ckpt" for name in "ab")
+    before = other.read_bytes()
+    with pytest.raises(ValueError, match="holds a run .* not overwritten"):
+        fit(tmp_path / "b", ckpt_path=last, max_steps=8)
+    assert other.read_bytes() == before
+
+
+def test_a_second_signal_names_only_what_was_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(tmp_path, At(3, twice))
+    assert steps_in(tmp_path / "checkpoints" / "stopped.ckpt") == 3
+    assert f"the checkpoint is {tmp_path}/checkpoints/stopped.ckpt" in caplog.text
+
+
 def test_a_failure_before_training_saves_nothing(tmp_path: Path) -> None:
     class Refuses(Callback):
         def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -279,3 +279,24 @@ def test_closing_ends_the_thread_that_reads_ahead() -> None:
     assert [thread.is_alive() for thread in threads] == [True]
     buffer.close()
     assert not any(thread.is_alive() for thread in threads)
+
+
+class Nothing:
+    """A source all of whose rows are left out."""
+
+    def read(self) -> Tensor:
+        return torch.zeros(0, 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_source_that_gives_nothing_ends_the_run_instead_of_hanging_it(prefetch: bool) -> None:
+    buffer = ShuffleBuffer(Nothing(), 8, 4, prefetch=prefetch)
+    with pytest.raises(ValueError, match="100 passes .* gave no activation: all are left out"):
+        next(buffer)
+    buffer.close()

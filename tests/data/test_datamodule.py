@@ -362,7 +362,7 @@ def test_too_little_text_is_refused_before_any_work(
     (tmp_path / "little.txt").write_text(content)
     data, recorder = make_data(text=tmp_path / "little.txt"), Recorder()
     with pytest.raises(ValueError, match=message):
-        trainer(limit_val_batches=1.0).fit(recorder, data)
+        trainer(limit_val_batches=1.0, val_check_interval=5).fit(recorder, data)
     assert not recorder.batches
 
 
@@ -382,3 +382,19 @@ def test_a_run_may_end_by_the_length_of_its_epochs(make_data: Any) -> None:
     limited = trainer(-1, max_epochs=2, limit_train_batches=3)
     limited.fit(Recorder(), make_data())
     assert limited.global_step == 6
+
+
+def test_held_out_text_is_read_once_and_no_more(make_data: Any) -> None:
+    data = make_data(n_test=10**6)
+    tokens = torch.cat(list(data.held_out_tokens(10**6)))
+    blocks = data.held_out_blocks()
+    assert torch.equal(tokens, blocks.read(len(tokens)))
+    assert blocks.epoch == 0
+    blocks.read(1)
+    assert blocks.epoch == 1
+    assert sum(map(len, data.test_dataloader())) <= tokens.numel()
+
+
+def test_validation_that_would_never_come_is_warned_of(make_data: Any) -> None:
+    with pytest.warns(UserWarning, match="set `trainer.val_check_interval` to a number of batches"):
+        trainer(2, limit_val_batches=1.0).fit(Recorder(), make_data())

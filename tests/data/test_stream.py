@@ -45,6 +45,18 @@ def of_norms(*norms: float) -> Tensor:
     return torch.tensor(norms)[None, :, None] * torch.tensor([0.6, 0.8])
 
 
+def test_activations_that_are_not_finite_are_left_out_with_the_outliers() -> None:
+    activations = of_norms(1.0, 2.0, float("nan"), 3.0, 100.0, float("inf"))
+    tokens = torch.ones(1, 6, dtype=torch.long)
+    kept = ActivationFilter([], max_norm_multiple=5.0).kept(tokens, activations)
+    assert kept.tolist() == [[1, 1, 0, 1, 0, 0]]
+
+
+def test_multiple_of_the_median_must_be_more_than_one() -> None:
+    with pytest.raises(ValueError, match="`max_norm_multiple` to be more than 1"):
+        ActivationFilter([], max_norm_multiple=0.5)
+
+
 def test_special_tokens_are_left_out() -> None:
     tokens = torch.tensor([[0, 5, 7], [7, 7, 1]])
     keep = ActivationFilter([0, 7])
