@@ -81,11 +81,40 @@ def save_pretrained(sae: SparseAutoencoder, folder: Path) -> Path:
             f"Expected argument `folder` to be new or empty but {folder} holds files: "
             "choose another folder, or move them away."
         )
-    weights = {name: w.cpu() for name, w in sae.folded_state().items()}
+    weights = {name: w.cpu() for name, w in folded_state(sae).items()}
     write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
     text = json.dumps(_description(sae), indent=2, sort_keys=True)
     write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
     return folder
+
+
+@torch.no_grad()
+def folded_state(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
+    """Weights that act on raw activations, with centring and scaling worked in.
+
+    With s the scale and m the mean: `b_dec' = b_dec / s + m`, `b_enc' = b_enc / s`, less
+    `m @ W_enc` where the encoder does not subtract `b_dec`. The directions stay as they are.
+
+    This is exact if latents scale with their pre-activations. Where a subclass's `activate` does
+    not, as with a threshold, centring and scaling are kept beside the weights instead.
+    """
+    state: dict[str, torch.Tensor] = dict(sae.named_parameters())
+    if _activates_in_proportion(sae):
+        state["b_enc"] = sae.b_enc / sae.input_scale
+        if not sae.apply_b_dec_to_input:
+            state["b_enc"] = state["b_enc"] - sae.input_mean @ sae.W_enc
+        state["b_dec"] = sae.b_dec / sae.input_scale + sae.input_mean
+    else:
+        state |= {"input_mean": sae.input_mean, "input_scale": sae.input_scale}
+    return {name: w.detach().clone().contiguous() for name, w in state.items()}
+
+
+def _activates_in_proportion(sae: SparseAutoencoder) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-4, 2, 256).unsqueeze(-1)
+    pre = (sizes * torch.randn(256, sae.d_sae, generator=generator)).to(sae.device)
+    scaled = sae.activate(pre / sae.input_scale)
+    return torch.allclose(sae.activate(pre) / sae.input_scale, scaled, rtol=1e-4, atol=1e-6)
 
 
 def _description(sae: SparseAutoencoder) -> dict[str, Any]:

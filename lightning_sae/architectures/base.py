@@ -372,34 +372,6 @@ class SparseAutoencoder(LightningModule):
 
         return load(folder, cls)
 
-    def folded_state(self) -> dict[str, Tensor]:
-        """Weights that act on raw activations, with centring and scaling worked in.
-
-        With s the scale and m the mean: `b_dec' = b_dec / s + m`, `b_enc' = b_enc / s`, less
-        `m @ W_enc` where the encoder does not subtract `b_dec`. The directions stay as they are.
-
-        This is exact if latents scale with their pre-activations. Where a subclass's `activate`
-        does not, as with a threshold, centring and scaling are kept beside the weights instead.
-        """
-        if not self._activates_in_proportion():
-            state = {**dict(self.named_parameters()), "input_mean": self.input_mean}
-            state["input_scale"] = self.input_scale
-            return {name: w.detach().clone().contiguous() for name, w in state.items()}
-        b_enc = self.b_enc / self.input_scale
-        if not self.apply_b_dec_to_input:
-            b_enc = b_enc - self.input_mean @ self.W_enc
-        folded = {"b_enc": b_enc, "b_dec": self.b_dec / self.input_scale + self.input_mean}
-        weights = {name: w for name, w in self.named_parameters() if name not in folded}
-        return {name: w.detach().clone().contiguous() for name, w in {**weights, **folded}.items()}
-
-    @torch.no_grad()
-    def _activates_in_proportion(self) -> bool:
-        generator = torch.Generator().manual_seed(0)
-        sizes = torch.logspace(-4, 2, 256).unsqueeze(-1)
-        pre = (sizes * torch.randn(256, self.d_sae, generator=generator)).to(self.device)
-        scaled = self.activate(pre / self.input_scale)
-        return torch.allclose(self.activate(pre) / self.input_scale, scaled, rtol=1e-4, atol=1e-6)
-
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what kind of SAE the checkpoint holds, and of what."""

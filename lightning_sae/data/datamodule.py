@@ -11,6 +11,7 @@ from jaxtyping import Int
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
 from lightning_sae.data.embedded import EMBEDDED_MODEL
@@ -306,6 +307,12 @@ class ActivationDataModule(LightningDataModule):
             self._left = self.state_dict()
             self.buffer.close()
             self.buffer = None
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop reading ahead, lest the process wait for a fill that nobody needs."""
+        if self.buffer is not None:
+            self.buffer.close()
 
     @property
     def scaling(self) -> Scaling | None:

@@ -13,6 +13,7 @@ from lightning_sae import ReLUSAE
 from lightning_sae.architectures.optimisation import warmup_stable_decay
 from lightning_sae.callbacks import L1Warmup, RunCheckpoint
 from lightning_sae.data.scaling import Scaling
+from lightning_sae.saving import folded_state
 
 
 class Activations(LightningDataModule):
@@ -70,7 +71,7 @@ def test_latents_and_reconstruction_are_in_raw_units() -> None:
 def test_folded_weights_act_on_raw_activations(apply_b_dec_to_input: bool) -> None:
     sae, x = scaled_sae(apply_b_dec_to_input=apply_b_dec_to_input), torch.randn(5, 4)
     folded = free_sae(4, 6, apply_b_dec_to_input=apply_b_dec_to_input)
-    folded.load_state_dict(sae.folded_state(), strict=False)
+    folded.load_state_dict(folded_state(sae), strict=False)
     torch.testing.assert_close(folded.encode(x), sae.encode(x))
     torch.testing.assert_close(folded(x), sae(x))
 

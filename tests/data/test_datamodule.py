@@ -398,3 +398,14 @@ def test_held_out_text_is_read_once_and_no_more(make_data: Any) -> None:
 def test_validation_that_would_never_come_is_warned_of(make_data: Any) -> None:
     with pytest.warns(UserWarning, match="set `trainer.val_check_interval` to a number of batches"):
         trainer(2, limit_val_batches=1.0).fit(Recorder(), make_data())
+
+
+def test_reading_ahead_stops_when_the_run_fails(make_data: Any) -> None:
+    class Fails(Recorder):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            raise RuntimeError("broken")
+
+    data = make_data()
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer(3).fit(Fails(), data)
+    assert not [t for t in threading.enumerate() if t.name.startswith("activations")]
