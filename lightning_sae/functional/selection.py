@@ -1,0 +1,189 @@
+"""Which pre-activations are active: above a threshold, the k largest of a row or of a batch.
+
+A rule reads pre-activations a chunk of rows at a time, once, and names entries by their flat index
+`row * d_sae + latent`, row by row. Scores are compared in the precision they come in, float32 in
+training whatever the precision of the products.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Chunks = Iterable[tuple[int, Tensor]]
+"""Row that a chunk starts at, and its pre-activations [rows, d_sae], valid until the next one."""
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What `encode` asks of a selection rule."""
+
+    def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
+        """Active entries of a whole batch."""
+        ...
+
+    def select(self, chunks: Chunks) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+        """Flat indices, in the order of rows, and values of the active entries of all chunks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Above:
+    """Entries strictly above a threshold: one for all latents, or [d_sae], one for each.
+
+    Example:
+        >>> Above(0.0).mask(torch.tensor([[0.0, 1.0], [-1.0, 0.5]]))
+        tensor([[False,  True],
+                [False,  True]])
+    """
+
+    threshold: float | Float[Tensor, " d_sae"] = 0.0
+
+    def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
+        """Active entries of a whole batch."""
+        return pre > self.threshold
+
+    def select(self, chunks: Chunks) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+        """Flat indices and values of the active entries of all chunks."""
+        return _joined(_picked(row, pre, self.mask(pre)) for row, pre in chunks)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest entries of each row; of equal ones as many as there is room for.
+
+    Example:
+        >>> TopK(2).mask(torch.tensor([[3.0, 1.0, 2.0], [0.0, -1.0, -2.0]]))
+        tensor([[ True, False,  True],
+                [ True,  True, False]])
+    """
+
+    k: int
+
+    def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
+        """Active entries of a whole batch."""
+        latents = self._latents(pre)[1]
+        return torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, latents, value=True)
+
+    def select(self, chunks: Chunks) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+        """Flat indices and values of the active entries of all chunks."""
+        return _joined(self._picked(row, pre) for row, pre in chunks)
+
+    def _picked(self, row: int, pre: Tensor) -> tuple[Tensor, Tensor]:
+        values, latents = self._latents(pre)
+        rows = torch.arange(row, row + len(pre), device=pre.device).unsqueeze(-1)
+        return (rows * pre.shape[-1] + latents).view(-1), values.view(-1)
+
+    def _latents(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return row_top_k(pre, min(self.k, pre.shape[-1]))
+
+
+@dataclass(frozen=True)
+class BatchTopK:
+    """The k * batch largest entries of a batch, however they fall on its rows.
+
+    In chunks, the entries kept so far bound the final threshold from below: those under the bound
+    are dropped at once, so one pass is enough and the result is exact.
+
+    Args:
+        k: Entries per row on average; k * batch is rounded.
+        n_rows: Rows of the batch.
+
+    Example:
+        >>> BatchTopK(1, n_rows=2).mask(torch.tensor([[3.0, 2.0, 1.0], [0.0, 1.5, -1.0]]))
+        tensor([[ True,  True, False],
+                [False, False, False]])
+    """
+
+    k: float
+    n_rows: int
+
+    @property
+    def total(self) -> int:
+        """Entries of the whole batch."""
+        return max(1, round(self.k * self.n_rows))
+
+    def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
+        """Active entries of a whole batch."""
+        flat = pre.flatten()
+        largest = _largest(flat, self.total)
+        return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, largest, 1).view_as(pre)
+
+    def select(self, chunks: Chunks) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+        """Flat indices and values of the active entries of all chunks."""
+        found: list[tuple[Tensor, Tensor]] = []
+        bound: Tensor | None = None
+        for row, pre in chunks:
+            picked = _picked(row, pre, pre >= (self._guess(pre) if bound is None else bound))
+            if bound is None and len(picked[1]) < self.total:  # what it left may be wanted
+                picked = _picked(row, pre, torch.ones_like(pre, dtype=torch.bool))
+            indices, values = _joined([*found, picked])
+            if len(values) >= self.total:
+                kept = _largest(values, self.total).sort().values
+                indices, values = indices[kept], values[kept]
+                bound = values.min()
+            found = [(indices, values)]
+        return found[0]
+
+    def _guess(self, pre: Float[Tensor, "rows d_sae"]) -> Float[Tensor, ""]:
+        """A threshold that leaves, by the look of a few rows, a little more than are wanted."""
+        if self.total >= pre.numel():
+            return pre.new_full((), -math.inf)
+        sample = pre[:: max(1, len(pre) // 32)].flatten()
+        wanted = math.ceil(1.25 * self.total * len(sample) / pre.numel()) + 32
+        return sample.topk(min(wanted, len(sample)), sorted=False).values.min()
+
+
+def row_top_k(
+    pre: Float[Tensor, "rows d_sae"], k: int, group: int = 8
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """The k largest entries of each row and where they are, in no order.
+
+    They lie within the k groups with the largest maxima, for what lies in another group has k
+    entries no smaller before it. Those groups are found in the same way: a search in a long row
+    becomes several in short ones.
+    """
+    rows, n = pre.shape
+    if n % group or n < 4 * k * group:
+        values, latents = pre.topk(k, dim=-1, sorted=False)
+        return values, latents
+    # Strided, so that maxima are taken in whole rows.
+    groups = pre.unflatten(1, (group, n // group))
+    _, best = row_top_k(groups.amax(1), k, group)
+    candidates = groups.gather(2, best.unsqueeze(1).expand(rows, group, k)).view(rows, group * k)
+    values, found = candidates.topk(k, dim=-1, sorted=False)
+    return values, found.div(k, rounding_mode="floor") * (n // group) + best.gather(1, found % k)
+
+
+def _largest(values: Float[Tensor, " n"], count: int) -> Int[Tensor, " k"]:
+    return values.topk(min(count, len(values)), sorted=False).indices
+
+
+def _picked(first_row: int, pre: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    indices = true_places(mask.view(-1))
+    return indices + first_row * pre.shape[-1], pre.view(-1).index_select(0, indices)
+
+
+def true_places(mask: Bool[Tensor, " n"]) -> Int[Tensor, " nnz"]:
+    """Where a mask is true, rising; faster than `nonzero` where few places are.
+
+    Eight neighbours are looked at as one word first.
+
+    Example:
+        >>> true_places(torch.tensor([0, 1, 0, 0, 0, 0, 0, 1] + 8 * [0]).bool())
+        tensor([1, 7])
+    """
+    if len(mask) % 8 or mask.storage_offset() % 8 or mask.stride(0) != 1:
+        return mask.nonzero().squeeze(-1)
+    words = mask.view(torch.int64).nonzero().squeeze(-1)
+    word, place = mask.view(-1, 8).index_select(0, words).nonzero(as_tuple=True)
+    return words.index_select(0, word) * 8 + place
+
+
+def _joined(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    indices, values = zip(*found, strict=True)
+    return torch.cat(indices), torch.cat(values)
