@@ -1,0 +1,71 @@
+"""Losses that give a gradient to latents that have died; both leave living latents alone.
+
+Both let dead latents rebuild the living ones' error, taken as a constant, without a decoder bias.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def auxk(
+    residual: Float[Tensor, "batch d_in"],
+    pre: Float[Tensor, "batch dead"],
+    W_dec: Float[Tensor, "dead d_in"],
+    k: int,
+) -> Float[Tensor, ""]:
+    r"""Share of the error's variance that the k strongest dead latents of each row leave.
+
+    .. math:: \sum \|e - \hat e\|^2 \,/\, \sum \|e - \bar e\|^2, \quad
+              \hat e = \mathrm{TopK}(v_{dead}, k) W_{dec,dead}
+
+    Source: Gao et al., Scaling and evaluating sparse autoencoders (2024), appendix A.2. Theirs
+    has a ReLU round the TopK; without it, a latent whose pre-activations are all negative, as
+    those of every dead latent of a ReLU SAE are, gets a gradient too.
+
+    Args:
+        residual: The error e, detached.
+        pre: Pre-activations v of the dead latents.
+        W_dec: Their decoder rows.
+        k: How many of them rebuild a row; all if there are fewer.
+
+    Returns:
+        A pure number; 0 for a residual that does not vary, as that of a single row.
+    """
+    values, latents = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
+    chosen = torch.zeros_like(pre).scatter(-1, latents, values)
+    spread = (residual - residual.mean(0)).pow(2).sum()
+    error = (residual - chosen @ W_dec).pow(2).sum()
+    limits = torch.finfo(spread.dtype)
+    varies = spread > limits.eps * residual.pow(2).sum()
+    return torch.where(varies, error / spread.clamp_min(limits.tiny), 0.0)
+
+
+def ghost_gradients(
+    residual: Float[Tensor, "batch d_in"],
+    pre: Float[Tensor, "batch dead"],
+    W_dec: Float[Tensor, "dead d_in"],
+) -> Float[Tensor, ""]:
+    r"""Squared error of a rebuilt residual, in the size of the squared error itself.
+
+    .. math:: c \, \tfrac{1}{B} \sum_i \|e_i - s_i\, g_i\|^2, \quad
+              g_i = \exp(v_{dead,i}) W_{dec,dead}, \quad s_i = \|e_i\| / (2 \|g_i\|)
+
+    with s and c constants to the gradient; c makes the value that of the mean squared error.
+    Source: Jermyn and Templeton, Ghost grads, Circuits Updates January 2024.
+
+    Args:
+        residual: The error e, detached.
+        pre: Pre-activations v of the dead latents.
+        W_dec: Their decoder rows.
+
+    Returns:
+        In the units of a squared error summed over d_in, averaged over the batch.
+    """
+    largest = pre.detach().amax(-1, keepdim=True)  # cancels in s g, and keeps exp finite
+    ghost = (pre - largest).exp() @ W_dec
+    lengths = ghost.detach().norm(dim=-1, keepdim=True)
+    scale = (residual.norm(dim=-1, keepdim=True) / (2 * lengths)).where(lengths > 0, 0.0)
+    loss = (residual - scale * ghost).pow(2).sum(-1).mean()
+    error = residual.pow(2).sum(-1).mean()
+    return loss * (error / loss.detach().clamp_min(torch.finfo(loss.dtype).tiny))
