@@ -1,0 +1,140 @@
+"""Samples of a toy world as batches: an endless stream, and held-out ones that stay the same."""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor
+
+from lightning_sae.data.loaders import ENDLESS
+
+BLOCK_BYTES = 2**22
+"""Activations drawn at one time: enough to spread the overhead, few enough for a cache."""
+
+Draw = Callable[[int, torch.Generator], Tensor]
+"""Draws as many activations as asked for."""
+
+
+class Blocks:
+    """Blocks of activations in a row, each drawn by a generator of its own.
+
+    The seed of a block is the stream's seed plus its number. So any block can be drawn at any
+    time, on any rank, and no two of one stream have the same seed.
+
+    Args:
+        draw: Draws activations.
+        d_in: Their width.
+        batch_size: Activations in a batch.
+        seed: Seed of the world.
+        stream: Name of the stream; another name or rank gives other samples.
+        rank: Rank of the process.
+    """
+
+    def __init__(
+        self, draw: Draw, d_in: int, batch_size: int, seed: int, stream: str, rank: int
+    ) -> None:
+        self.draw = draw
+        self.batch_size = batch_size
+        self.batches_per_block = max(4, BLOCK_BYTES // (4 * d_in * batch_size))
+        self.seed = seed_of(seed, stream, rank)
+
+    def __getitem__(self, number: int) -> Float[Tensor, "rows d_in"]:
+        generator = torch.Generator().manual_seed(self.seed + number)
+        return self.draw(self.batches_per_block * self.batch_size, generator)
+
+
+def seed_of(seed: int, stream: str, rank: int = 0) -> int:
+    """A number of 32 bits, which is what torch's generators on the CPU make use of."""
+    name = f"{seed} {stream} {rank}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big")
+
+
+class ToyBatches(Iterator[Tensor]):
+    """The endless training stream: views of blocks, in order.
+
+    Its length is never reached, for the reason that `EndlessBatches` gives. Iterating again goes
+    on where the last iteration stopped. How many batches were served is all there is to know of
+    where it stands, and is the same on all ranks.
+
+    Args:
+        blocks: Where batches are cut from.
+    """
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.served = 0
+        self._block: tuple[Tensor, ...] = ()
+        self._number = -1
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __next__(self) -> Float[Tensor, "batch_size d_in"]:
+        number, place = divmod(self.served, self.blocks.batches_per_block)
+        if number != self._number:
+            self._block = self.blocks[number].split(self.blocks.batch_size)
+            self._number = number
+        self.served += 1
+        return self._block[place]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches were served, and the batch size that they had."""
+        return {"served": self.served, "batch_size": self.blocks.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: If batches had another size.
+        """
+        if state_dict["batch_size"] != self.blocks.batch_size:
+            raise ValueError(
+                f"Expected argument `batch_size` to be {state_dict['batch_size']}, as in the "
+                f"checkpoint, but got {self.blocks.batch_size}: resume with the settings of the "
+                "run."
+            )
+        self.served = state_dict["served"]
+
+
+class HeldOutToyBatches:
+    """The same samples each time, in batches of at most the size of training's.
+
+    Args:
+        blocks: Where batches are cut from.
+        n: Number of samples.
+    """
+
+    def __init__(self, blocks: Blocks, n: int) -> None:
+        self.blocks = blocks
+        self.n = n
+
+    def __len__(self) -> int:
+        return math.ceil(self.n / self.blocks.batch_size)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
+        stream = ToyBatches(self.blocks)
+        for first in range(0, self.n, self.blocks.batch_size):
+            yield next(stream)[: self.n - first]
+
+
+def require_an_end(trainer: Any, batch_size: int) -> None:
+    """Raise a ValueError if the run has no end; warn where it would never be validated."""
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+    if not (trainer.max_steps > 0 or timed or isinstance(trainer.limit_train_batches, int)):
+        raise ValueError(
+            "The stream of activations has no end: set `trainer.max_steps` to the number of "
+            f"optimiser steps, each on {batch_size} activations."
+        )
+    each_epoch = isinstance(trainer.val_check_interval, float) and trainer.limit_val_batches
+    if each_epoch and not isinstance(trainer.limit_train_batches, int):
+        warnings.warn(
+            "Validation would come at the end of an epoch, but the stream has no end: set "
+            "`trainer.val_check_interval` to a number of batches and "
+            "`trainer.check_val_every_n_epoch` to null, or `trainer.limit_val_batches` to 0.",
+            stacklevel=2,
+        )
