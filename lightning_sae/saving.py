@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_sae import architectures
 from lightning_sae.architectures.base import SAE, SparseAutoencoder
+from lightning_sae.functional.penalties import from_description, plain_arguments
 from lightning_sae.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
@@ -93,16 +94,19 @@ def folded_state(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
     """Weights that act on raw activations, with centring and scaling worked in.
 
     With s the scale and m the mean: `b_dec' = b_dec / s + m`, `b_enc' = b_enc / s`, less
-    `m @ W_enc` where the encoder does not subtract `b_dec`. The directions stay as they are.
+    `m @ W_enc` where the encoder does not subtract `b_dec`; thresholds and other weights in the
+    units of the latents are divided by s too. The directions stay as they are.
 
-    This is exact if latents scale with their pre-activations. Where a subclass's `activate` does
-    not, as with a threshold, centring and scaling are kept beside the weights instead.
+    This is exact if latents scale with their pre-activations and these weights. Where a subclass's
+    own `activate` does not, centring and scaling are kept beside the weights instead.
     """
-    state: dict[str, torch.Tensor] = dict(sae.named_parameters())
+    tensors = {**dict(sae.named_parameters()), **dict(sae.named_buffers())}
+    names = {name for name, _ in sae.named_parameters()} | set(sae.latent_units)
+    state = {name: tensors[name] for name in names}
     if _activates_in_proportion(sae):
-        state["b_enc"] = sae.b_enc / sae.input_scale
+        state |= {name: state[name] / sae.input_scale for name in sae.latent_units}
         if not sae.apply_b_dec_to_input:
-            state["b_enc"] = state["b_enc"] - sae.input_mean @ sae.W_enc
+            sae.shift_pre_activations(state, -sae.input_mean @ sae.W_enc)
         state["b_dec"] = sae.b_dec / sae.input_scale + sae.input_mean
     else:
         state |= {"input_mean": sae.input_mean, "input_scale": sae.input_scale}
@@ -110,6 +114,8 @@ def folded_state(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
 
 
 def _activates_in_proportion(sae: SparseAutoencoder) -> bool:
+    if type(sae).activate.__module__.startswith("lightning_sae.architectures."):
+        return True
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-4, 2, 256).unsqueeze(-1)
     pre = (sizes * torch.randn(256, sae.d_sae, generator=generator)).to(sae.device)
@@ -121,10 +127,15 @@ def _description(sae: SparseAutoencoder) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "architecture": type(sae).__name__,
-        "arguments": {k: v for k, v in sae.hparams.items() if not k.startswith("_")},
+        "arguments": _arguments(sae.hparams),
         "source": sae.source,
         "versions": {"lightning_sae": __version__, "torch": torch.__version__},
     }
+
+
+def _arguments(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    # Without what Lightning notes for itself.
+    return {k: v for k, v in plain_arguments(hparams).items() if not k.startswith("_")}
 
 
 @overload
@@ -167,7 +178,7 @@ def _load_checkpoint(path: Path, architecture: type[SparseAutoencoder] | None) -
         raise ValueError(
             f"Expected argument `path` to hold an SAE but {path} holds something else."
         )
-    arguments = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
+    arguments = _arguments(checkpoint["hyper_parameters"])
     description = {**checkpoint["lightning_sae"], "arguments": arguments}
     return _build(description, checkpoint["state_dict"], architecture)
 
@@ -193,6 +204,8 @@ def _build(
     arguments: dict[str, Any] = description["arguments"]
     # JSON knows no tuples.
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    if arguments.get("penalty"):
+        arguments["penalty"] = from_description(arguments["penalty"])
     sae = architecture(**arguments)
     missing, unexpected = sae.load_state_dict(weights, strict=False)
     missing = sorted(set(missing) - dict(sae.named_buffers()).keys())  # a folded SAE needs none

@@ -2,11 +2,10 @@
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,28 +19,20 @@ from lightning_sae.architectures.checks import (
     require_positive,
     require_width,
 )
-from lightning_sae.architectures.optimisation import adam_with_schedule
+from lightning_sae.architectures.evaluation import EvaluatedOnHeldOut
+from lightning_sae.architectures.optimisation import adam_with_schedule, clip_norm
+from lightning_sae.architectures.steps import Outcome, Step, at_once, in_chunks
+from lightning_sae.functional.codes import Code, Layout, default_chunk_rows, encode
 from lightning_sae.functional.geometry import random_unit_rows
+from lightning_sae.functional.penalties import plain_arguments
+from lightning_sae.functional.revival import auxk, ghost_gradients
+from lightning_sae.functional.selection import Rule
 from lightning_sae.metrics import held_out_metrics
 
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
 
-class Step(NamedTuple):
-    """One evaluation of the training objective, in the space it works in (see `input_scale`).
-
-    Attributes:
-        losses: Terms of the objective by name, each a scalar; training minimises their sum.
-        f: Latent activations.
-        x_hat: Reconstruction.
-    """
-
-    losses: dict[str, Float[Tensor, ""]]
-    f: Float[Tensor, "batch d_sae"]
-    x_hat: Float[Tensor, "batch d_in"]
-
-
-class SparseAutoencoder(LightningModule):
+class SparseAutoencoder(EvaluatedOnHeldOut):
     """Base of all architectures; a subclass says how it activates and what it minimises.
 
     Training may work on centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`,
@@ -60,6 +51,15 @@ class SparseAutoencoder(LightningModule):
         decoder_norm: `unit` keeps decoder rows at norm 1 (with the callback
             `DecoderNormProjection`); `free` weights the penalty by their norms instead.
         dead_after: Activations in a row on which a latent did not fire before it counts as dead.
+        revive: What gives dead latents a gradient, besides the callback `DeadFeatureResampling`:
+            `auxk`, `ghost` or nothing; see `lightning_sae.functional.revival`.
+        revive_coefficient: Weight of that loss.
+        k_aux: Dead latents per row that `auxk` lets rebuild the error; half of `d_in` by default.
+        chunk_rows: Rows of a batch whose pre-activations of all latents exist at one time; fewer
+            need less memory; by default about 32 MiB of them, but at least 512 rows.
+
+    Attributes:
+        layout: Whether the latents of the next batch are a matrix or a sparse code.
 
     Raises:
         ValueError: If a size, a rate or a length is out of range.
@@ -72,6 +72,11 @@ class SparseAutoencoder(LightningModule):
     input_mean: Float[Tensor, " d_in"]
     input_scale: Float[Tensor, ""]
     silent_for: Int[Tensor, " d_sae"]
+
+    rows_are_independent = True  # whether a row's latents and losses are those it has alone
+    tied = False  # whether `W_enc` is a view of `W_dec`
+    coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
+    latent_units: tuple[str, ...] = ("b_enc",)  # weights in the units of the latents
 
     def __init__(
         self,
@@ -87,13 +92,21 @@ class SparseAutoencoder(LightningModule):
         b_dec_init: Literal["mean", "zero"] = "mean",
         decoder_norm: Literal["unit", "free"] = "unit",
         dead_after: int = 1_000_000,
+        revive: Literal["none", "auxk", "ghost"] = "none",
+        revive_coefficient: float = 1 / 32,
+        k_aux: int | None = None,
+        chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
         require_positive(d_in=d_in, d_sae=d_sae, lr=lr, dead_after=dead_after)
         if clip_grad_norm is not None:
             require_positive(clip_grad_norm=clip_grad_norm)
+        if chunk_rows is not None:
+            require_positive(chunk_rows=chunk_rows)
         require_one_of(("mean", "zero"), b_dec_init=b_dec_init)
         require_one_of(("unit", "free"), decoder_norm=decoder_norm)
+        require_one_of(("none", "auxk", "ghost"), revive=revive)
+        require_positive(k_aux=k_aux or 1)
         self.save_hyperparameters()
         self.d_in, self.d_sae = d_in, d_sae
         self.lr, self.betas = lr, betas
@@ -103,20 +116,29 @@ class SparseAutoencoder(LightningModule):
         self.b_dec_init = b_dec_init
         self.decoder_norm = decoder_norm
         self.dead_after = dead_after
+        self.revive, self.revive_coefficient = revive, revive_coefficient
+        self.k_aux = k_aux or max(1, d_in // 2)
+        self.chunk_rows = chunk_rows
+        self.layout = Layout()
         self.source: dict[str, Any] = {}
         self.is_trained = False
         self.penalty_scale = 1.0  # share of the penalty in force; `L1Warmup` moves it
-        self.held_out_frequency: Float[Tensor, " d_sae"] | None = None
-        self.held_out_count = 0
+        self.penalty_factor = 1.0  # what `TargetL0` multiplies the coefficient by
         self._create_weights()
         self.metrics = held_out_metrics(d_in, d_sae)
 
-    def _create_weights(self) -> None:
-        """Decoder: random unit rows; encoder: its transpose; biases: zero."""
+    def _create_dictionary(self) -> None:
+        """Decoder: random unit rows; encoder: its transpose; encoder's bias: zero.
+
+        The encoder lies in memory latent by latent, as its sparse gradients come.
+        """
         directions = random_unit_rows(self.d_sae, self.d_in)
-        self.W_enc = nn.Parameter(directions.T.clone())
+        self.W_enc = nn.Parameter(directions.clone().T)
         self.W_dec = nn.Parameter(directions)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+
+    def _create_weights(self) -> None:
+        self._create_dictionary()
         self.b_dec = nn.Parameter(torch.zeros(self.d_in))
         self.register_buffer("input_mean", torch.zeros(self.d_in))
         self.register_buffer("input_scale", torch.ones(()))
@@ -131,6 +153,10 @@ class SparseAutoencoder(LightningModule):
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """Terms of the loss on centred and scaled activations."""
         raise NotImplementedError
+
+    def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
+        """Latents for an objective. This one computes all; architectures give sparse codes."""
+        return Code.of_matrix(self.activate(self.pre_activations(x)))
 
     # What users call: raw activations in and out, latents in raw units.
 
@@ -162,8 +188,48 @@ class SparseAutoencoder(LightningModule):
         """Undo `scaled`."""
         return x / self.input_scale + self.input_mean
 
+    def code(self, x: Float[Tensor, "batch d_in"], rule: Rule) -> Code:
+        """Pre-activations that a rule selects: the one dense product of a training step."""
+        origin = self.b_dec if self.apply_b_dec_to_input else None
+        return encode(x, self.W_enc, self.b_enc, rule, self.layout, self.chunk_rows, origin)
+
+    def rebuilt(self, f: Code) -> Float[Tensor, "batch d_in"]:
+        """The decoder, on a code."""
+        return f.decode(self.W_dec) + self.b_dec
+
+    def weight_of_penalty(self) -> float:
+        """The penalty's coefficient, as far as it is in force."""
+        assert self.coefficient_name is not None
+        coefficient = getattr(self, self.coefficient_name)
+        return coefficient * self.penalty_scale * self.penalty_factor
+
+    def penalty_norms(self) -> Float[Tensor, " d_sae"] | None:
+        """Norms of decoder rows that weight the penalty; None where they are 1."""
+        return None if self.decoder_norm == "unit" else self.W_dec.norm(dim=-1)
+
+    def revival(
+        self, x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The loss that gives dead latents a gradient, if one is asked for."""
+        if self.revive == "none":
+            return {}
+        dead = self.dead.nonzero().squeeze(-1)
+        if len(dead) == 0:
+            return {self.revive: x.new_zeros(())}
+        seen, residual = self.encoder_input(x).detach(), (x - x_hat).detach()
+        pre = seen @ self.W_enc.T[dead].T + self.b_enc[dead]
+        if self.revive == "auxk":
+            loss = auxk(residual, pre, self.W_dec[dead], self.k_aux)
+        else:
+            loss = ghost_gradients(residual, pre, self.W_dec[dead])
+        return {self.revive: self.revive_coefficient * loss}
+
+    def fresh_latent(self) -> dict[str, float]:
+        """What a new latent starts with besides its directions: name of a vector, and value."""
+        return {"b_enc": 0.0}
+
     def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """The encoder's affine part."""
+        """The encoder's affine part, of all latents."""
         return self.encoder_input(x) @ self.W_enc + self.b_enc
 
     def encoder_input(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
@@ -213,12 +279,15 @@ class SparseAutoencoder(LightningModule):
     def _start_from(self, batch: Float[Tensor, "batch d_in"]) -> None:
         scaling = getattr(getattr(self.trainer, "datamodule", None), "scaling", None)
         if scaling is not None:
-            self.input_mean.copy_(self._mean_of_ranks(scaling.mean))
-            self.input_scale.copy_(self._mean_of_ranks(scaling.scale))
+            self.input_mean.copy_(self.mean_of_ranks(scaling.mean))
+            self.input_scale.copy_(self.mean_of_ranks(scaling.scale))
         if self.b_dec_init == "mean":
-            self.b_dec.copy_(self._mean_of_ranks(self.scaled(batch).mean(0)))
+            self.b_dec.copy_(self.mean_of_ranks(self.scaled(batch).mean(0)))
 
-    def _mean_of_ranks(self, value: Tensor) -> Tensor:
+    def mean_of_ranks(self, value: Tensor) -> Tensor:
+        """The mean over all ranks; the value itself outside of a run."""
+        if self._trainer is None:
+            return value
         # On a copy, for `reduce` works in place.
         value = value.to(self.device, copy=True)
         return self.trainer.strategy.reduce(value, reduce_op="mean")
@@ -236,16 +305,24 @@ class SparseAutoencoder(LightningModule):
             FloatingPointError: If the loss is not finite; the message says at which step.
         """
         require_width(batch, self.d_in)
-        x = self.scaled(batch)
-        step = self.objective(x)
-        loss = torch.stack(list(step.losses.values())).sum()
-        require_finite(loss, batch, self.trainer.global_step)
-        with torch.no_grad():
-            fired = (step.f != 0).sum(0)
-            squared_error = (step.x_hat - x).pow(2).sum(-1)
-            self._count_silence(fired, len(x))
-        self._log_step(step.losses, loss, fired.sum() / len(x))
-        return {"loss": loss, "fired": fired, "squared_error": squared_error}
+        outcome = self._evaluate(self.scaled(batch))
+        require_finite(outcome.loss, batch, self.trainer.global_step)
+        self._count_silence(outcome.fired, len(batch))
+        self._log_step(outcome, outcome.fired.sum() / len(batch))
+        return {
+            "loss": outcome.loss,
+            "fired": outcome.fired,
+            "squared_error": outcome.squared_error,
+        }
+
+    def _evaluate(self, x: Float[Tensor, "batch d_in"]) -> Outcome:
+        rows = self.chunk_rows or default_chunk_rows(self.d_sae, x.device.type)
+        # Revival is measured against the error of the whole batch.
+        apart = self.rows_are_independent and not (self.revive != "none" and self.dead.any())
+        if self.layout.dense and apart and len(x) > rows:
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            return in_chunks(self.objective, x, rows, trained)
+        return at_once(self.objective, x)
 
     def _count_silence(self, fired: Int[Tensor, " d_sae"], n: int) -> None:
         # Across ranks, on a copy: `reduce` works in place, and callbacks read this rank's own.
@@ -258,19 +335,24 @@ class SparseAutoencoder(LightningModule):
         """Which latents did not fire on the last `dead_after` training activations, [d_sae]."""
         return self.silent_for >= self.dead_after
 
-    def _log_step(self, losses: dict[str, Tensor], loss: Tensor, l0: Tensor) -> None:
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+    def _log_step(self, outcome: Outcome, l0: Tensor) -> None:
+        loss = outcome.loss.detach()
+        self.log("loss", loss, prog_bar=True, logger=False)
         self.log("l0", l0, prog_bar=True, logger=False)
         dead = self.dead.float().mean()
         self.log("dead", dead, prog_bar=True, logger=False)
-        rows = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict({**rows, "train/loss": loss.detach(), "train/l0": l0, "train/dead": dead})
+        rows = {f"train/{name}": value for name, value in outcome.losses.items()}
+        self.log_dict({**rows, "train/loss": loss, "train/l0": l0, "train/dead": dead})
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, in groups that may have a learning rate of their own."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Fused Adam with warm-up and decay of the learning rate."""
         return adam_with_schedule(
-            self.parameters(),
+            self.parameter_groups(),
             lr=self.lr,
             betas=self.betas,
             warmup=0 if self.trainer.fast_dev_run else self.lr_warmup_steps,  # type: ignore
@@ -298,56 +380,24 @@ class SparseAutoencoder(LightningModule):
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), value)
         else:
-            nn.utils.clip_grad_norm_(self.parameters(), value)
-
-    # Held-out data.
+            clip_norm(optimizer, value)
 
     @override
-    def validation_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
-        """Add a batch of held-out activations to the metrics, in raw space."""
-        f = self.encode(batch)
-        self.metrics.update(x=batch, x_hat=self.decode(f), f=f)
-        self.held_out_count += len(batch) * self.trainer.world_size
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Forget the gradients, and leave their memory to those that come.
 
-    @override
-    def on_validation_epoch_start(self) -> None:
-        """Count anew."""
-        self.held_out_count = 0
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        """Log the held-out metrics as `val/...`."""
-        self._log_metrics("val")
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        """Count anew."""
-        self.held_out_count = 0
-
-    @override
-    def test_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
-        """Add a batch of held-out activations to the metrics, in raw space."""
-        self.validation_step(batch, batch_idx)
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        """Log the held-out metrics as `test/...`."""
-        self._log_metrics("test")
-
-    def _log_metrics(self, stage: str) -> None:
-        values = self.metrics.compute()
-        self.held_out_frequency = values.pop("frequency")
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
-        self.metrics.reset()
-
-    @override
-    def predict_step(
-        self, batch: Float[Tensor, "batch d_in"], batch_idx: int
-    ) -> Float[Tensor, "batch d_sae"]:
-        """Latent activations of a batch."""
-        return self.encode(batch)
+        So who keeps a gradient beyond its step keeps a copy.
+        """
+        # Only sparse steps take it, and several ranks may have it in the buckets they exchange.
+        if not self.layout.dense and self.trainer.world_size == 1:
+            self.layout.workspace.recycle(parameter.grad for parameter in self.parameters())
+        optimizer.zero_grad()
 
     # Saving.
+
+    def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
+        """Change biases in a folded state so that all pre-activations change by so much."""
+        state["b_enc"] = state["b_enc"] + by
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the SAE to a new folder as safetensors and JSON, acting on raw activations.
@@ -374,8 +424,14 @@ class SparseAutoencoder(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what kind of SAE the checkpoint holds, and of what."""
-        checkpoint["lightning_sae"] = {"architecture": type(self).__name__, "source": self.source}
+        """Note what kind of SAE the checkpoint holds, of what, and the layout of its codes."""
+        checkpoint["lightning_sae"] = {
+            "architecture": type(self).__name__,
+            "source": self.source,
+            "dense": self.layout.dense,
+        }
+        if "hyper_parameters" in checkpoint:
+            checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -390,3 +446,5 @@ class SparseAutoencoder(LightningModule):
             compare_sources(source, self.source)
         self.source = self.source or source
         self.is_trained = True
+        # The layouts differ by rounding: a run goes on with the one it had.
+        self.layout.dense = checkpoint["lightning_sae"]["dense"]

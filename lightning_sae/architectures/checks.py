@@ -15,6 +15,21 @@ def require_positive(**values: int | float) -> None:
             raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")
 
 
+def require_not_negative(**values: int | float) -> None:
+    """Raise a ValueError if an argument is negative."""
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value}.")
+
+
+def require_k(k: float, d_sae: int) -> None:
+    """Raise a ValueError if there are not `k` latents to choose."""
+    if not 0 < k <= d_sae:
+        raise ValueError(
+            f"Expected argument `k` to be above 0 and at most `d_sae`={d_sae} but got {k}."
+        )
+
+
 def require_one_of(allowed: tuple[str, ...], **values: str) -> None:
     """Raise a ValueError if an argument is not one of the allowed words."""
     for name, value in values.items():

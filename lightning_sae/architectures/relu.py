@@ -1,4 +1,4 @@
-"""The plain sparse autoencoder: a ReLU and an L1 penalty."""
+"""The plain sparse autoencoder: a ReLU and a sparsity penalty."""
 
 from typing import Any
 
@@ -6,52 +6,76 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sae.architectures.base import SparseAutoencoder, Step
-from lightning_sae.functional.penalties import l1
+from lightning_sae.architectures.checks import require_not_negative
+from lightning_sae.architectures.orthogonality import WithOrthogonality
+from lightning_sae.architectures.steps import Step
+from lightning_sae.functional.codes import Code
+from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
+from lightning_sae.functional.selection import Above
 
 
-class ReLUSAE(SparseAutoencoder):
-    r"""Untied autoencoder with ReLU latents and an L1 penalty.
+class ReLUSAE(WithOrthogonality):
+    r"""Untied autoencoder with ReLU latents and an L1 penalty, or another.
 
     .. math::
         f &= \mathrm{ReLU}((x - b_{dec}) W_{enc} + b_{enc}), \quad \hat x = f W_{dec} + b_{dec} \\
-        L &= \|x - \hat x\|^2 + \lambda \sum_j f_j \quad \text{(mean over the batch)}
+        L &= \|x - \hat x\|^2 + \lambda \sum_j p(f_j) \quad \text{(mean over the batch)}
 
     With `apply_b_dec_to_input=False` the encoder sees x itself; with `decoder_norm="free"` the
-    penalty is :math:`\lambda \sum_j f_j \|W_{dec,j}\|`. Source: Bricken et al., Towards
-    Monosemanticity (2023); the squared error is summed over d_in. One binary feature of strength
-    g is learnt as g - lambda/2.
+    penalty is of :math:`f_j \|W_{dec,j}\|`. Source: Bricken et al., Towards Monosemanticity
+    (2023), with p(f) = f; the squared error is summed over d_in. One binary feature of strength g
+    is then learnt as g - lambda/2.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents.
         l1_coefficient: Weight lambda of the penalty, against a squared error summed over d_in.
-        kwargs: Arguments of `SparseAutoencoder`.
+        penalty: The function p, one of `lightning_sae.functional.penalties`; `L1` by default.
+        kwargs: Arguments of `WithOrthogonality` and `SparseAutoencoder`.
 
     Raises:
         ValueError: If a size, a rate or the coefficient is out of range.
     """
 
-    def __init__(self, d_in: int, d_sae: int, l1_coefficient: float = 1.0, **kwargs: Any) -> None:
+    coefficient_name = "l1_coefficient"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        l1_coefficient: float = 1.0,
+        penalty: Penalty | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
         self.save_hyperparameters()
-        if l1_coefficient < 0:
-            raise ValueError(
-                f"Expected argument `l1_coefficient` to be at least 0 but got {l1_coefficient}."
-            )
+        require_not_negative(l1_coefficient=l1_coefficient)
         self.l1_coefficient = l1_coefficient
+        self.penalty = penalty or L1()
 
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """The positive part."""
         return torch.relu(pre)
 
+    def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
+        """The positive pre-activations; what `activate` says where a subclass says otherwise."""
+        if type(self).activate is not ReLUSAE.activate:
+            return super().latents(x)
+        return self.code(x, Above(0.0))
+
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """Squared error and penalty on centred and scaled activations."""
-        f = self.activate(self.pre_activations(x))
-        x_hat = self.reconstruct(f)
-        norms = None if self.decoder_norm == "unit" else self.W_dec.norm(dim=-1)
+        f = self.latents(x)
+        return self.step(x, f)
+
+    def step(self, x: Float[Tensor, "batch d_in"], f: Code, v: Code | None = None) -> Step:
+        """The same of latents, and of their pre-activations where these are not `f` itself."""
+        x_hat = self.rebuilt(f)
+        cost = batch_penalty(self.penalty, f, self.penalty_norms())
         losses = {
             "squared_error": (x_hat - x).pow(2).sum(-1).mean(),
-            "l1": self.penalty_scale * self.l1_coefficient * l1(f, norms),
+            "l1": self.weight_of_penalty() * cost,
+            **self.orthogonality(x, f, v),
+            **self.revival(x, x_hat),
         }
         return Step(losses, f, x_hat)

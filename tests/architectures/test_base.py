@@ -1,4 +1,8 @@
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import ReLUSAE
 from lightning_sae.architectures.optimisation import warmup_stable_decay
+from lightning_sae.architectures.steps import Step
 from lightning_sae.callbacks import L1Warmup, RunCheckpoint
 from lightning_sae.data.scaling import Scaling
+from lightning_sae.functional.codes import Layout
 from lightning_sae.saving import folded_state
 
 
@@ -288,3 +294,190 @@ def test_fast_dev_run_needs_no_other_settings() -> None:
     trainer.fit(sae, datamodule=Activations(torch.randn(32, 4)))
     assert trainer.global_step == 1
     assert not list(Path().iterdir())
+
+
+def always(dense: bool) -> Layout:
+    """A layout that stays as it is, whatever it sees."""
+    return Layout(dense, thresholds=(-1.0, -1.0) if dense else (2.0, 2.0))
+
+
+class InSight(ReLUSAE):
+    """Notes how many rows its objective is given."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.seen: list[int] = []
+
+    def objective(self, x: Tensor) -> Step:
+        self.seen.append(len(x))
+        return super().objective(x)
+
+
+def trained(
+    dense: bool, *, chunk_rows: int | None = None, batch_size: int = 24, accumulate: int = 1
+) -> InSight:
+    """An SAE after a few steps in double precision, in which only rounding is small."""
+    torch.manual_seed(1)
+    sae = InSight(
+        4, 24, 0.3, lr=0.01, decoder_norm="free", b_dec_init="zero", chunk_rows=chunk_rows
+    )
+    sae.layout = always(dense)
+    trainer = quiet_trainer(
+        max_steps=6, precision="64-true", accumulate_grad_batches=accumulate, max_epochs=-1
+    )
+    trainer.fit(sae, datamodule=Activations(torch.randn(96, 4), batch_size))
+    return sae
+
+
+def assert_same_weights(found: ReLUSAE, expected: ReLUSAE) -> None:
+    expected_state = expected.state_dict()
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, expected_state[name], rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("dense", "chunk_rows", "seen"),
+    [(True, 7, [7, 7, 7, 3]), (True, 24, [24]), (False, None, [24]), (False, 7, [24])],
+)
+def test_layouts_and_chunks_train_the_same_weights(
+    dense: bool, chunk_rows: int | None, seen: list[int]
+) -> None:
+    expected, found = trained(dense=True), trained(dense, chunk_rows=chunk_rows)
+    assert_same_weights(found, expected)
+    assert found.seen == seen * 6
+    assert found.layout.dense == dense
+
+
+@pytest.mark.parametrize(("dense", "chunk_rows"), [(True, None), (True, 5), (False, 5)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    dense: bool, chunk_rows: int | None
+) -> None:
+    found = trained(dense, chunk_rows=chunk_rows, batch_size=12, accumulate=2)
+    expected = trained(dense, chunk_rows=chunk_rows)
+    assert_same_weights(found, expected)
+
+
+def test_rows_that_depend_on_each_other_are_never_split() -> None:
+    class Dependent(InSight):
+        rows_are_independent = False
+
+    sae = Dependent(4, 24, decoder_norm="free", chunk_rows=7)
+    sae.layout = always(dense=True)
+    quiet_trainer(max_steps=2).fit(sae, datamodule=Activations(torch.randn(64, 4), 32))
+    assert sae.seen == [32, 32]
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
+def test_every_precision_trains_in_both_layouts(precision: Any, dense: bool) -> None:
+    """Gradients are so large that they are clipped too."""
+    sae = free_sae(4, 24, lr=0.05, chunk_rows=7)
+    sae.layout, x = always(dense), 20 * torch.randn(96, 4)
+    untrained = sae.objective(x).losses["squared_error"].item()
+    trainer = quiet_trainer(max_steps=12, precision=precision, max_epochs=-1)
+    trainer.fit(sae, datamodule=Activations(x))
+    assert sae.float().objective(x).losses["squared_error"].item() < 0.9 * untrained
+
+
+def test_a_checkpoint_keeps_the_layout(tmp_path: Path) -> None:
+    class LayoutAtStart(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: Any, *_: Any) -> None:
+            self.first = getattr(self, "first", module.layout.dense)
+
+    data = Activations(torch.randn(64, 4))
+    for dense in (True, False):
+        sae, path, start = free_sae(), tmp_path / f"{dense}.ckpt", LayoutAtStart()
+        sae.layout = always(dense)
+        trainer = quiet_trainer(max_epochs=1)
+        trainer.fit(sae, datamodule=data)
+        trainer.save_checkpoint(path)
+        trainer = quiet_trainer(max_epochs=2, callbacks=[start])
+        trainer.fit(free_sae(), datamodule=data, ckpt_path=path)
+        assert start.first == dense
+
+
+TWO_RANKS = """
+import os, sys
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
+from lightning_sae import ReLUSAE
+from lightning_sae.functional.codes import Layout
+
+folder, rank = sys.argv[1], int(os.environ["LOCAL_RANK"])
+for name, given in torch.load(f"{folder}/given.pt").items():
+    torch.manual_seed(rank)  # the ranks start from the same weights nevertheless
+    sae = ReLUSAE(**given["arguments"])
+    if rank == 0:
+        sae.load_state_dict(given["state"])
+    sae.layout = Layout(given["dense"], thresholds=given["thresholds"])
+    trainer = Trainer(
+        max_steps=4, accelerator="cpu", devices=2, precision="64-true",
+        strategy=DDPStrategy(gradient_as_bucket_view=given["buckets"]),
+        use_distributed_sampler=False, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.fit(sae, DataLoader(given["x"][:, rank], batch_size=None))
+    torch.save(sae.state_dict(), f"{folder}/{name}-{rank}.pt")
+"""
+
+
+def run_two_ranks(folder: Path, repository: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    place["PYTHONPATH"] = str(repository)  # a checkout that is not installed can run this too
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, str(folder)],
+            env={**os.environ, **place, "NODE_RANK": "0", "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            output, _ = rank.communicate(timeout=120)
+            assert rank.returncode == 0, output
+    finally:
+        for rank in ranks:  # one that fails leaves the other waiting
+            rank.kill()
+
+
+def test_two_ranks_train_the_weights_that_one_trains_on_both_batches(
+    tmp_path: Path, repository: Path
+) -> None:
+    """Each step's gradient is the mean over ranks, whatever the layout it was taken in."""
+    x = torch.randn(4, 2, 16, 4)
+    given, expected = {}, {}
+    settings = [
+        ("sparse", False, 5),
+        ("buckets", False, 5),
+        ("dense", True, None),
+        ("cut", True, 7),
+    ]
+    for name, dense, chunk_rows in settings:
+        arguments = {"d_in": 4, "d_sae": 24, "lr": 0.01, "decoder_norm": "free"}
+        sae = ReLUSAE(**arguments, chunk_rows=chunk_rows)  # type: ignore[arg-type]
+        sae.layout = always(dense)
+        given[name] = {
+            "arguments": {**arguments, "chunk_rows": chunk_rows},
+            "state": {key: value.clone() for key, value in sae.state_dict().items()},
+            "dense": dense,
+            "thresholds": sae.layout.thresholds,
+            "buckets": name == "buckets",  # gradients lie in memory that the ranks exchange
+            "x": x,
+        }
+        trainer = quiet_trainer(max_steps=4, precision="64-true")
+        trainer.fit(sae, DataLoader(x.flatten(1, 2), batch_size=None))  # type: ignore[arg-type]
+        expected[name] = sae.state_dict()
+    torch.save(given, tmp_path / "given.pt")
+    run_two_ranks(tmp_path, repository)
+    for name, state in expected.items():
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{name}-{rank}.pt")
+            torch.testing.assert_close(found, dict(state), rtol=0, atol=1e-10)

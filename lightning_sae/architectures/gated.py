@@ -1,0 +1,133 @@
+"""Gated SAE: one part of the encoder says which latents fire, another how strongly."""
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_sae.architectures.base import SparseAutoencoder
+from lightning_sae.architectures.checks import require_not_negative, require_one_of
+from lightning_sae.architectures.steps import Step
+from lightning_sae.functional.codes import Code
+from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
+from lightning_sae.functional.selection import Above
+
+
+class GatedSAE(SparseAutoencoder):
+    r"""A gate with an L1 penalty, and magnitudes that no penalty shrinks.
+
+    .. math::
+        \pi &= (x - b_{dec}) W_{enc} + b_{enc}, \quad
+        f = [\pi > 0]\, \mathrm{ReLU}(e^{r_{mag}} (\pi - b_{enc}) + b_{mag}) \\
+        L &= \|x - \hat x(f)\|^2 + \lambda \sum_j \mathrm{ReLU}(\pi_j)
+        + \|x - \hat x_{frozen}(\mathrm{ReLU}(\pi))\|^2 \quad \text{(mean over the batch)}
+
+    Magnitude and gate share their weights up to a scale, so one product serves both; `b_enc` is
+    the gate's bias. The last term alone trains the gate to reconstruct: without it the gate shuts.
+    Its decoder is a constant. Source: Rajamanoharan et al., Improving dictionary learning with
+    gated sparse autoencoders (2024).
+
+    With `decoder_norm="free"` the penalty is :math:`\lambda \sum_j \mathrm{ReLU}(\pi_j)
+    \|W_{dec,j}\|`. Then the decoder of the last term and the norms in the penalty should both be
+    live or both be constants, for what one of them gains is what the other must be charged.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        l1_coefficient: Weight lambda of the penalty.
+        penalty: A function of ReLU(pi) in its place, of `lightning_sae.functional.penalties`.
+        auxiliary_decoder: `frozen` as in the paper, or `live`.
+        norms_in_penalty: With `decoder_norm="free"`, `frozen` or `live`; as `auxiliary_decoder` by
+            default.
+        use_b_mag: Whether magnitudes have a bias of their own; without it that is 0.
+        auxiliary_coefficient: Weight of the last term, 1 in the paper.
+        kwargs: Arguments of `SparseAutoencoder`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    r_mag: Float[Tensor, " d_sae"]
+    b_mag: Float[Tensor, " d_sae"]
+    coefficient_name = "l1_coefficient"
+    latent_units = ("b_enc", "b_mag")
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        l1_coefficient: float = 1.0,
+        penalty: Penalty | None = None,
+        auxiliary_decoder: Literal["frozen", "live"] = "frozen",
+        norms_in_penalty: Literal["frozen", "live"] | None = None,
+        use_b_mag: bool = True,
+        auxiliary_coefficient: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, **kwargs)
+        self.save_hyperparameters()
+        require_not_negative(
+            l1_coefficient=l1_coefficient, auxiliary_coefficient=auxiliary_coefficient
+        )
+        norms_in_penalty = norms_in_penalty or auxiliary_decoder
+        require_one_of(("frozen", "live"), auxiliary_decoder=auxiliary_decoder)
+        require_one_of(("frozen", "live"), norms_in_penalty=norms_in_penalty)
+        if self.decoder_norm == "free" and norms_in_penalty != auxiliary_decoder:
+            warnings.warn(
+                f"`auxiliary_decoder` is {auxiliary_decoder} but `norms_in_penalty` is "
+                f"{norms_in_penalty}: with free decoder norms one alone can be played against the "
+                "other. Set both to `live` or both to `frozen`.",
+                stacklevel=2,
+            )
+        self.l1_coefficient, self.penalty = l1_coefficient, penalty or L1()
+        self.auxiliary_decoder, self.norms_in_penalty = auxiliary_decoder, norms_in_penalty
+        self.auxiliary_coefficient = auxiliary_coefficient
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae), requires_grad=use_b_mag)
+
+    def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
+        """Magnitudes where the gate is open."""
+        magnitudes = self.r_mag.exp() * (pre - self.b_enc) + self.b_mag
+        return magnitudes.relu() * (pre > 0)
+
+    def magnitudes(self, gate: Code) -> Code:
+        """Latents from the positive gate pre-activations."""
+        ungated = gate.values - gate.at(self.b_enc)
+        return gate.with_values((gate.at(self.r_mag.exp()) * ungated + gate.at(self.b_mag)).relu())
+
+    def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        """The three terms on centred and scaled activations."""
+        gate = self.code(x, Above(0.0))
+        f = self.magnitudes(gate)
+        x_hat = self.rebuilt(f)
+        losses = {
+            "squared_error": (x_hat - x).pow(2).sum(-1).mean(),
+            "l1": self.weight_of_penalty() * batch_penalty(self.penalty, gate, self._norms()),
+            "auxiliary": self.auxiliary_coefficient * self._auxiliary(x, gate),
+            **self.revival(x, x_hat),
+        }
+        return Step(losses, f, x_hat)
+
+    def _norms(self) -> Float[Tensor, " d_sae"] | None:
+        norms = self.penalty_norms()
+        return norms.detach() if norms is not None and self.norms_in_penalty == "frozen" else norms
+
+    def _auxiliary(self, x: Float[Tensor, "batch d_in"], gate: Code) -> Float[Tensor, ""]:
+        W_dec, b_dec = self.W_dec, self.b_dec
+        if self.auxiliary_decoder == "frozen":
+            W_dec, b_dec = W_dec.detach(), b_dec.detach()
+        return (gate.decode(W_dec) + b_dec - x).pow(2).sum(-1).mean()
+
+    @override
+    def fresh_latent(self) -> dict[str, float]:
+        """Magnitudes that are those of the gate."""
+        return {**super().fresh_latent(), "r_mag": 0.0, "b_mag": 0.0}
+
+    @override
+    def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
+        """Shift the gate, and the magnitudes, which do not see the gate's bias."""
+        super().shift_pre_activations(state, by)
+        state["b_mag"] = state["b_mag"] + self.r_mag.exp() * by

@@ -1,0 +1,127 @@
+"""Matryoshka SAE: every prefix of the latents is an SAE of its own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_sae.architectures.batch_topk import BatchTopKSAE
+from lightning_sae.architectures.checks import require_not_negative
+from lightning_sae.architectures.steps import Step
+from lightning_sae.functional.codes import Code
+from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
+from lightning_sae.functional.selection import Above
+
+
+class MatryoshkaSAE(BatchTopKSAE):
+    r"""Nested reconstructions: the first m latents alone have to rebuild the input too.
+
+    .. math::
+        \hat x_m = \sum_{j < m} f_j W_{dec,j} + b_{dec}, \quad
+        L = \tfrac{1}{|M|} \sum_{m \in M} \|x - \hat x_m\|^2 + \dots
+        \quad \text{(mean over the batch)}
+
+    with latents chosen once, as in `BatchTopKSAE`, or with `k` null by a ReLU and a penalty, as in
+    `ReLUSAE`. Each prefix costs the decoding of its own latents only, for the larger ones are
+    sums. Sources: Bussmann et al., Learning multi-level features with Matryoshka SAEs (2025), for
+    fixed prefixes; Nabeshima, Matryoshka sparse autoencoders (2024), for random ones.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        prefixes: Widths of the prefixes, rising up to `d_sae`; or their number, and each batch
+            draws them anew, small ones as likely as large ones on a logarithmic scale, with
+            `d_sae` always among them.
+        k: Latents per activation on average, or null for a ReLU.
+        l1_coefficient: Weight of the penalty where `k` is null.
+        penalty: Its function, of `lightning_sae.functional.penalties`; `L1` by default.
+        kwargs: Arguments of `BatchTopKSAE`.
+
+    Raises:
+        ValueError: If an argument is out of range, or prefixes do not rise up to `d_sae`.
+    """
+
+    draws: Int[Tensor, ""]
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        prefixes: Sequence[int] | int = 5,
+        k: float | None = 32,
+        l1_coefficient: float = 1.0,
+        penalty: Penalty | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, k=1 if k is None else k, **kwargs)
+        self.save_hyperparameters()
+        require_not_negative(l1_coefficient=l1_coefficient)
+        _check_prefixes(prefixes, d_sae)
+        self.prefixes = prefixes if isinstance(prefixes, int) else tuple(prefixes)
+        self.uses_relu = k is None
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self.l1_coefficient, self.penalty = l1_coefficient, penalty or L1()
+        self.rows_are_independent = self.uses_relu and not isinstance(prefixes, int)
+        self.coefficient_name = "l1_coefficient" if self.uses_relu else None
+        self.layout.dense = self.uses_relu
+
+    def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
+        """As in `BatchTopKSAE`, or the positive part."""
+        return pre.relu() if self.uses_relu else super().activate(pre)
+
+    def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
+        """The latents of all prefixes."""
+        return self.code(x, Above(0.0)) if self.uses_relu else super().latents(x)
+
+    def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        """Squared errors of all prefixes, and penalty, on centred and scaled activations."""
+        f = self.latents(x)
+        if not self.uses_relu:
+            self.follow(f)
+        x_hats = self.nested(f, self._widths())
+        errors = torch.stack([(x_hat - x).pow(2).sum(-1).mean() for x_hat in x_hats])
+        losses = {
+            "squared_error": errors.mean(),
+            **self.orthogonality(x, f),
+            **self.revival(x, x_hats[-1]),
+        }
+        if self.uses_relu:
+            cost = batch_penalty(self.penalty, f, self.penalty_norms())
+            losses["l1"] = self.weight_of_penalty() * cost
+        return Step(losses, f, x_hats[-1])
+
+    def nested(self, f: Code, widths: Sequence[int]) -> list[Float[Tensor, "batch d_in"]]:
+        """The reconstruction from each prefix."""
+        bounds = torch.tensor(widths, device=self.device)
+        latents = torch.arange(self.d_sae, device=self.device)
+        ring = torch.bucketize(latents, bounds, right=True).float()  # codes hold no whole numbers
+        x_hat, found = self.b_dec, []
+        for index in range(len(widths)):
+            x_hat = x_hat + f.where((f.at(ring) == index).expand_as(f.values)).decode(self.W_dec)
+            found.append(x_hat)
+        return found
+
+    def _widths(self) -> Sequence[int]:
+        if not isinstance(self.prefixes, int):
+            return self.prefixes
+        # Seeded by a count that is in the checkpoint: the same on all ranks and after a resume.
+        generator = torch.Generator().manual_seed(int(self.draws))
+        self.draws += 1
+        shares = torch.rand(self.prefixes - 1, generator=generator)
+        drawn = (self.d_sae**shares).long().clamp(1, self.d_sae)
+        return sorted({*drawn.tolist(), self.d_sae})
+
+
+def _check_prefixes(prefixes: Sequence[int] | int, d_sae: int) -> None:
+    if isinstance(prefixes, int):
+        if prefixes < 1:
+            raise ValueError(f"Expected argument `prefixes` to be at least 1 but got {prefixes}.")
+        return
+    widths = list(prefixes)
+    if not widths or sorted(set(widths)) != widths or widths[0] < 1 or widths[-1] != d_sae:
+        raise ValueError(
+            f"Expected argument `prefixes` to rise from 1 or more up to `d_sae`={d_sae} but got "
+            f"{widths}: end it with {d_sae}."
+        )

@@ -1,0 +1,124 @@
+"""SAEs whose latents may be kept orthogonal to the inputs on which they fire weakly."""
+
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sae.architectures.base import SparseAutoencoder
+from lightning_sae.architectures.checks import (
+    require_not_negative,
+    require_one_of,
+    require_positive,
+)
+from lightning_sae.architectures.peaks import MixtureThreshold, PeakThreshold
+from lightning_sae.functional.codes import Code
+from lightning_sae.functional.orthogonality import orthogonality
+from lightning_sae.functional.patterns import DensePattern
+
+
+class WithOrthogonality(SparseAutoencoder):
+    r"""An SAE that may have the auxiliary loss of activation orthogonality.
+
+    .. math::
+        L_{aux} = \tfrac{\lambda_{aux}}{B F} \sum_{i,j} [f_{ij} \le \tau_j]
+        \cos(x_i - b_{dec}, W_{enc,j})^2
+
+    Source: Chanin et al., Broken latents (2024), where it is divided by the number of latents, as
+    here and unlike a penalty. The activations that they penalise are the low ones, which a latent
+    owes to features that are not its main one. In narrow SAEs it is the high ones, where several
+    features come together: `aux_side="high"` has those with :math:`f_{ij} > \tau_j` instead.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        aux_coefficient: Weight of the loss; 0 for none.
+        aux_threshold_share: The threshold tau_j, as a share of the largest activation of latent j.
+        aux_window: Batches over which that is the largest.
+        aux_side: Whether `low` or `high` activations are penalised.
+        aux_threshold: `share` as above; or `mixture`, the crossing of the latent's two peaks
+            where its activations have two, else the share.
+        kwargs: Arguments of `SparseAutoencoder`.
+
+    Attributes:
+        aux_scale: Share in force of both the weight and the threshold; `AuxThresholdWarmup` moves
+            it.
+        peaks: What is known of how strongly latents fire; None without the loss.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        aux_coefficient: float = 0.0,
+        aux_threshold_share: float = 0.7,
+        aux_window: int = 50,
+        aux_side: Literal["low", "high"] = "low",
+        aux_threshold: Literal["share", "mixture"] = "share",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, **kwargs)
+        self.save_hyperparameters()
+        require_not_negative(aux_coefficient=aux_coefficient)
+        require_positive(aux_threshold_share=aux_threshold_share, aux_window=aux_window)
+        require_one_of(("low", "high"), aux_side=aux_side)
+        require_one_of(("share", "mixture"), aux_threshold=aux_threshold)
+        if aux_threshold_share > 1:
+            raise ValueError(
+                "Expected argument `aux_threshold_share` to be at most 1 but got "
+                f"{aux_threshold_share}: it is a share of the largest activation."
+            )
+        self.aux_coefficient, self.aux_side = aux_coefficient, aux_side
+        self.aux_scale = 1.0
+        kind = MixtureThreshold if aux_threshold == "mixture" else PeakThreshold
+        self.peaks = kind(d_sae, aux_threshold_share, aux_window) if aux_coefficient else None
+
+    def orthogonality(
+        self, x: Float[Tensor, "batch d_in"], f: Code, v: Code | None = None
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The auxiliary loss of a batch, if one is asked for.
+
+        Args:
+            x: Centred and scaled activations.
+            f: Their latents.
+            v: Pre-activations of the same entries; by default they are worked out from `f`.
+        """
+        if self.peaks is None:
+            return {}
+        if self.training:
+            self.peaks.note(f)
+        if self.aux_scale == 0:
+            return {"orthogonality": x.new_zeros(())}
+        v = self._pre_of(x, f) if v is None else v
+        strong = f.values.detach() > f.at(self.aux_scale * self.peaks.thresholds())
+        cost = orthogonality(
+            self.encoder_input(x),
+            self.W_enc,
+            v.with_values(v.values - v.at(self.b_enc)),
+            strong,
+            self.aux_side,
+        )
+        return {"orthogonality": self.aux_coefficient * self.aux_scale * cost}
+
+    def _pre_of(self, x: Tensor, f: Code) -> Code:
+        """Active latents are their pre-activations, unless a subclass activates in its own way."""
+        own = not type(self).activate.__module__.startswith("lightning_sae.architectures.")
+        if own and isinstance(f.pattern, DensePattern):
+            return f.with_values(self.pre_activations(x))
+        return f
+
+    @override
+    def training_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> dict[str, Any]:
+        """As in `SparseAutoencoder`; takes note of how strongly latents fired."""
+        if self.peaks is None:
+            return super().training_step(batch, batch_idx)
+        self.peaks.open()
+        outputs = super().training_step(batch, batch_idx)
+        self.peaks.close(self.trainer.strategy.reduce)
+        self.log_dict({f"train/{name}": value for name, value in self.peaks.scalars().items()})
+        return outputs

@@ -1,0 +1,136 @@
+"""How strongly each latent fired over the last batches, and the threshold that follows from it."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_sae.functional.codes import Code
+from lightning_sae.functional.peaks import counts_by_height, maxima, two_peaks
+
+Reduce = Callable[..., Tensor]
+"""Reduces a tensor over ranks, in place or not, as `reduce` of a trainer's strategy does."""
+
+
+class PeakThreshold(nn.Module):
+    """A fixed share of each latent's largest activation over the last batches.
+
+    A batch is what one training step sees: a micro-batch, where gradients are accumulated, and on
+    several ranks the batches of all of them. The batch in progress does not count yet, so that its
+    threshold is the same for all its chunks. All state is in buffers, the same on all ranks.
+
+    Args:
+        d_sae: Number of latents.
+        share: Share of the largest activation.
+        window: Number of batches.
+    """
+
+    recent: Float[Tensor, "window d_sae"]
+    n_batches: Int[Tensor, ""]
+    current: Float[Tensor, " d_sae"]
+
+    def __init__(self, d_sae: int, share: float, window: int) -> None:
+        super().__init__()
+        self.share, self.window = share, window
+        self.register_buffer("recent", torch.zeros(window, d_sae))
+        self.register_buffer("n_batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("current", torch.zeros(d_sae), persistent=False)
+
+    def peaks(self) -> Float[Tensor, " d_sae"]:
+        """The largest activation of each latent over the window; 0 before the first batch."""
+        return self.recent.amax(0)
+
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
+        """The threshold of each latent."""
+        return self.share * self.peaks()
+
+    def open(self) -> None:
+        """Begin a batch."""
+        self.current.zero_()
+
+    @torch.no_grad()
+    def note(self, f: Code) -> None:
+        """See latents of the batch, all or some of its rows."""
+        torch.maximum(self.current, maxima(f), out=self.current)
+
+    @torch.no_grad()
+    def close(self, reduce: Reduce) -> None:
+        """End a batch on all ranks."""
+        place = (self.n_batches % self.window).view(1)
+        seen = reduce(self.current.clone(), reduce_op="max")  # a copy, for it may work in place
+        self.recent.index_copy_(0, place, seen.unsqueeze(0))
+        self.n_batches += 1
+
+    def scalars(self) -> dict[str, Float[Tensor, ""]]:
+        """What is worth logging."""
+        return {}
+
+
+class MixtureThreshold(PeakThreshold):
+    """The activation at which a latent's two peaks cross, where it has two; else the fixed share.
+
+    Activations are counted in bins from 0 to the largest over the window, and what was counted
+    fades by 1 - 1 / `window` per batch. Every `window` batches `two_peaks` is fitted. The crossing
+    is kept relative to the largest activation, which may move meanwhile.
+
+    Args:
+        d_sae: Number of latents.
+        share: Share of the largest activation for latents without two peaks.
+        window: Number of batches.
+        bins: Bins of the histogram.
+    """
+
+    histogram: Float[Tensor, "d_sae bins"]
+    counted: Float[Tensor, "d_sae bins"]
+    shares: Float[Tensor, " d_sae"]
+    separation: Float[Tensor, " d_sae"]
+    has_two: Bool[Tensor, " d_sae"]
+
+    def __init__(self, d_sae: int, share: float, window: int, bins: int = 64) -> None:
+        super().__init__(d_sae, share, window)
+        self.bins = bins
+        self.register_buffer("histogram", torch.zeros(d_sae, bins))
+        self.register_buffer("counted", torch.zeros(d_sae, bins), persistent=False)
+        self.register_buffer("shares", torch.full((d_sae,), share))
+        self.register_buffer("separation", torch.zeros(d_sae))
+        self.register_buffer("has_two", torch.zeros(d_sae, dtype=torch.bool))
+
+    @override
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
+        """The threshold of each latent."""
+        return self.shares * self.peaks()
+
+    @override
+    def open(self) -> None:
+        """Begin a batch."""
+        super().open()
+        self.counted.zero_()
+
+    @override
+    def note(self, f: Code) -> None:
+        """See latents of the batch, all or some of its rows."""
+        super().note(f)
+        self.counted += counts_by_height(f, self.peaks(), self.bins)
+
+    @override
+    @torch.no_grad()
+    def close(self, reduce: Reduce) -> None:
+        """End a batch on all ranks, and fit if it is time."""
+        super().close(reduce)
+        self.histogram *= 1 - 1 / self.window
+        self.histogram += reduce(self.counted.clone(), reduce_op="sum")
+        if self.n_batches % self.window == 0:
+            self._fit()
+
+    def _fit(self) -> None:
+        crossing, separation, found = two_peaks(self.histogram)
+        self.shares.copy_(torch.where(found, crossing, self.share))
+        self.separation.copy_(separation)
+        self.has_two.copy_(found)
+
+    @override
+    def scalars(self) -> dict[str, Float[Tensor, ""]]:
+        """Mean separation of the peaks, and the share of latents with two."""
+        return {"separation": self.separation.mean(), "two_peaks": self.has_two.float().mean()}

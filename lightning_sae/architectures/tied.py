@@ -1,0 +1,109 @@
+"""Tied SAE: the encoder is the decoder's transpose, and has no bias."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_sae.architectures.checks import require_not_negative, require_positive
+from lightning_sae.architectures.relu import ReLUSAE
+from lightning_sae.architectures.steps import Step
+from lightning_sae.functional.codes import Code
+from lightning_sae.functional.geometry import random_unit_rows
+from lightning_sae.functional.jumprelu import jumprelu
+from lightning_sae.functional.selection import Above
+
+
+class TiedSAE(ReLUSAE):
+    r"""A ReLU SAE with one matrix: a latent's encoder and decoder are one direction.
+
+    .. math::
+        f = \mathrm{ReLU}((x - b_{dec}) W_{dec}^T), \quad \hat x = f W_{dec} + b_{dec}, \quad
+        L = \|x - \hat x\|^2 + \lambda \sum_j p(f_j) \quad \text{(mean over the batch)}
+
+    `W_enc` is a view of `W_dec`, and `b_enc` is always 0. Latents interfere with each other unless
+    their directions are orthogonal. Source: Chanin et al., Broken latents: studying SAEs and
+    feature co-occurrence in toy models (2024).
+
+    With `threshold_init` pre-activations are kept above a threshold of each latent instead of above
+    0; thresholds are trained as in `lightning_sae.functional.jumprelu`.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        l1_coefficient: Weight lambda of the penalty.
+        threshold_init: Thresholds at the start; null for a ReLU.
+        bandwidth: Width of the window in which thresholds get a gradient.
+        kwargs: Arguments of `ReLUSAE`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    tied = True
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        l1_coefficient: float = 1.0,
+        threshold_init: float | None = None,
+        bandwidth: float = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, l1_coefficient, **kwargs)
+        self.save_hyperparameters()
+        require_not_negative(threshold_init=threshold_init or 0.0)
+        require_positive(bandwidth=bandwidth)
+        self.threshold_init, self.bandwidth = threshold_init, bandwidth
+        self.threshold: nn.Parameter | None = None
+        if threshold_init is not None:
+            self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold_init)))
+            self.latent_units = ("b_enc", "threshold")
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
+        """The decoder's transpose."""
+        return self.W_dec.T
+
+    def _create_dictionary(self) -> None:
+        self.W_dec = nn.Parameter(random_unit_rows(self.d_sae, self.d_in))
+        self.register_buffer("b_enc", torch.zeros(self.d_sae))
+
+    def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
+        """The positive part, or pre-activations above their threshold."""
+        return pre.relu() if self.threshold is None else pre * (pre > self.threshold.relu())
+
+    def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
+        """The active pre-activations; what `activate` says where a subclass says otherwise."""
+        if type(self).activate is not TiedSAE.activate:
+            return super().latents(x)
+        return self._jumped(self._candidates(x))
+
+    def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        """Squared error and penalty on centred and scaled activations."""
+        if self.threshold is None or type(self).activate is not TiedSAE.activate:
+            return super().objective(x)
+        v = self._candidates(x)
+        return self.step(x, self._jumped(v), v)
+
+    @override
+    def fresh_latent(self) -> dict[str, float]:
+        """A threshold as at the start, where there is one."""
+        start = {} if self.threshold_init is None else {"threshold": self.threshold_init}
+        return {**super().fresh_latent(), **start}
+
+    def _candidates(self, x: Tensor) -> Code:
+        """Pre-activations above 0, or above the window of their threshold."""
+        if self.threshold is None:
+            return self.code(x, Above(0.0))
+        return self.code(x, Above(self.threshold.detach().relu() - self.bandwidth / 2))
+
+    def _jumped(self, v: Code) -> Code:
+        if self.threshold is None:
+            return v
+        # Thresholds below 0 act as 0 and get its gradient, as in `JumpReLUSAE`.
+        theta = self.threshold + (self.threshold.relu() - self.threshold).detach()
+        return v.with_values(jumprelu(v.values, v.at(theta), self.bandwidth))

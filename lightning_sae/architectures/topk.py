@@ -1,0 +1,71 @@
+"""TopK SAE: a fixed number of latents for every activation."""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sae.architectures.base import SparseAutoencoder
+from lightning_sae.architectures.checks import require_k
+from lightning_sae.architectures.steps import Step
+from lightning_sae.functional.codes import Code
+from lightning_sae.functional.selection import TopK, row_top_k
+
+
+class TopKSAE(SparseAutoencoder):
+    r"""The k largest pre-activations of each row are its latents, where they are positive.
+
+    .. math::
+        f = \mathrm{ReLU}(\mathrm{TopK}((x - b_{dec}) W_{enc} + b_{enc}, k)), \quad
+        L = \|x - \hat x\|^2 + \alpha L_{auxk} \quad \text{(mean over the batch)}
+
+    There is no penalty, for sparsity is given; dead latents come back by
+    `lightning_sae.functional.revival.auxk`. Source: Gao et al., Scaling and evaluating sparse
+    autoencoders (2024).
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        k: Latents per activation.
+        revive: See `SparseAutoencoder`.
+        kwargs: Arguments of `SparseAutoencoder`.
+
+    Raises:
+        ValueError: If a size or a rate is out of range, or k is not from 1 to `d_sae`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int = 32,
+        revive: Literal["none", "auxk", "ghost"] = "auxk",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, revive=revive, **kwargs)
+        self.save_hyperparameters()
+        require_k(k, d_sae)
+        self.k = k
+        self.layout.dense = False  # a density that is known beforehand
+
+    def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
+        """The k largest of each row, where they are positive."""
+        rows = pre.reshape(-1, pre.shape[-1])
+        values, latents = row_top_k(rows, self.k)
+        return torch.zeros_like(rows).scatter(-1, latents, values.relu()).view_as(pre)
+
+    def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
+        """The same, as a code."""
+        f = self.code(x, TopK(self.k))
+        return f.with_values(f.values.relu())
+
+    def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        """Squared error and the loss of dead latents, on centred and scaled activations."""
+        f = self.latents(x)
+        x_hat = self.rebuilt(f)
+        losses = {
+            "squared_error": (x_hat - x).pow(2).sum(-1).mean(),
+            **self.revival(x, x_hat),
+        }
+        return Step(losses, f, x_hat)
