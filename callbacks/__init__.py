@@ -3,18 +3,22 @@
 if __name__ != "lightning_sae.callbacks":
     raise ImportError(f"import lightning_sae.callbacks, not {__name__}")
 
+from lightning_sae.callbacks.aux_threshold_warmup import AuxThresholdWarmup as AuxThresholdWarmup
 from lightning_sae.callbacks.checkpoint import RunCheckpoint as RunCheckpoint
 from lightning_sae.callbacks.decoder_norm import DecoderNormProjection as DecoderNormProjection
 from lightning_sae.callbacks.l1_warmup import L1Warmup as L1Warmup
+from lightning_sae.callbacks.orthogonal_to import OrthogonalTo as OrthogonalTo
 from lightning_sae.callbacks.progress import SAEProgressBar as SAEProgressBar
 from lightning_sae.callbacks.resampling import DeadFeatureResampling as DeadFeatureResampling
 from lightning_sae.callbacks.results import ExportSAE as ExportSAE
 from lightning_sae.callbacks.results import HeldOutEvaluation as HeldOutEvaluation
 from lightning_sae.callbacks.results import LatentWriter as LatentWriter
+from lightning_sae.callbacks.target_l0 import TargetL0 as TargetL0
 from lightning_sae.callbacks.watching import Histograms as Histograms
 from lightning_sae.callbacks.watching import StreamMonitor as StreamMonitor
 
 __all__ = [
+    "AuxThresholdWarmup",
     "DeadFeatureResampling",
     "DecoderNormProjection",
     "ExportSAE",
@@ -22,7 +26,9 @@ __all__ = [
     "Histograms",
     "L1Warmup",
     "LatentWriter",
+    "OrthogonalTo",
     "RunCheckpoint",
     "SAEProgressBar",
     "StreamMonitor",
+    "TargetL0",
 ]

@@ -97,8 +97,8 @@ class DecoderNormProjection(Callback):
     @torch.no_grad()
     def project(self, gradient: Tensor, w: Tensor) -> None:
         """Remove in place from `gradient` [d_sae, d_in] what is parallel to the unit rows `w`."""
-        along = torch.einsum("fd,fd->f", gradient, w).unsqueeze(-1)
-        gradient.addcmul_(w, along, value=-1)
+        for g, rows in zip(gradient.split(1024), w.split(1024), strict=True):  # stays in cache
+            g.addcmul_(rows, (g * rows).sum(-1, keepdim=True), value=-1)
 
     @torch.no_grad()
     def renormalise(self, w: Tensor) -> None:

@@ -15,9 +15,10 @@ class L1Warmup(Callback):
     """Raise the sparsity penalty linearly from zero over the first steps of the optimiser.
 
     The share in force at the k-th step of a fit, counted from 1, is min(1, k / `n_steps`); it
-    multiplies `l1_coefficient` through the SAE's `penalty_scale`, and is logged as
-    `train/penalty_scale`. Micro-batches of one step share one value. A resumed fit goes on where
-    it was; any other fit starts a warm-up of its own. The SAE is left with the whole penalty.
+    multiplies the penalty's coefficient, of L1 or another, through the SAE's `penalty_scale`, and
+    is logged as `train/penalty_scale`. Micro-batches of one step share one value. A resumed fit
+    goes on where it was; any other fit starts a warm-up of its own. The SAE is left with the whole
+    penalty.
 
     Example::
 
@@ -28,7 +29,7 @@ class L1Warmup(Callback):
 
     Raises:
         ValueError: If `n_steps` is not positive; when fitting starts, if it is longer than the
-            run, if the SAE has no L1 penalty, or if the trainer has this callback twice.
+            run, if the SAE has no penalty, or if the trainer has this callback twice.
     """
 
     def __init__(self, n_steps: int) -> None:
@@ -55,10 +56,10 @@ class L1Warmup(Callback):
         if stage != "fit":
             return
         self._began = None
-        if not hasattr(pl_module, "l1_coefficient") or not hasattr(pl_module, "penalty_scale"):
+        if getattr(pl_module, "coefficient_name", None) is None:
             raise ValueError(
-                "`L1Warmup` needs an SAE with an `l1_coefficient` and a `penalty_scale` but "
-                f"{type(pl_module).__name__} has not both: remove the callback."
+                "`L1Warmup` needs an SAE with a sparsity penalty but "
+                f"{type(pl_module).__name__} has none: remove the callback."
             )
         if 0 < trainer.max_steps < self.n_steps and not trainer.fast_dev_run:  # type: ignore
             raise ValueError(

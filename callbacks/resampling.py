@@ -32,9 +32,10 @@ class DeadFeatureResampling(Callback):
       becomes a random direction at norm 1, the encoder row its transpose, as at the start of
       training. Source: Neel Nanda's open-source replication (2023).
 
-    In both, the latent's `b_enc` becomes 0 and the optimiser's moments of exactly these entries
-    are set to zero, as is the SAE's count of how long it was silent. `b_dec` and all other latents
-    are left alone. With `decoder_norm="free"` the new decoder rows get the mean norm of the living
+    In both, the latent's `b_enc` becomes 0 and a threshold or the like what it starts with; the
+    optimiser's moments of exactly these entries are set to zero, as is the SAE's count of how long
+    the latent was silent. `b_dec` and all other latents are left alone. A tied latent has one row,
+    the decoder's. With `decoder_norm="free"` the new decoder rows get the mean norm of the living
     ones. Nothing is replaced after the last step of a run, for it would stay untrained.
 
     How many were replaced is logged as `train/resampled`. Everything drawn comes from a generator
@@ -62,8 +63,9 @@ class DeadFeatureResampling(Callback):
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if the run is too short
-            for a single resampling, if the SAE has no untied `W_enc`, `W_dec` and `b_enc`, if its
-            optimiser is not of Adam's family, or if the trainer has this callback twice.
+            for a single resampling, if the SAE has no untied `W_enc`, `W_dec` and `b_enc` and is
+            not one whose `tied` is true, if its optimiser is not of Adam's family, or if the
+            trainer has this callback twice.
     """
 
     def __init__(
@@ -117,12 +119,15 @@ class DeadFeatureResampling(Callback):
         if stage != "fit":
             return
         self._start_afresh()
-        weights = [getattr(pl_module, name, None) for name in ("W_enc", "W_dec", "b_enc")]
-        untied = all(isinstance(weight, nn.Parameter) for weight in weights)
-        if not isinstance(pl_module, SparseAutoencoder) or not untied:
+        tied = getattr(pl_module, "tied", False)
+        names = ("W_dec",) if tied else ("W_enc", "W_dec", "b_enc")
+        weights = [getattr(pl_module, name, None) for name in names]
+        replaceable = all(isinstance(weight, nn.Parameter) for weight in weights)
+        if not isinstance(pl_module, SparseAutoencoder) or not replaceable:
             raise ValueError(
                 "`DeadFeatureResampling` needs an SAE with untied parameters `W_enc`, `W_dec` and "
-                f"`b_enc`, which {type(pl_module).__name__} is not: remove the callback."
+                "`b_enc`, or one whose `tied` is true, which "
+                f"{type(pl_module).__name__} is not: remove the callback."
             )
         if 0 < trainer.max_steps <= self.every_n_steps and not trainer.fast_dev_run:  # type: ignore
             raise ValueError(
@@ -230,7 +235,8 @@ class DeadFeatureResampling(Callback):
             drawn = self._draw(sae, n_dead) if trainer.is_global_zero else torch.empty(0)
             directions = trainer.strategy.broadcast(drawn.cpu()).to(sae.device)
             self._replace(sae, dead, directions)
-            for weight, axis in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
+            vectors = [getattr(sae, name) for name in sae.fresh_latent()]
+            for weight, axis in ((sae.W_dec, 0), (sae.W_enc, 1), *((v, 0) for v in vectors)):
                 reset_moments(trainer.optimizers, weight, dead, axis)
         for logger in trainer.loggers:  # self.log would drop what falls between its intervals
             logger.log_metrics({"train/resampled": n_dead}, step=trainer.global_step - 1)
@@ -250,6 +256,8 @@ class DeadFeatureResampling(Callback):
         sae.W_dec[dead] = rows.to(sae.W_dec.dtype)
         if self.scheme == "loss_squared":
             rows = directions * self.encoder_scale * mean_norm(sae.W_enc.T[~dead])
-        sae.W_enc.T[dead] = rows.to(sae.W_enc.dtype)
-        sae.b_enc[dead] = 0
+        if not sae.tied:
+            sae.W_enc.T[dead] = rows.to(sae.W_enc.dtype)
+        for name, value in sae.fresh_latent().items():
+            getattr(sae, name)[dead] = value
         sae.silent_for[dead] = 0

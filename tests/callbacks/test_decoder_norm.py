@@ -118,6 +118,15 @@ def test_it_is_projection_then_clipping_then_adam_then_unit_norm(clip, accumulat
         torch.testing.assert_close(sae.get_parameter(name), expected, atol=1e-6, rtol=0)
 
 
+def test_the_gradient_of_a_large_decoder_is_projected_row_by_row():
+    """It is done in blocks of rows, of which the last is a short one."""
+    w = torch.nn.functional.normalize(torch.randn(2500, 7), dim=-1)
+    gradient = torch.randn(2500, 7)
+    expected = torch.stack([g - (g @ row) * row for g, row in zip(gradient, w, strict=True)])
+    DecoderNormProjection().project(gradient, w)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_training_starts_from_unit_rows():
     sae, watch = build_sae(), NormWatch()
     with torch.no_grad():

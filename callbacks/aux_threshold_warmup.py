@@ -1,0 +1,118 @@
+"""An auxiliary loss of orthogonality that comes into force late and gradually."""
+
+from typing import Any, cast
+
+from jaxtyping import Float
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sae.architectures.orthogonality import WithOrthogonality
+from lightning_sae.callbacks.checks import expect, refuse_second
+
+
+class AuxThresholdWarmup(Callback):
+    """First no auxiliary loss of orthogonality, then its weight and threshold rise together.
+
+    The share in force at the k-th step of a fit, counted from 1, is 0 up to step `delay_steps`, and
+    then min(1, (k - `delay_steps`) / `warmup_steps`). It multiplies both the coefficient and the
+    threshold of `WithOrthogonality`, through the SAE's `aux_scale`, and is logged as
+    `train/aux_scale`. How strongly latents fire is noted from the first step on. Micro-batches of
+    one step share one value. A resumed fit goes on where it was; any other fit starts anew. The SAE
+    is left with the whole loss.
+
+    Source: Chanin et al., Broken latents (2024), with a third of the run for each of delay,
+    warm-up and the rest.
+
+    Example::
+
+        sae = TiedSAE(d_in=50, d_sae=5, l1_coefficient=1e-3, aux_coefficient=1e4)
+        trainer = Trainer(callbacks=AuxThresholdWarmup(6500, 6500), max_steps=19_500)
+
+    Args:
+        delay_steps: Steps of the optimiser without the loss.
+        warmup_steps: Steps after these until it is in full force.
+
+    Raises:
+        ValueError: If an argument is out of range; when fitting starts, if both are longer than
+            the run, if the SAE has no such loss, or if the trainer has this callback twice.
+    """
+
+    def __init__(self, delay_steps: int, warmup_steps: int) -> None:
+        expect(delay_steps >= 0, "delay_steps", "at least 0", delay_steps)
+        expect(warmup_steps > 0, "warmup_steps", "positive", warmup_steps)
+        self.delay_steps, self.warmup_steps = delay_steps, warmup_steps
+        self._began: int | None = None
+
+    def share(self, steps_taken: int) -> float:
+        """Share of the loss in force in the step after `steps_taken` steps of the fit.
+
+        Example:
+            >>> [AuxThresholdWarmup(2, 4).share(taken) for taken in range(8)]
+            [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+        """
+        return min(1.0, max(0.0, (steps_taken + 1 - self.delay_steps) / self.warmup_steps))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work; forget an earlier fit (resuming loads its state after this)."""
+        if stage != "fit":
+            return
+        self._began = None
+        if getattr(pl_module, "peaks", None) is None:
+            raise ValueError(
+                "`AuxThresholdWarmup` needs an SAE with an auxiliary loss of orthogonality but "
+                f"{type(pl_module).__name__} has none: set its `aux_coefficient`, or remove the "
+                "callback."
+            )
+        steps = self.delay_steps + self.warmup_steps
+        if 0 < trainer.max_steps < steps and not trainer.fast_dev_run:  # type: ignore
+            raise ValueError(
+                "Expected `delay_steps` + `warmup_steps` to be at most "
+                f"`trainer.max_steps`={trainer.max_steps} but got {self.delay_steps} + "
+                f"{self.warmup_steps}: shorten one of them or lengthen the run."
+            )
+        refuse_second(trainer, self)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the delay begins, unless a checkpoint said so."""
+        if self._began is None:
+            self._began = trainer.global_step
+
+    @override
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Float[Tensor, "batch d_in"],
+        batch_idx: int,
+    ) -> None:
+        """Set the share for the step in progress."""
+        assert self._began is not None
+        # The number of optimiser steps taken so far, the same for all micro-batches of a step.
+        share = self.share(trainer.global_step - self._began)
+        cast(WithOrthogonality, pl_module).aux_scale = share
+        pl_module.log("train/aux_scale", share)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the whole loss behind."""
+        cast(WithOrthogonality, pl_module).aux_scale = 1.0
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the whole loss behind."""
+        cast(WithOrthogonality, pl_module).aux_scale = 1.0
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The step at which the delay began."""
+        return {"began": self._began}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the schedule that the checkpoint was in."""
+        self._began = state_dict["began"]

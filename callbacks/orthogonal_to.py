@@ -1,0 +1,219 @@
+"""Latents without a part in given directions."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_sae.architectures.base import SparseAutoencoder
+from lightning_sae.callbacks.checks import expect, refuse_second
+from lightning_sae.callbacks.decoder_norm import DecoderNormProjection
+
+
+class OrthogonalTo(Callback):
+    r"""Keep encoder and decoder directions of all latents orthogonal to given ones.
+
+    With an orthonormal basis Q [k, d_in] of their span, each latent's row w and its gradient g
+    become
+
+    .. math:: g \leftarrow g - (g\, Q^T) Q \text{ before a step}, \qquad
+              w \leftarrow w - (w\, Q^T) Q \text{ after it.}
+
+    The first keeps from Adam's moments what is undone at once; the second is needed because Adam
+    rescales each coordinate. Both happen once per step of the optimiser, not per micro-batch, and
+    not for steps that a gradient scaler skips. Biases are left alone. Latents that
+    `DeadFeatureResampling` replaces are projected with the next step.
+
+    A projection shortens rows, a normalisation turns none: so this callback stands before
+    `DecoderNormProjection`, and then rows are both orthogonal and of unit norm after each step.
+
+    Source: Neel Nanda's open-source replication of Towards Monosemanticity (2023), where SAEs are
+    trained without the direction that ultra-rare latents share.
+
+    Example::
+
+        callbacks = [OrthogonalTo("rare.safetensors"), DecoderNormProjection()]
+
+    Args:
+        directions: Directions as rows, [n, d_in] or [d_in], not necessarily orthonormal, in the
+            space of the activations; or a file with such a tensor and no other: .safetensors, or
+            .pt as `torch.save` writes it.
+        encoder: Whether encoder directions are kept so. A tied SAE has one direction for both.
+        decoder: Whether decoder directions are.
+
+    Raises:
+        ValueError: If the directions cannot be read, are none or are not finite, or if neither
+            encoder nor decoder is meant; when fitting starts, if their width is not `d_in` or they
+            leave nothing of the space, if the module is no SAE, if `DecoderNormProjection` comes
+            first, or if the trainer has this callback twice.
+    """
+
+    def __init__(
+        self, directions: str | Path | Tensor, encoder: bool = True, decoder: bool = True
+    ) -> None:
+        given = directions if isinstance(directions, Tensor) else read_directions(Path(directions))
+        self.basis = span(given)
+        if not (encoder or decoder):
+            raise ValueError(
+                "Expected one of `encoder` and `decoder` to be true but got neither: remove the "
+                "callback if no latent is to be orthogonal."
+            )
+        self.encoder, self.decoder = encoder, decoder
+        self._handles: list[RemovableHandle] = []
+
+    def names(self, sae: SparseAutoencoder) -> list[str]:
+        """The parameters that are kept orthogonal."""
+        both = (("W_enc", self.encoder), ("W_dec", self.decoder))
+        return ["W_dec"] if sae.tied else [name for name, wanted in both if wanted]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before any data is touched."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, SparseAutoencoder):
+            raise ValueError(
+                f"`OrthogonalTo` needs an SAE, which {type(pl_module).__name__} is not: train one "
+                "or remove the callback."
+            )
+        k, width = self.basis.shape
+        expect(width == pl_module.d_in, "directions", f"{pl_module.d_in} wide, as `d_in`", width)
+        room = f"of a rank below `d_in`={width}, which leaves nothing"
+        expect(k < width, "directions", room, k)
+        refuse_second(trainer, self)
+        self._require_first(trainer, pl_module)
+
+    def _require_first(self, trainer: Trainer, sae: SparseAutoencoder) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        earlier = callbacks[: callbacks.index(self)]
+        behind = any(isinstance(callback, DecoderNormProjection) for callback in earlier)
+        if behind and "W_dec" in self.names(sae):
+            raise ValueError(
+                "Expected `OrthogonalTo` before `DecoderNormProjection`, for a projection shortens "
+                "rows that have unit norm, but it comes after it: change their order."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from orthogonal rows, and project at the end of every step of the optimiser."""
+        assert isinstance(pl_module, SparseAutoencoder)
+        self.basis = self.basis.to(pl_module.device)
+        for name in self.names(pl_module):
+            weight = pl_module.get_parameter(name)
+            rows = _rows(name, weight.detach())
+            # Rows that an earlier step projected stay bit for bit, so that a resume is exact.
+            if not self.holds_for(rows):
+                self.project(rows)
+            self._handles += [
+                self._after_step_of(optimizer, rows)
+                for optimizer in trainer.optimizers
+                if any(weight is p for group in optimizer.param_groups for p in group["params"])
+            ]
+
+    def _after_step_of(self, optimizer: Optimizer, rows: Tensor) -> RemovableHandle:
+        def after_step(*_: object) -> None:
+            self.project(rows)
+
+        # A hook of the optimiser itself: Lightning has none between a step and what follows it.
+        return optimizer.register_step_post_hook(after_step)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Remove from the gradients what would leave the orthogonal space; before clipping."""
+        assert isinstance(pl_module, SparseAutoencoder)
+        for name in self.names(pl_module):
+            gradient = pl_module.get_parameter(name).grad
+            if gradient is not None:
+                self.project(_rows(name, gradient))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimiser."""
+        self._remove_hooks()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the optimiser."""
+        self._remove_hooks()
+
+    @torch.no_grad()
+    def project(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
+        """Remove in place from rows, of weights or of a gradient, what lies in the span."""
+        basis = self.basis.to(rows.dtype)
+        rows.addmm_(rows @ basis.T, basis, alpha=-1)
+
+    @torch.no_grad()
+    def holds_for(self, rows: Float[Tensor, "d_sae d_in"], tolerance: float = 1e-5) -> bool:
+        """Whether the part of each row in the span is at most so much of the row."""
+        parts = torch.linalg.vector_norm(rows @ self.basis.to(rows.dtype).T, dim=-1)
+        return bool((parts <= tolerance * torch.linalg.vector_norm(rows, dim=-1)).all())
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def span(directions: Tensor) -> Float[Tensor, "k d_in"]:
+    """An orthonormal basis of what directions span, [n, d_in] or one alone.
+
+    Raises:
+        ValueError: If they are none or not finite numbers.
+
+    Example:
+        >>> span(torch.tensor([[0.0, 3.0, 0.0], [0.0, -1.0, 0.0]])).abs()
+        tensor([[0., 1., 0.]])
+    """
+    rows = directions.detach().double().reshape(-1, directions.shape[-1] if directions.ndim else 1)
+    if directions.ndim not in (1, 2) or not rows.isfinite().all() or not rows.any():
+        raise ValueError(
+            "Expected argument `directions` to be rows [n, d_in], or one direction [d_in], of "
+            f"finite numbers that are not all zero, but got shape {tuple(directions.shape)} "
+            f"with {int((rows != 0).sum())} numbers that are not zero and "
+            f"{int((~rows.isfinite()).sum())} that are not finite."
+        )
+    _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
+    rank = int((sizes > sizes[0] * max(rows.shape) * torch.finfo(torch.float32).eps).sum())
+    return basis[:rank].float()
+
+
+def read_directions(path: Path) -> Tensor:
+    """The only tensor in a .safetensors or .pt file; nothing else is unpickled.
+
+    Raises:
+        ValueError: If there is no such file, or not one tensor in it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(
+            f"Expected argument `directions` to be a .safetensors or .pt file but could not read "
+            f"{path}: {error}"
+        ) from error
+    tensors = list(found.values()) if isinstance(found, dict) else [found]
+    if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
+        raise ValueError(
+            f"Expected argument `directions` to be a file with one tensor but {path} holds "
+            f"{len(tensors)} things: save the directions alone."
+        )
+    return tensors[0]
+
+
+def _rows(name: str, weight: Tensor) -> Float[Tensor, "d_sae d_in"]:
+    return weight.T if name == "W_enc" else weight
