@@ -2,15 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
+PEERS ?= .venv-benchmark
+BENCHMARK ?= all
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup test lint quickstart clean
+.PHONY: help setup test lint quickstart benchmark clean
 
 help:
 	@echo "make quickstart   train and evaluate an SAE on the embedded language model, into RUN=$(RUN)"
 	@echo "make test         every check: ruff, mypy, tests and doctests"
 	@echo "make lint         ruff and mypy alone"
+	@echo "make benchmark    step time, memory and whole runs beside other libraries, into docs/benchmark.md"
 	@echo "make setup        the pinned environment alone, in $(VENV)"
 	@echo "make clean        remove caches and build products, not the environment and not the runs"
 
@@ -35,6 +38,23 @@ quickstart: $(STAMP)
 	$(BIN)/lightning-sae fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
 	$(BIN)/lightning-sae test --config $(RUN)/config.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt
 
+# The peers want versions of their own, so they have an environment of their own; one that is given
+# as PEERS=/path/to/venv is used as it is. The torchvision that they bring may be built for another
+# torch, and is not needed.
+ifeq ($(origin PEERS),file)
+benchmark: $(PEERS)/.installed
+endif
+
+benchmark:
+	$(PEERS)/bin/python -m benchmarks $(BENCHMARK)
+
+$(PEERS)/.installed: pyproject.toml benchmarks/requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet torch==2.13.0
+	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/requirements.txt -e .
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find lightning_sae callbacks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find lightning_sae callbacks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

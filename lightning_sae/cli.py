@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.bench import BenchTrainer
 from lightning_sae.callbacks import (
     ExportSAE,
     HeldOutEvaluation,
@@ -79,6 +80,12 @@ class SAECLI(LightningCLI):
         if self._get(self.config_init, "trainer.enable_checkpointing") is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         return super().instantiate_trainer(**kwargs)
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands, and `bench`."""
+        return {**LightningCLI.subcommands(), "bench": {"model", "datamodule"}}
 
     def before_fit(self) -> None:
         """Refuse a folder that holds a run, before anything is written."""
@@ -142,6 +149,11 @@ class SAECLI(LightningCLI):
             f"Made: {folder}  safetensors, the non-zero latents of a batch in compressed rows",
         )
 
+    def after_bench(self) -> None:
+        """Show the figures and where they are."""
+        report = cast(BenchTrainer, self.trainer).bench_report
+        say("", *report.lines(), "", f"Made: {report.path}")
+
     def _callback(self, kind: type[C]) -> C:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         return next(callback for callback in callbacks if isinstance(callback, kind))
@@ -199,6 +211,7 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,
+        trainer_class=BenchTrainer,
         seed_everything_default=0,
         trainer_defaults={
             "callbacks": [ExportSAE(), Histograms(), LatentWriter(), StreamMonitor()]

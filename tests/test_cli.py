@@ -245,7 +245,7 @@ def test_every_shipped_config_trains_a_step(path: Path, tmp_path: Path) -> None:
         "--data.text=embedded",
         "--data.streaming=false",
         "--data.hook_name=blocks.0.hook_resid_post",
-        "--model.d_sae=64",
+        *([] if "prefixes:" in path.read_text() else ["--model.d_sae=64"]),
         "--model.lr_warmup_steps=0",
         "--model.lr_decay_steps=0",
         f"--trainer.default_root_dir={tmp_path}/run",

@@ -1,0 +1,1 @@
+"""lightning-sae measured beside SAELens, dictionary_learning and sparsify; see README.md."""

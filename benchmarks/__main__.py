@@ -1,0 +1,100 @@
+"""Measure and write the page: `python -m benchmarks [SECTION ...]`, by default every section."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contender import LIBRARIES
+from benchmarks.figure import draw
+from benchmarks.machine import surroundings
+from benchmarks.report import page
+from benchmarks.sections import SECTIONS, Plan, say
+from benchmarks.source import Source, absolute, layer_of
+
+CHOICES = [*SECTIONS, "report", "all"]
+PLANNED = {field.name for field in fields(Plan)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the sections asked for, one after another, and renew the page after each."""
+    asked = parser().parse_args(arguments)
+    plan, sections = plan_of(asked), sections_of(asked.sections)
+    output = Path(asked.output).with_suffix(".json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    about = {"surroundings": surroundings(plan.threads), "plan": asdict(plan)}
+    for name in sections:
+        results[name] = about | SECTIONS[name](plan)
+        write(results, output)
+    write(results, output)
+    say(f"Wrote {output.with_suffix('.md')}, {output.name} and, with matplotlib, the picture.")
+
+
+def write(results: dict[str, Any], output: Path) -> None:
+    """The figures, the page and the picture."""
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    output.with_suffix(".md").write_text(page(results))
+    if "growth" in results:
+        draw(results["growth"], output.with_suffix(".png"))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; every size is an option."""
+    found = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    found.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(CHOICES))
+    found.add_argument("--output", default="docs/benchmark", help="path of the page, less .md")
+    found.add_argument("--libraries", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
+    found.add_argument("--model", default="embedded", help="a transformers folder")
+    found.add_argument("--text", default="embedded", help="a text file")
+    found.add_argument(
+        "--hook", default="blocks.2.hook_resid_post", help="blocks.N.hook_resid_post"
+    )
+    for field in fields(Plan):
+        if field.name not in ("libraries", "source"):
+            add_option(found, field.name, field.default)
+    return found
+
+
+def add_option(found: argparse.ArgumentParser, name: str, default: Any) -> None:
+    """An option named after a field of `Plan`, of the type of its default."""
+    several = isinstance(default, tuple)
+    found.add_argument(
+        f"--{name.replace('_', '-')}",
+        type=type(default[0] if several else default),
+        nargs="+" if several else None,
+        default=default,
+        help="%(default)s",
+    )
+
+
+def plan_of(asked: argparse.Namespace) -> Plan:
+    """The plan that the command line describes."""
+    source = Source(absolute(asked.model), absolute(asked.text), layer_of(asked.hook))
+    options = {name: value for name, value in vars(asked).items() if name in PLANNED}
+    several = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    return Plan(**options | several | {"source": source._asdict()})
+
+
+def sections_of(names: Sequence[str]) -> list[str]:
+    """The sections that the command line names.
+
+    Raises:
+        ValueError: If there is no section of a name.
+    """
+    for name in names:
+        if name not in CHOICES:
+            raise ValueError(f"Expected a section of {', '.join(CHOICES)} but got {name}.")
+    if not names or "all" in names:
+        return list(SECTIONS)
+    return [name for name in names if name != "report"]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,191 @@
+"""What one process measures: `python -m benchmarks.jobs '{"job": ...}' RESULT`."""
+
+import gc
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks import language
+from benchmarks.contender import LIBRARIES, Contender, Task, calibrate
+from benchmarks.measure import Watch, forget_peak, peak_bytes, resident_bytes, spread
+from benchmarks.toy import gaussian_batches, sparse_batches
+
+
+def step(
+    library: str, task: dict[str, Any], warmup: int, budget: float, at_least: int
+) -> dict[str, Any]:
+    """Time and memory of whole optimiser steps at a density set beforehand.
+
+    Args:
+        library: A key of `LIBRARIES`.
+        task: Arguments of `Task`; of its steps the first `warmup` are not timed.
+        warmup: Steps before the timed ones.
+        budget: Seconds after which no more steps are begun.
+        at_least: Timed steps that are made whatever the budget.
+
+    Returns:
+        `seconds` of a step (median and quartiles), the number of them, the L0 seen, and
+        `peak_bytes` above what the process held before the SAE was built.
+    """
+    asked, trained = Task(**task), LIBRARIES[library].load()
+    _rehearse(trained, asked)
+    batches = gaussian_batches(8, asked.batch_size, asked.d_in)
+    before = resident_bytes()
+    contender = trained(asked)
+    rows = torch.cat([batch[:64] for batch in batches])
+    calibrate(contender, asked, rows)
+    forget_peak()
+    watch = Watch(batches, asked.n_steps, budget, warmup + at_least)
+    contender.train(watch)
+    peak = peak_bytes() - before
+    seconds = watch.seconds[warmup:]
+    with torch.no_grad():
+        l0 = contender.l0(rows)
+    return {
+        "seconds": spread(seconds),
+        "n_timed": len(seconds),
+        "l0": l0,
+        "peak_bytes": peak,
+        "note": contender.note(),
+    }
+
+
+def floor(d_in: int, d_sae: int, batch_size: int, n_steps: int, warmup: int) -> dict[str, Any]:
+    """Time of what no step can do without: the encoder's product and one pass of Adam.
+
+    The product goes into memory allocated before; Adam is torch's fused one, on an encoder and a
+    decoder whose gradients are there already. Of two orders in memory that the encoder can have,
+    the faster counts.
+    """
+    (x,) = gaussian_batches(1, batch_size, d_in)
+    pre = torch.empty(batch_size, d_sae)
+    found = []
+    for W_enc in (torch.randn(d_sae, d_in).T, torch.randn(d_in, d_sae)):
+        adam = _adam([W_enc.T if W_enc.T.is_contiguous() else W_enc, torch.randn(d_sae, d_in)])
+        parts = []
+        for _ in range(warmup + n_steps):
+            began = perf_counter()
+            torch.mm(x, W_enc, out=pre)
+            between = perf_counter()
+            adam.step()
+            parts.append((between - began, perf_counter() - between))
+        product, update = (spread(part) for part in zip(*parts[warmup:], strict=True))
+        both = spread([sum(pair) for pair in parts[warmup:]])
+        found.append({"product": product, "adam": update, "seconds": both, "n_timed": n_steps})
+    return min(found, key=lambda one: one["seconds"]["median"])
+
+
+def _adam(weights: Sequence[Tensor]) -> torch.optim.Adam:
+    parameters = [torch.nn.Parameter(weight) for weight in weights]
+    for parameter in parameters:
+        parameter.grad = 1e-3 * torch.randn_like(parameter)
+    return torch.optim.Adam(parameters, lr=1e-9, fused=True)
+
+
+def run(
+    library: str,
+    task: dict[str, Any],
+    n_features: int,
+    n_active: float,
+    n_batches: int,
+    look_every: int,
+    budget: float,
+) -> dict[str, Any]:
+    """A training from its start, on activations with known features.
+
+    Args:
+        library: A key of `LIBRARIES`.
+        task: Arguments of `Task`.
+        n_features: Features that the activations are made of.
+        n_active: Features in an activation, on average.
+        n_batches: Batches made, which are served over and over.
+        look_every: Steps between two looks at the held-out rows; their time does not count.
+        budget: Seconds after which no more steps are begun.
+
+    Returns:
+        `wall` seconds, the quality on held-out rows at the end and, in `looks`, on the way.
+    """
+    asked, trained = Task(**task), LIBRARIES[library].load()
+    _rehearse(trained, asked)
+    *batches, first, second = sparse_batches(
+        n_batches + 2, asked.batch_size, asked.d_in, n_features, n_active
+    )
+    held_out = torch.cat([first, second])
+    contender = trained(asked)
+    looks: list[dict[str, float]] = []
+    notes: list[str] = []
+
+    def look(made: int) -> None:
+        notes.append(contender.note())
+        if made % look_every == 0 or made == asked.n_steps:
+            seconds = watch.asked[-1] - began
+            found = quality(contender, held_out, asked.l1_coefficient)
+            looks.append({"step": made, "seconds": seconds, **found})
+
+    watch = Watch(batches, asked.n_steps, budget, look=look)
+    began = watch.now()
+    contender.train(watch)
+    return {
+        "wall": watch.now() - began,
+        "steps": len(watch.seconds),
+        "dense_steps": notes.count("dense"),
+        "looks": looks,
+        **quality(contender, held_out, asked.l1_coefficient),
+    }
+
+
+@torch.no_grad()
+def quality(
+    contender: Contender, x: Float[Tensor, "batch d_in"], l1_coefficient: float
+) -> dict[str, float]:
+    """Loss, L0 and share of variance left over, by one formula for every library.
+
+    The penalty weights latents by their decoder norms, which for unit norms changes nothing.
+    """
+    f = contender.latents(x)
+    error = (contender.decode(f) - x).pow(2).sum(-1).mean()
+    penalty = (f * contender.W_dec.norm(dim=-1)).sum(-1).mean()
+    return {
+        "loss": (error + l1_coefficient * penalty).item(),
+        "l0": f.count_nonzero().item() / len(x),
+        "fvu": (error / (x - x.mean(0)).pow(2).sum(-1).mean()).item(),
+    }
+
+
+def _rehearse(trained: type[Contender], task: Task) -> None:
+    """Train a tiny one first: what a library imports or sets up late is no part of a figure."""
+    tiny = replace(task, d_in=16, d_sae=64, batch_size=32, n_steps=2, l0=4, k=4)
+    contender = trained(tiny)
+    contender.train(Watch(gaussian_batches(1, tiny.batch_size, tiny.d_in), tiny.n_steps))
+    del contender
+    gc.collect()
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "step": step,
+    "floor": floor,
+    "run": run,
+    "plain": language.plain,
+    "stream": language.stream,
+    "fit": language.fit,
+}
+
+
+def main(call: str, result: str) -> None:
+    """Run the job that `call` describes and write what it returns."""
+    asked = json.loads(call)
+    torch.set_num_threads(asked["threads"])
+    answer = JOBS[asked["job"]](**asked["arguments"])
+    Path(result).write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

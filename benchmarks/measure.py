@@ -1,0 +1,202 @@
+"""Time and memory, each job in a process of its own."""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+LOOK_EVERY = 0.1  # seconds between two looks at a process's memory
+
+
+class Watch(Iterator[Tensor]):
+    """Batches, and when each was asked for.
+
+    From one request to the next lies a whole step, with all that its trainer does around it: every
+    library is measured by the same rule, from outside.
+
+    Args:
+        batches: Served over and over.
+        n_steps: Steps to serve batches for.
+        budget: Seconds after which no more batches are served, once there were `at_least`.
+        at_least: Steps that are made whatever the budget.
+        look: Called before a step with the number of steps made; its time does not count.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Float[Tensor, "batch d_in"]],
+        n_steps: int,
+        budget: float = math.inf,
+        at_least: int = 1,
+        look: Callable[[int], None] | None = None,
+    ) -> None:
+        self.batches = batches
+        self.n_steps = n_steps
+        self.budget = budget
+        self.at_least = at_least
+        self.look = look
+        self.asked: list[float] = []
+        self._paused = 0.0
+
+    def __len__(self) -> int:
+        """One more than there are, so that every trainer asks once more after its last step."""
+        return self.n_steps + 1
+
+    def __next__(self) -> Float[Tensor, "batch d_in"]:
+        now = self.now()
+        self.asked.append(now)
+        made = len(self.asked) - 1
+        if self.look is not None:
+            self.look(made)
+            self._paused += self.now() - now
+        late = made >= self.at_least and now - self.asked[0] > self.budget
+        if made >= self.n_steps or late:
+            raise StopIteration
+        return self.batches[made % len(self.batches)]
+
+    def now(self) -> float:
+        """Seconds on a clock that stands still while `look` looks."""
+        return time.perf_counter() - self._paused
+
+    @property
+    def seconds(self) -> list[float]:
+        """Length of each step."""
+        return [after - before for before, after in zip(self.asked, self.asked[1:], strict=False)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
+        {'median': 3.0, 'low': 2.0, 'high': 4.0}
+    """
+    if len(values) < 2:
+        return dict.fromkeys(("median", "low", "high"), values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+# Memory.
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Most bytes that this process had in memory since `forget_peak`, or since it began."""
+    peak = _status("VmHWM")
+    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` begin anew, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str, process: int | str = "self") -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+# Processes.
+
+
+def run_job(job: str, arguments: dict[str, Any], threads: int, **limits: float) -> dict[str, Any]:
+    """Run a function of `benchmarks.jobs` in a fresh process.
+
+    Args:
+        job: Its name.
+        arguments: Its arguments, plain values.
+        threads: Threads of torch.
+        limits: `timeout` in seconds and `memory` in bytes.
+
+    Returns:
+        What the job returned, or `{"error": why it did not}`.
+    """
+    call = json.dumps({"job": job, "arguments": arguments, "threads": threads})
+    return run_process([sys.executable, "-m", "benchmarks.jobs", call], threads, **limits)
+
+
+def run_process(
+    command: Sequence[str], threads: int = 1, timeout: float = 600, memory: float = math.inf
+) -> dict[str, Any]:
+    """Run a command that writes JSON to the file named by its last argument, added here.
+
+    It runs in an empty folder, which is removed, and is killed at its limits.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result, log = Path(folder) / "result.json", Path(folder) / "log.txt"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [*command, str(result)],
+                stdout=stream,
+                stderr=stream,
+                cwd=folder,
+                env=_environment(threads),
+                start_new_session=True,
+            )
+            try:
+                reason = _wait(process, timeout, memory)
+            finally:
+                _end(process)
+        if reason is None and result.exists():
+            answer: dict[str, Any] = json.loads(result.read_text())
+            return answer
+        return {"error": reason or _last_line(log, process.returncode)}
+
+
+def _environment(threads: int) -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _wait(process: subprocess.Popen[bytes], timeout: float, memory: float) -> str | None:
+    """Wait until the process ends, or has to; the reason, if it has to."""
+    end = time.monotonic() + timeout
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LOOK_EVERY)
+            return None
+        if _status("VmRSS", process.pid) > memory:
+            return f"more than {memory / 2**30:.3g} GiB of memory"
+        if time.monotonic() > end:
+            return f"more than {timeout:.0f} s"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+    process.wait()
+
+
+def _last_line(log: Path, code: int) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1].strip() if lines else 'no word'} (exit status {code})"

@@ -1,0 +1,298 @@
+"""The figures as a page."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from benchmarks import words
+from benchmarks.contender import OURS
+from benchmarks.words import Row
+
+
+class Target(NamedTuple):
+    """What is aimed at: so many times faster than the best peer, at most so many floors."""
+
+    peer: float
+    floor: float
+
+
+TARGETS = {
+    "relu": Target(4, 1.5),
+    "topk": Target(4, 1.4),
+    "gated": Target(5, 1.6),
+    "jumprelu": Target(5, 1.6),
+    "batchtopk": Target(5, 1.6),
+}
+NAMES = {
+    "relu": "ReLU, L1",
+    "topk": "TopK",
+    "gated": "Gated",
+    "jumprelu": "JumpReLU",
+    "batchtopk": "BatchTopK",
+}
+STREAM_TARGET = 0.9
+FIT_TARGETS = {1024: 2.5, 8192: 5.0}
+SPARSE_LIMIT = 0.01  # relative difference in loss between sparse and dense latents
+MIB, GIB = 2**20, 2**30
+
+
+def page(results: Row) -> str:
+    """The whole page, in Markdown, of the sections that there are."""
+    lines = [
+        "# Benchmark",
+        "",
+        "How long training takes here and in other libraries, on the CPU. All of a section ran on "
+        "one machine, one process at a time, with the same tensors; "
+        "[benchmarks/README.md](../benchmarks/README.md) says how. All figures are in "
+        "[benchmark.json](benchmark.json). `make benchmark` renews this page.",
+    ]
+    for name, write in WRITERS.items():
+        if name in results:
+            lines += ["", *write(results[name])]
+    return "\n".join([*lines, "", *_surroundings(results)]) + "\n"
+
+
+def _surroundings(results: Row) -> list[str]:
+    """Where, when and with what: once for all sections of a run."""
+    lines = ["## Where and with what"]
+    runs = [results[name]["surroundings"] for name in WRITERS if name in results]
+    for run in [run for at, run in enumerate(runs) if run not in runs[:at]]:
+        names = [name for name in WRITERS if results.get(name, {}).get("surroundings") == run]
+        lines += ["", f"For {', '.join(names)}:", ""]
+        lines += [f"- {what}: {text}" for what, text in run.items()]
+    return lines
+
+
+# One step.
+
+
+def _steps(section: Row) -> list[str]:
+    plan = section["plan"]
+    lines = [
+        "## One optimiser step",
+        "",
+        f"{plan['batch_size']:,} activations of width {plan['d_in']}, {plan['d_sae']:,} latents, "
+        f"float32. Milliseconds from one batch asked for to the next, median of "
+        f"{plan['n_steps']} steps (and quartiles); memory at its peak, above what there was before "
+        f"the SAE. L0 was set to {plan['l0']} where a threshold decides; k is {plan['k']}. The "
+        "floor is the encoder's product and one pass of Adam.",
+    ]
+    for architecture in plan["architectures"]:
+        rows = _of(architecture, section)
+        if rows:
+            lines += ["", *_step_table(architecture, rows, section["floors"][0])]
+    return lines
+
+
+def _of(architecture: str, section: Row) -> list[Row]:
+    return [row for row in section["rows"] if row["architecture"] == architecture]
+
+
+def _step_table(architecture: str, rows: Sequence[Row], floor: Row) -> list[str]:
+    mine = words.ours(rows)
+    ours = None if mine is None else words.median(mine)
+    least = words.median(floor)
+    table = [_step_row(row, ours, least) for row in rows]
+    last = words.quotient(least, ours)
+    table.append(["the floor", words.milliseconds(floor), last, "1", "", ""])
+    head = ["", "ms", "of ours", "of the floor", "memory, MiB", "L0"]
+    verdicts = _verdicts(architecture, rows, ours, least)
+    return [f"### {NAMES[architecture]}", "", *words.table(head, table), "", *verdicts]
+
+
+def _step_row(row: Row, ours: float | None, least: float | None) -> list[str]:
+    time = words.median(row)
+    if time is None:
+        return [words.name(row), words.trouble(row), "", "", "", ""]
+    return [
+        words.name(row),
+        words.milliseconds(row),
+        words.quotient(time, ours),
+        words.quotient(time, least),
+        f"{row['peak_bytes'] / MIB:,.0f}",
+        f"{row['l0']:.1f}",
+    ]
+
+
+def _verdicts(
+    architecture: str, rows: Sequence[Row], ours: float | None, least: float | None
+) -> list[str]:
+    target, others = TARGETS[architecture], words.peers(rows)
+    lines = []
+    if ours and others:
+        best = min(others, key=lambda row: row["seconds"]["median"])
+        times = best["seconds"]["median"] / ours
+        what = f"Time of the best peer ({words.name(best)}) over ours"
+        lines.append(words.at_least(what, times, target.peer))
+    if ours and least:
+        lines.append(words.at_most("Our time over the floor", ours / least, target.floor))
+    return lines
+
+
+# Growth.
+
+
+def _growth(section: Row) -> list[str]:
+    plan = section["plan"]
+    lines = [
+        "## As the dictionary grows",
+        "",
+        "Seconds of a step and, in brackets, peak memory in GiB. Who needs more than "
+        f"{plan['budget']:g} s for {plan['n_steps']} steps makes fewer, but at least 3; who needs "
+        f"more than {plan['memory_gib']:g} GiB or {plan['timeout']:g} s in all is stopped.",
+        "",
+        "![Time of a step against the number of latents](benchmark.png)",
+    ]
+    for architecture in ("relu", "topk"):
+        rows = _of(architecture, section)
+        if rows:
+            table = _growth_table(rows, section["floors"])
+            lines += ["", f"### {NAMES[architecture]}", "", *table]
+    return lines
+
+
+def _growth_table(rows: Sequence[Row], floors: Sequence[Row]) -> list[str]:
+    names = list(dict.fromkeys(words.name(row) for row in rows))
+    table = []
+    for floor in floors:
+        cells = {words.name(row): _cell(row) for row in rows if row["d_sae"] == floor["d_sae"]}
+        product = words.seconds({"seconds": floor["product"]} if "product" in floor else floor)
+        others = [cells.get(name, "") for name in names]
+        table.append([f"{floor['d_sae']:,}", product, words.seconds(floor), *others])
+    return words.table(["latents", "encoder's product", "the floor", *names], table)
+
+
+def _cell(row: Row) -> str:
+    if "seconds" not in row:
+        return words.trouble(row)
+    return f"{words.seconds(row)} ({row['peak_bytes'] / GIB:.2f})"
+
+
+# A whole run.
+
+
+def _run(section: Row) -> list[str]:
+    plan, rows = section["plan"], section["rows"]
+    measured = [row for row in rows if "loss" in row]
+    dense = next((row for row in measured if row["variant"] == "dense"), None)
+    goal = None if dense is None else dense["loss"] * (1 + SPARSE_LIMIT)
+    head = ["", "steps", "seconds", "to the goal", "loss", "L0", "variance left", "dense steps"]
+    return [
+        "## A whole run",
+        "",
+        f"{plan['run_steps']} steps from the start on {plan['batch_size']:,} toy activations of "
+        f"width {plan['run_d_in']} ({plan['run_features']:,} features, {plan['run_active']:g} of "
+        f"them at a time); {plan['run_d_sae']:,} ReLU latents, L1 {plan['run_l1']:g}, learning "
+        f"rate {plan['run_lr']:g}. Loss, L0 and share of variance left over are those of held-out "
+        "rows, by one formula for all. `dense` is our SAE with its latents kept as a matrix, from "
+        f"the same seed; the goal is its last loss, within {SPARSE_LIMIT:.0%}.",
+        "",
+        *words.table(head, [_run_row(row, goal) for row in rows]),
+        "",
+        *_sparse_against_dense(words.ours(measured), dense),
+    ]
+
+
+def _run_row(row: Row, goal: float | None) -> list[str]:
+    if "loss" not in row:
+        return [words.name(row), "", words.trouble(row), *[""] * 5]
+    there = [look["seconds"] for look in row["looks"] if goal is not None and look["loss"] <= goal]
+    return [
+        words.name(row),
+        str(row["steps"]),
+        f"{row['wall']:.1f}",
+        f"{there[0]:.1f}" if there else "not reached",
+        f"{row['loss']:.4f}",
+        f"{row['l0']:.1f}",
+        f"{row['fvu']:.4f}",
+        str(row["dense_steps"]) if row["library"] == OURS else "",
+    ]
+
+
+def _sparse_against_dense(sparse: Row | None, dense: Row | None) -> list[str]:
+    if dense is None or sparse is None:
+        return []
+    apart = abs(sparse["loss"] / dense["loss"] - 1)
+    verdict = "kept" if apart <= SPARSE_LIMIT else "exceeded"
+    return [
+        f"- Sparse against dense, same seed: the losses differ by {apart:.3%}, limit "
+        f"{SPARSE_LIMIT:.0%}: {verdict}. Time of dense over sparse: "
+        f"{dense['wall'] / sparse['wall']:.2f}."
+    ]
+
+
+# Language models.
+
+
+def _stream(section: Row) -> list[str]:
+    bare, *ours = section["rows"]
+    full = bare.get("rate")
+    table = [
+        [row["what"], words.rate(row), f"{row['rate'] / full:.1%}" if _both(row, bare) else ""]
+        for row in section["rows"]
+    ]
+    lines = [
+        "## The stream of activations",
+        "",
+        f"{_source(section)}. The bare `transformers` model gets the same blocks and stops behind "
+        "the same layer; the stream also reads text, makes tokens, drops BOS and shuffles.",
+        "",
+        *words.table(["", "activations/s", "of the bare model"], table),
+        "",
+    ]
+    shares = [row["rate"] / full for row in ours if _both(row, bare)]
+    if shares:
+        verdict = "reached" if max(shares) >= STREAM_TARGET else "missed"
+        lines.append(f"- {max(shares):.1%}, target at least {STREAM_TARGET:.0%}: {verdict}.")
+    return lines
+
+
+def _both(row: Row, bare: Row) -> bool:
+    return "rate" in row and "rate" in bare
+
+
+def _fit(section: Row) -> list[str]:
+    plan = section["plan"]
+    lines = [
+        "## Training on a language model",
+        "",
+        f"{_source(section)}. {plan['fit_steps']} steps of {plan['source']['batch_size']:,} "
+        "activations, ReLU latents with an L1 penalty, from the call that starts the run until it "
+        "returns. Model and text are opened before, for SAELens tokens made too. SAELens runs "
+        "twice: with our buffer and prefetch, and with its defaults.",
+    ]
+    for d_sae in dict.fromkeys(row["d_sae"] for row in section["rows"]):
+        rows = [row for row in section["rows"] if row["d_sae"] == d_sae]
+        lines += ["", f"### {d_sae:,} latents", "", *_fit_table(d_sae, rows)]
+    return lines
+
+
+def _fit_table(d_sae: int, rows: Sequence[Row]) -> list[str]:
+    table = [[words.name(row), words.rate(row), *_quality(row)] for row in rows]
+    lines = words.table(["", "activations/s", "L0", "variance left"], table)
+    ours, others = words.ours(rows), words.peers(rows)
+    if ours and others:
+        best = max(others, key=lambda row: row["rate"])
+        what = f"Our rate over the best peer's ({words.name(best)})"
+        times = ours["rate"] / best["rate"]
+        lines += ["", words.at_least(what, times, FIT_TARGETS.get(d_sae))]
+    return lines
+
+
+def _quality(row: Row) -> list[str]:
+    return [f"{row['l0']:.1f}", f"{row['fvu']:.3f}"] if "rate" in row else ["", ""]
+
+
+def _source(section: Row) -> str:
+    source = section["plan"]["source"]
+    name = source["model"].rstrip("/").split("/")[-1]
+    model = "The embedded language model" if name == "embedded" else f"The language model {name}"
+    return f"{model} behind layer {source['layer']}, blocks of {source['context_length']} tokens"
+
+
+WRITERS: dict[str, Callable[[Row], list[str]]] = {
+    "steps": _steps,
+    "growth": _growth,
+    "run": _run,
+    "stream": _stream,
+    "fit": _fit,
+}
