@@ -80,8 +80,8 @@ class TargetL0(Callback):
             >>> callback = TargetL0(32, max_change=0.01, foresight_steps=100)
             >>> f"{callback.step_of(3.0, 3.0):.4f}"  # far above
             '0.0100'
-            >>> f"{callback.step_of(0.2, 0.202):.4f}"  # above, and will be there in 100 steps
-            '0.0000'
+            >>> f"{callback.step_of(0.2, 0.201):.4f}"  # nearer, and half way there in 100 steps
+            '0.0010'
         """
         expected = mean + self.foresight_steps * (mean - before)
         return math.log1p(self.max_change) * max(-1.0, min(1.0, expected))

@@ -342,8 +342,8 @@ def test_a_dead_latent_comes_to_life(name, fit):
         with torch.no_grad():
             sae.W_dec.copy_(torch.eye(4))
             sae.W_enc.copy_(torch.eye(4))
-            sae.W_dec[0] = sae.W_enc[:, 0] = 0.5
-            sae.b_enc[0] = -3.0
+            sae.W_dec[0], sae.W_enc[:, 0] = 0.5, 0.25
+            sae.b_enc[0] = -2.5  # the sum of a row is at most 8
         x = features(100)
         fit(sae, x, DecoderNormProjection())
         silent[revive] = int(sae.silent_for[0])
