@@ -12,6 +12,7 @@ from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.checks import require_not_negative, require_one_of
 from lightning_sae.architectures.steps import Step
 from lightning_sae.functional.codes import Code
+from lightning_sae.functional.errors import squared_errors
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.selection import Above
 
@@ -103,13 +104,14 @@ class GatedSAE(SparseAutoencoder):
         gate = self.code(x, Above(0.0))
         f = self.magnitudes(gate)
         x_hat = self.rebuilt(f)
+        errors = squared_errors(x, x_hat)
         losses = {
-            "squared_error": (x_hat - x).pow(2).sum(-1).mean(),
+            "squared_error": errors.mean(),
             "l1": self.weight_of_penalty() * batch_penalty(self.penalty, gate, self._norms()),
             "auxiliary": self.auxiliary_coefficient * self._auxiliary(x, gate),
             **self.revival(x, x_hat),
         }
-        return Step(losses, f, x_hat)
+        return Step(losses, f, x_hat, errors)
 
     def _norms(self) -> Float[Tensor, " d_sae"] | None:
         norms = self.penalty_norms()
@@ -119,7 +121,7 @@ class GatedSAE(SparseAutoencoder):
         W_dec, b_dec = self.W_dec, self.b_dec
         if self.auxiliary_decoder == "frozen":
             W_dec, b_dec = W_dec.detach(), b_dec.detach()
-        return (gate.decode(W_dec) + b_dec - x).pow(2).sum(-1).mean()
+        return squared_errors(x, gate.decode(W_dec) + b_dec).mean()
 
     @override
     def fresh_latent(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from lightning_sae.architectures.batch_topk import BatchTopKSAE
 from lightning_sae.architectures.checks import require_not_negative
 from lightning_sae.architectures.steps import Step
 from lightning_sae.functional.codes import Code
+from lightning_sae.functional.errors import squared_errors
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.selection import Above
 
@@ -81,16 +82,16 @@ class MatryoshkaSAE(BatchTopKSAE):
         if not self.uses_relu:
             self.follow(f)
         x_hats = self.nested(f, self._widths())
-        errors = torch.stack([(x_hat - x).pow(2).sum(-1).mean() for x_hat in x_hats])
+        errors = [squared_errors(x, x_hat) for x_hat in x_hats]
         losses = {
-            "squared_error": errors.mean(),
+            "squared_error": torch.stack(errors).mean(),
             **self.orthogonality(x, f),
             **self.revival(x, x_hats[-1]),
         }
         if self.uses_relu:
             cost = batch_penalty(self.penalty, f, self.penalty_norms())
             losses["l1"] = self.weight_of_penalty() * cost
-        return Step(losses, f, x_hats[-1])
+        return Step(losses, f, x_hats[-1], errors[-1])
 
     def nested(self, f: Code, widths: Sequence[int]) -> list[Float[Tensor, "batch d_in"]]:
         """The reconstruction from each prefix."""

@@ -10,6 +10,7 @@ from lightning_sae.architectures.checks import require_not_negative
 from lightning_sae.architectures.orthogonality import WithOrthogonality
 from lightning_sae.architectures.steps import Step
 from lightning_sae.functional.codes import Code
+from lightning_sae.functional.errors import squared_errors
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.selection import Above
 
@@ -72,10 +73,11 @@ class ReLUSAE(WithOrthogonality):
         """The same of latents, and of their pre-activations where these are not `f` itself."""
         x_hat = self.rebuilt(f)
         cost = batch_penalty(self.penalty, f, self.penalty_norms())
+        errors = squared_errors(x, x_hat)
         losses = {
-            "squared_error": (x_hat - x).pow(2).sum(-1).mean(),
+            "squared_error": errors.mean(),
             "l1": self.weight_of_penalty() * cost,
             **self.orthogonality(x, f, v),
             **self.revival(x, x_hat),
         }
-        return Step(losses, f, x_hat)
+        return Step(losses, f, x_hat, errors)

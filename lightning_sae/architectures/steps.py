@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lightning_sae.functional.codes import Code
+from lightning_sae.functional.errors import squared_errors
 
 
 class Step(NamedTuple):
@@ -19,11 +20,13 @@ class Step(NamedTuple):
         losses: Terms of the objective by name, each a scalar; training minimises their sum.
         f: Latent activations, as a code or a matrix [batch, d_sae].
         x_hat: Reconstruction.
+        squared_error: Of each row; worked out from `x_hat` where an objective does not give it.
     """
 
     losses: dict[str, Float[Tensor, ""]]
     f: Code | Float[Tensor, "batch d_sae"]
     x_hat: Float[Tensor, "batch d_in"]
+    squared_error: Float[Tensor, " batch"] | None = None
 
 
 class Outcome(NamedTuple):
@@ -50,10 +53,11 @@ def at_once(objective: Objective, x: Float[Tensor, "batch d_in"]) -> Outcome:
     step = objective(x)
     with torch.no_grad():
         f = step.f if isinstance(step.f, Code) else Code.of_matrix(step.f)
-        squared_error = (step.x_hat - x).pow(2).sum(-1)
+        errors = step.squared_error
+        errors = squared_errors(x, step.x_hat) if errors is None else errors.detach()
     loss = torch.stack(list(step.losses.values())).sum()
     losses = {name: value.detach() for name, value in step.losses.items()}
-    return Outcome(loss, losses, f.firings(), squared_error)
+    return Outcome(loss, losses, f.firings(), errors)
 
 
 def in_chunks(

@@ -10,6 +10,7 @@ from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.checks import require_k
 from lightning_sae.architectures.steps import Step
 from lightning_sae.functional.codes import Code
+from lightning_sae.functional.errors import squared_errors
 from lightning_sae.functional.selection import TopK, row_top_k
 
 
@@ -64,8 +65,9 @@ class TopKSAE(SparseAutoencoder):
         """Squared error and the loss of dead latents, on centred and scaled activations."""
         f = self.latents(x)
         x_hat = self.rebuilt(f)
+        errors = squared_errors(x, x_hat)
         losses = {
-            "squared_error": (x_hat - x).pow(2).sum(-1).mean(),
+            "squared_error": errors.mean(),
             **self.revival(x, x_hat),
         }
-        return Step(losses, f, x_hat)
+        return Step(losses, f, x_hat, errors)
