@@ -1,5 +1,6 @@
 """A causal language model, read and edited at one hook."""
 
+import copy
 import os
 import threading
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_sae.data.hooks import Edit, Site, edited, lens_site, native_site
+from lightning_sae.memory import keep_freed_blocks
 
 Tokens = Int[Tensor, "batch seq"]
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward pass at the hook: what lies behind it need not be computed."""
 
 
@@ -71,12 +73,12 @@ class LanguageModel:
 
         def keep(activation: Tensor) -> Tensor:
             found.append(activation)
-            raise _Reached
+            raise Reached
 
         with self._turn, edited(self.site, keep):
             try:
                 self._logits(tokens.to(self.device))
-            except _Reached:
+            except Reached:
                 return found[0]
         raise ValueError(
             f"Expected argument `hook_name` to be reached in the forward pass but "
@@ -89,6 +91,27 @@ class LanguageModel:
         tokens = tokens.to(self.device)
         with self._turn, nullcontext() if edit is None else edited(self.site, edit):
             return self._logits(tokens)
+
+    def has(self, hook_name: str) -> bool:
+        """Whether a hook can be read without another wrapper round the model.
+
+        Raises:
+            ValueError: If the model has not so many layers.
+        """
+        lens = hasattr(self.network, "hook_dict")
+        return lens or native_site(self.network, hook_name) is not None
+
+    def at(self, hook_name: str) -> "LanguageModel":
+        """The same model at another hook that it `has`.
+
+        Raises:
+            ValueError: If there is no such hook.
+        """
+        other, lens = copy.copy(self), hasattr(self.network, "hook_dict")
+        site = (lens_site if lens else native_site)(self.network, hook_name)
+        assert site is not None
+        other.site, other.hook_name = site, hook_name
+        return other
 
     def width(self) -> int:
         """Width of the activations at the hook, seen on one token."""
@@ -116,6 +139,7 @@ def load_language_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
+        keep_freed_blocks()
         network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -148,24 +148,25 @@ def encode(
         The code, exact in its gradients with respect to all tensors. Under autocast
         the product alone has the lower precision.
     """
-    if layout is not None and layout.dense:
-        x = x if origin is None else x - origin
-        pre = pre_activations(x, W_enc, b_enc)
-        pattern = DensePattern(rule.mask(pre.detach()))
-        layout.see(
-            pattern.mask.count_nonzero().item() / max(1, pattern.mask.numel()), x.device.type
-        )
-        return Code(pattern.only(pre), pattern)
+    found: SparsePattern | DensePattern
     with torch.no_grad():
         seen = x if origin is None else x - origin
-        workspace = Workspace() if layout is None else layout.workspace
-        chunks = _pre_activation_chunks(seen, W_enc, b_enc, workspace, chunk_rows)
-        indices, values = rule.select(chunks)
-    shape = len(x), len(b_enc)
-    found = SparsePattern.from_flat(indices, shape, workspace)
-    if layout is not None:
-        layout.see(len(values) / max(1, shape[0] * shape[1]), x.device.type)
+        if layout is not None and layout.dense:
+            values, found = _dense(seen, W_enc, b_enc, rule)
+        else:
+            workspace = Workspace() if layout is None else layout.workspace
+            chunks = _pre_activation_chunks(seen, W_enc, b_enc, workspace, chunk_rows)
+            indices, values = rule.select(chunks)
+            found = SparsePattern.from_flat(indices, (len(x), len(b_enc)), workspace)
+        if layout is not None:
+            layout.see(found.count() / max(1, len(x) * len(b_enc)), x.device.type)
     return Code(EncodeOnPattern.apply(values, seen, x, W_enc, b_enc, origin, found), found)
+
+
+def _dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, rule: Rule) -> tuple[Tensor, DensePattern]:
+    pre = pre_activations(x, W_enc, b_enc)
+    found = DensePattern(rule.mask(pre))
+    return pre.mul_(found.mask), found
 
 
 def pre_activations(
@@ -180,16 +181,18 @@ def pre_activations(
     return torch.addmm(b_enc, x, W_enc, out=out)
 
 
-def default_chunk_rows(d_sae: int, device: str = "cpu") -> int:
+def default_chunk_rows(d_sae: int, device: str = "cpu", dense: bool = False) -> int:
     """Rows of pre-activations at one time: 64 MiB of float32, but at least 512 rows.
 
-    Fewer slow the product, and more bring nothing but need. On other devices 1 GiB.
+    Fewer slow the product, and more bring nothing but need. In the dense layout 16 MiB: there are
+    several such matrices, and the system lets no larger ones be used again. On other devices 1 GiB.
 
     Example:
         >>> default_chunk_rows(2048), default_chunk_rows(65536)
         (8192, 512)
     """
-    return max(512, (2**24 if device == "cpu" else 2**28) // d_sae)
+    on_cpu = 2**22 if dense else 2**24
+    return max(512, (on_cpu if device == "cpu" else 2**28) // d_sae)
 
 
 def _pre_activation_chunks(

@@ -64,6 +64,10 @@ class SparsePattern:
 
     # What a code asks of its pattern.
 
+    def count(self) -> int:
+        """Number of entries."""
+        return len(self.latents)
+
     def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
         """Each entry's share of a vector of the latents."""
         return per_latent.index_select(0, self.latents)
@@ -91,6 +95,10 @@ class SparsePattern:
     def row_sums(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " batch"]:
         """Sum of each row's values."""
         return _sums(values, self.rows, self.shape[0])
+
+    def latent_sums(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+        """Sum of each latent's values."""
+        return _sums(values, self.latents, self.shape[1])
 
     def firings(self, values: Float[Tensor, " nnz"]) -> Int[Tensor, " d_sae"]:
         """On how many rows each latent's value is not zero."""
@@ -147,13 +155,17 @@ class DensePattern:
         """Rows and latents in all."""
         return self.mask.shape[0], self.mask.shape[1]
 
+    def count(self) -> int:
+        """Number of entries."""
+        return int(self.mask.count_nonzero())
+
     def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
         """A vector of the latents as it is: it broadcasts over rows."""
         return per_latent
 
     def only(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """Values with zeros outside the pattern."""
-        return torch.where(self.mask, values, 0.0)
+        return values * self.mask  # on a CPU many times faster than `torch.where`
 
     def narrowed(self, kept: Bool[Tensor, "batch d_sae"]) -> "DensePattern":
         """The pattern of some of the entries."""
@@ -163,7 +175,7 @@ class DensePattern:
         self, values: Float[Tensor, "batch d_sae"], kept: Bool[Tensor, "batch d_sae"]
     ) -> Float[Tensor, "batch d_sae"]:
         """Values of those entries."""
-        return torch.where(kept, values, 0.0)  # outside of the pattern they are zero already
+        return values * kept  # outside of the pattern they are zero already
 
     def decode(
         self, values: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d"]
@@ -175,13 +187,30 @@ class DensePattern:
         """Sum of each row's values."""
         return values.sum(-1)
 
+    def latent_sums(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
+        """Sum of each latent's values."""
+        return values.sum(0)
+
     def firings(self, values: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " d_sae"]:
         """On how many rows each latent's value is not zero."""
-        return (values != 0).sum(0)
+        fires = (values != 0).view(torch.uint8)  # which is summed many times faster
+        return fires.sum(0, dtype=torch.int32).long()
 
     def to_dense(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """The values, a matrix already."""
         return values
+
+    def sum_for_rows(
+        self, weights: Float[Tensor, "batch d_sae"], vectors: Float[Tensor, "d_sae d"]
+    ) -> Float[Tensor, "batch d"]:
+        """For each row, the weighted sum of its latents' vectors."""
+        return weights @ vectors
+
+    def sum_for_latents(
+        self, weights: Float[Tensor, "batch d_sae"], vectors: Float[Tensor, "batch d"]
+    ) -> Float[Tensor, "d_sae d"]:
+        """For each latent, the weighted sum of the vectors of the rows it is active on."""
+        return weights.T @ vectors
 
 
 class EncodeOnPattern(Function):
@@ -196,21 +225,22 @@ class EncodeOnPattern(Function):
         W_enc: Tensor,
         _b_enc: Tensor,
         _origin: Tensor | None,
-        on: SparsePattern,
+        on: SparsePattern | DensePattern,
     ) -> Tensor:
         """The pre-activations as they are; `seen` is `x` less `origin`."""
         ctx.save_for_backward(seen, W_enc)
         ctx.on = on
-        return values.clone()
+        return values.view_as(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         """The lines for `dW_enc` and `dx`, and the biases."""
         seen, W_enc = ctx.saved_tensors
-        on: SparsePattern = ctx.on
+        on: SparsePattern | DensePattern = ctx.on
         _, _, needs_x, needs_W, _, needs_origin, _ = ctx.needs_input_grad
-        db = _sums(dv, on.latents, on.shape[1])
+        dv = on.only(dv)
+        db = on.latent_sums(dv)
         dx = on.sum_for_rows(dv, W_enc.T) if needs_x else None
         dW = on.sum_for_latents(dv, seen).T if needs_W else None
         return None, None, dx, dW, db, -(W_enc @ db) if needs_origin else None, None

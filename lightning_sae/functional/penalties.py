@@ -1,4 +1,4 @@
-"""Sparsity penalties: functions of a single activation, to be summed and averaged.
+"""Sparsity penalties: functions of an activation, never negative, to be summed and averaged.
 
 Each is 0 for a latent that does not fire and has a finite slope there, so that what it says about
 active latents is all there is to say. `batch_penalty` sums over latents and averages over the
@@ -28,10 +28,7 @@ class Penalty(ABC):
 
 @dataclass(frozen=True)
 class L1(Penalty):
-    r"""The activation itself, :math:`f`; its size, where a latent may be negative.
-
-    Its slope at 0 is 1, as for an activation just above: a threshold's pseudo-derivative asks for
-    it (see `lightning_sae.functional.jumprelu`).
+    r"""The activation itself, :math:`f`.
 
     Example:
         >>> L1()(torch.tensor([0.0, 2.0]))
@@ -40,7 +37,7 @@ class L1(Penalty):
 
     @override
     def __call__(self, f: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return torch.where(f < 0, -f, f)
+        return f
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,8 @@ def batch_penalty(
         >>> batch_penalty(L1(), f)
         tensor(3.)
     """
-    return f.mean_sum(penalty(f.values if norms is None else f.values * f.at(norms)))
+    costs = penalty(f.values if norms is None else f.values * f.at(norms))
+    return costs.sum() / f.shape[0]  # those of latents that do not fire are zero
 
 
 def describe(penalty: Penalty) -> dict[str, Any]:

@@ -1,11 +1,31 @@
 """Losses that give a gradient to latents that have died; both leave living latents alone.
 
 Both let dead latents rebuild the living ones' error, taken as a constant, without a decoder bias.
+Both are measured against the error of the whole batch. Where several ranks have a part of it each,
+`mean_of_ranks` gives the mean of a tensor over them, and the mean of what they return is the loss.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Mean = Callable[[Tensor], Tensor]
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value
+
+
+def variance(x: Float[Tensor, "batch d_in"], mean_of_ranks: Mean = _alone) -> Float[Tensor, ""]:
+    """Mean squared distance from the mean of a batch, summed over d_in.
+
+    Example:
+        >>> variance(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
+        tensor(5.)
+    """
+    return mean_of_ranks((x - mean_of_ranks(x.mean(0))).pow(2).sum(-1).mean())
 
 
 def auxk(
@@ -13,6 +33,7 @@ def auxk(
     pre: Float[Tensor, "batch dead"],
     W_dec: Float[Tensor, "dead d_in"],
     k: int,
+    mean_of_ranks: Mean = _alone,
 ) -> Float[Tensor, ""]:
     r"""Share of the error's variance that the k strongest dead latents of each row leave.
 
@@ -28,16 +49,18 @@ def auxk(
         pre: Pre-activations v of the dead latents.
         W_dec: Their decoder rows.
         k: How many of them rebuild a row; all if there are fewer.
+        mean_of_ranks: See the top of the file.
 
     Returns:
         A pure number; 0 for a residual that does not vary, as that of a single row.
     """
     values, latents = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
     chosen = torch.zeros_like(pre).scatter(-1, latents, values)
-    spread = (residual - residual.mean(0)).pow(2).sum()
+    centred = residual - mean_of_ranks(residual.mean(0))
+    spread, size = mean_of_ranks(torch.stack([centred.pow(2).sum(), residual.pow(2).sum()]))
     error = (residual - chosen @ W_dec).pow(2).sum()
     limits = torch.finfo(spread.dtype)
-    varies = spread > limits.eps * residual.pow(2).sum()
+    varies = spread > limits.eps * size
     return torch.where(varies, error / spread.clamp_min(limits.tiny), 0.0)
 
 
@@ -45,6 +68,7 @@ def ghost_gradients(
     residual: Float[Tensor, "batch d_in"],
     pre: Float[Tensor, "batch dead"],
     W_dec: Float[Tensor, "dead d_in"],
+    mean_of_ranks: Mean = _alone,
 ) -> Float[Tensor, ""]:
     r"""Squared error of a rebuilt residual, in the size of the squared error itself.
 
@@ -58,6 +82,7 @@ def ghost_gradients(
         residual: The error e, detached.
         pre: Pre-activations v of the dead latents.
         W_dec: Their decoder rows.
+        mean_of_ranks: See the top of the file.
 
     Returns:
         In the units of a squared error summed over d_in, averaged over the batch.
@@ -67,5 +92,5 @@ def ghost_gradients(
     lengths = ghost.detach().norm(dim=-1, keepdim=True)
     scale = (residual.norm(dim=-1, keepdim=True) / (2 * lengths)).where(lengths > 0, 0.0)
     loss = (residual - scale * ghost).pow(2).sum(-1).mean()
-    error = residual.pow(2).sum(-1).mean()
-    return loss * (error / loss.detach().clamp_min(torch.finfo(loss.dtype).tiny))
+    error, size = mean_of_ranks(torch.stack([residual.pow(2).sum(-1).mean(), loss.detach()]))
+    return loss * (error / size.clamp_min(torch.finfo(loss.dtype).tiny))

@@ -6,7 +6,7 @@ training whatever the precision of the products.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -89,9 +89,17 @@ class BatchTopK:
     In chunks, the entries kept so far bound the final threshold from below: those under the bound
     are dropped at once, so one pass is enough and the result is exact.
 
+    Several ranks may have a part of the batch each: those chosen are the largest of all of them
+    together. Each rank then shows its largest to the others, twice as many as fall to a rank on
+    average. With two ranks that is exact whatever the batches; with more, unless a single rank
+    has over twice its share of the largest, which a shuffled stream does not give. Of entries that
+    equal the smallest chosen one, all are chosen then.
+
     Args:
         k: Entries per row on average; k * batch is rounded.
-        n_rows: Rows of the batch.
+        n_rows: Rows of the batch, or of this rank's part of it.
+        n_ranks: Ranks with a part, of so many rows each.
+        gathered: Gives the vectors [n] of all ranks as [n_ranks, n].
 
     Example:
         >>> BatchTopK(1, n_rows=2).mask(torch.tensor([[3.0, 2.0, 1.0], [0.0, 1.5, -1.0]]))
@@ -101,16 +109,25 @@ class BatchTopK:
 
     k: float
     n_rows: int
+    n_ranks: int = 1
+    gathered: Callable[[Tensor], Tensor] | None = None
 
     @property
     def total(self) -> int:
-        """Entries of the whole batch."""
-        return max(1, round(self.k * self.n_rows))
+        """Entries of the whole batch, of all ranks."""
+        return max(1, round(self.k * self.n_rows * self.n_ranks))
+
+    @property
+    def wanted(self) -> int:
+        """Entries of this rank among which those chosen are."""
+        return min(self.total, 2 * math.ceil(self.total / self.n_ranks))
 
     def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
         """Active entries of a whole batch."""
         flat = pre.flatten()
-        largest = _largest(flat, self.total)
+        largest = _largest(flat, self.wanted)
+        if self.n_ranks > 1:
+            largest = largest[self._chosen(flat[largest])]
         return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, largest, 1).view_as(pre)
 
     def select(self, chunks: Chunks) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
@@ -119,23 +136,37 @@ class BatchTopK:
         bound: Tensor | None = None
         for row, pre in chunks:
             picked = _picked(row, pre, pre >= (self._guess(pre) if bound is None else bound))
-            if bound is None and len(picked[1]) < self.total:  # what it left may be wanted
+            if bound is None and len(picked[1]) < self.wanted:  # what it left may be wanted
                 picked = _picked(row, pre, torch.ones_like(pre, dtype=torch.bool))
             indices, values = _joined([*found, picked])
-            if len(values) >= self.total:
-                kept = _largest(values, self.total).sort().values
+            if len(values) >= self.wanted:
+                kept = _largest(values, self.wanted).sort().values
                 indices, values = indices[kept], values[kept]
                 bound = values.min()
             found = [(indices, values)]
-        return found[0]
+        indices, values = found[0]
+        if self.n_ranks > 1:
+            chosen = self._chosen(values)
+            indices, values = indices[chosen], values[chosen]
+        return indices, values
+
+    def _chosen(self, values: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Which of this rank's largest entries are among the largest of all ranks."""
+        assert self.gathered is not None
+        # Ranks without so many entries show what is never chosen, for all show equally many.
+        shown = values.new_full((self.wanted,), -math.inf)
+        shown[: len(values)] = values
+        of_all = self.gathered(shown).flatten()
+        least = of_all.topk(min(self.total, len(of_all)), sorted=False).values.min()
+        return values >= least
 
     def _guess(self, pre: Float[Tensor, "rows d_sae"]) -> Float[Tensor, ""]:
         """A threshold that leaves, by the look of a few rows, a little more than are wanted."""
-        if self.total >= pre.numel():
+        if self.wanted >= pre.numel():
             return pre.new_full((), -math.inf)
         sample = pre[:: max(1, len(pre) // 32)].flatten()
-        wanted = math.ceil(1.25 * self.total * len(sample) / pre.numel()) + 32
-        return sample.topk(min(wanted, len(sample)), sorted=False).values.min()
+        count = math.ceil(1.25 * self.wanted * len(sample) / pre.numel()) + 32
+        return sample.topk(min(count, len(sample)), sorted=False).values.min()
 
 
 def row_top_k(

@@ -106,11 +106,6 @@ def test_it_is_summed_over_latents_and_averaged_over_the_batch(
     assert cost.item() == pytest.approx(total / 5, rel=1e-5)
 
 
-def test_l1_counts_the_size_of_negative_values() -> None:
-    f = torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 5.0]])
-    assert batch_penalty(L1(), Code.of_matrix(f)).item() == pytest.approx((3 + 5) / 2)
-
-
 def test_longer_decoder_rows_with_smaller_activations_cost_the_same() -> None:
     f, norms = torch.rand(4, 6) * (torch.rand(4, 6) > 0.5), torch.rand(6) + 0.1
     stretch = torch.rand(6) + 0.1

@@ -1,7 +1,9 @@
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_sae.functional.selection import Above, BatchTopK, Rule, TopK, row_top_k, true_places
@@ -137,6 +139,43 @@ def test_a_batch_of_one_row_is_that_rows_top_k() -> None:
     pre = pre_activations(1, 40)
     assert torch.equal(BatchTopK(3, 1).mask(pre), TopK(3).mask(pre))
     assert selected(BatchTopK(3, 1), pre, 8)[0] == selected(TopK(3), pre, 8)[0]
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+@pytest.mark.parametrize("k", [0.05, 0.5, 3, 7.4, 12, 20])
+def test_ranks_choose_together_what_one_would_from_all_their_rows(k: float, n_ranks: int) -> None:
+    """Also where the rows of one rank are larger than those of another."""
+    for growth in (0.0, 0.002):
+        pre = pre_activations(36 * n_ranks, 12)
+        pre += growth * torch.arange(len(pre)).unsqueeze(1)
+        parts = pre.split(36)
+        expected = BatchTopK(k, len(pre)).mask(pre)
+        rule = BatchTopK(k, 36, n_ranks, partial(shown, parts, k))
+        assert torch.equal(torch.cat([rule.mask(part) for part in parts]), expected)
+        chosen = [selected(rule, part, 10)[0] for part in parts]
+        assert chosen == [part.nonzero().tolist() for part in expected.split(36)]
+
+
+def shown(parts: tuple[Tensor, ...], k: float, own: Tensor) -> Tensor:
+    """What each rank shows to the others, [n_ranks, n], known beforehand."""
+    wanted = BatchTopK(k, len(parts[0]), len(parts)).wanted
+    largest = [part.flatten().topk(min(wanted, part.numel())).values for part in parts]
+    of_all = torch.stack([F.pad(x, (0, wanted - len(x)), value=-torch.inf) for x in largest])
+    assert any(torch.equal(own.sort().values, each.sort().values) for each in of_all)
+    return of_all
+
+
+def test_each_rank_shows_as_many_entries_however_few_it_has() -> None:
+    seen = []
+
+    def gathered(values: Tensor) -> Tensor:
+        seen.append(len(values))
+        return values.expand(2, -1)
+
+    rule = BatchTopK(20, 3, 2, gathered)
+    assert rule.mask(pre_activations(3, 12)).all()
+    assert len(selected(rule, pre_activations(3, 12), 2)[0]) == 36
+    assert seen == [rule.wanted] * 2
 
 
 @pytest.mark.parametrize("rows", [64, 128])
