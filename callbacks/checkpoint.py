@@ -1,5 +1,6 @@
 """The checkpoint from which a run goes on: regularly, at the end, and when a run is stopped."""
 
+import logging
 import signal
 from pathlib import Path
 from types import FrameType
@@ -7,8 +8,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_prefixed_message
 from typing_extensions import override
+
+from lightning_sae.rank_parts import remove_other_parts, write_part
+
+log = logging.getLogger("lightning.pytorch")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -21,6 +26,10 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
     stops at once. When training fails, as with a loss that is not finite, `last.ckpt` stays and
     `stopped.ckpt` gets the weights before the failing step; resumed from that one, a run goes on
     behind the failing batch.
+
+    With several ranks, each saves its own buffer and place in the text beside `last.ckpt`, see
+    `lightning_sae.rank_parts`. If one of them fails or is killed, `last.ckpt` is where to go on:
+    the others cannot tell what became of it, and save nothing.
 
     Args:
         every_n_steps: Optimiser steps between two checkpoints.
@@ -37,7 +46,8 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
             )
         self.every_n_steps = every_n_steps
         self._started = False
-        self._step_before = self._saved_at = -1
+        self._step_before = self._tried_at = self._saved_at = -1
+        self._saving: Path | None = None
         self._saved: Path | None = None
         self._received: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
@@ -88,7 +98,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._give_signals_back()
         self._started = False
-        if self._saved_at != trainer.global_step:
+        if self._tried_at != trainer.global_step:
             self._save(trainer, "last.ckpt")
 
     @override
@@ -98,18 +108,45 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         self._give_signals_back()
         if not self._started or trainer.global_step == 0:
             return
-        if self._saved_at != trainer.global_step:
+        # Saving needs all ranks, and the others may be anywhere.
+        if self._tried_at != trainer.global_step and trainer.world_size == 1:
             self._save(trainer, "stopped.ckpt")
-        rank_zero_info(
-            f"\nStopped after {trainer.global_step} optimiser steps; the checkpoint is "
-            f"{self._saved}\nGo on with the same command and --ckpt_path {self._saved}"
-        )
+        text = f"Stopped after {trainer.global_step} optimiser steps; "
+        path = self._saved or trainer.ckpt_path
+        if path is None:
+            text += "there is no checkpoint yet."
+        else:
+            of_step = "" if self._saved is None else f", of step {self._saved_at}"
+            text += (
+                f"the checkpoint is {path}{of_step}\n"
+                f"Go on with the same command and --ckpt_path {path}"
+            )
+        rank = trainer.global_rank if trainer.world_size > 1 else None
+        log.info("\n" + rank_prefixed_message(text, rank))
 
     def _save(self, trainer: Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._saved, self._saved_at = self.folder / name, trainer.global_step
-        trainer.save_checkpoint(self._saved, weights_only=False)
+        self._saving, self._tried_at = self.folder / name, trainer.global_step
+        try:
+            trainer.save_checkpoint(self._saving, weights_only=False)
+            self._saved, self._saved_at = self._saving, self._tried_at
+        finally:
+            self._saving = None
+        if trainer.world_size > 1:
+            remove_other_parts(self._saved, trainer.global_step)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """With several ranks: write this rank's part, and wait for those of the others."""
+        if self._saving is None or trainer.world_size == 1:
+            return
+        if not trainer.is_global_zero:
+            pl_module.on_save_checkpoint(checkpoint)  # Lightning would call it only later
+            write_part(self._saving, trainer.global_rank, checkpoint)
+        trainer.strategy.barrier()
 
     def _give_signals_back(self) -> None:
         for number, handler in self._handlers.items():

@@ -33,7 +33,8 @@ class SAEProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._activations += len(batch) * trainer.world_size
+        rows = next(iter(batch.values())) if isinstance(batch, dict) else batch  # by hook
+        self._activations += len(rows) * trainer.world_size
         if self.refresh_rate and (batch_idx + 1) % self.refresh_rate == 0:
             now = time.perf_counter()
             self.rate = self._activations / (now - self._since)

@@ -53,8 +53,8 @@ class DeadFeatureResampling(Callback):
         scheme: `loss_squared` or `reinitialize`.
         window: Steps before a resampling over which firings are counted; null for all of them.
         min_frequency: With `reinitialize`, the frequency below which a latent is replaced.
-        n_inputs: With `loss_squared`, how many of the latest inputs are kept to draw from, of
-            those that rank 0 saw. They are held in memory as they come.
+        n_inputs: With `loss_squared`, how many of the latest inputs are kept to draw from, those
+            of all ranks together. Each rank holds its own in memory as they come.
         encoder_scale: With `loss_squared`, norm of a new encoder row relative to living ones.
         max_resamplings: How often in a run this is done, whether or not any latent was dead; null
             for no limit.
@@ -101,6 +101,7 @@ class DeadFeatureResampling(Callback):
         self.max_resamplings, self.stop_after_step = max_resamplings, stop_after_step
         self._inputs: list[Tensor]
         self._losses: list[Tensor]
+        self._place: list[int] | None  # rank, and number of ranks
         self._start_afresh()
 
     def next_resampling(self, step: int) -> int | None:
@@ -149,8 +150,15 @@ class DeadFeatureResampling(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step that the first batch belongs to."""
+        """Note the step that the first batch belongs to; drop inputs that are not this rank's."""
         self._step = trainer.global_step
+        place = [trainer.global_rank, trainer.world_size]
+        own = self._place in (None, place)
+        if trainer.world_size > 1:  # all keep theirs or none: they must have equally many
+            own = trainer.strategy.reduce_boolean_decision(own)
+        if not own:
+            self._inputs, self._losses = [], []
+        self._place = place
 
     @override
     def on_train_batch_end(
@@ -176,7 +184,7 @@ class DeadFeatureResampling(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Counts and inputs of the window in progress, resamplings done, and the generator."""
+        """Counts and this rank's inputs of the window, resamplings done, and the generator."""
         return {
             "fired": self._fired,
             "n_counted": self._n_counted,
@@ -184,6 +192,7 @@ class DeadFeatureResampling(Callback):
             "losses": list(self._losses),
             "n_done": self._n_done,
             "generator": self._generator.get_state(),
+            "place": self._place,
         }
 
     @override
@@ -193,10 +202,12 @@ class DeadFeatureResampling(Callback):
         self._inputs, self._losses = list(state_dict["inputs"]), list(state_dict["losses"])
         self._n_done = state_dict["n_done"]
         self._generator.set_state(state_dict["generator"])
+        self._place = state_dict["place"]
 
     def _start_afresh(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
         self._n_done = 0
+        self._place = None
         self._forget_window()
 
     def _forget_window(self) -> None:
@@ -207,21 +218,22 @@ class DeadFeatureResampling(Callback):
     def _count(
         self, trainer: Trainer, outputs: dict[str, Tensor], batch: Tensor, steps_left: int
     ) -> None:
+        n_rows = len(batch) * trainer.world_size
         if steps_left <= self.window:
             # Summed over ranks batch by batch, so that the checkpoint of rank 0 holds all counts.
             # `reduce` works in place, and other callbacks read the outputs too.
             fired = trainer.strategy.reduce(outputs["fired"].clone(), reduce_op="sum")
             self._fired = self._fired.to(fired.device) + fired
-            self._n_counted += len(batch) * trainer.world_size
-        draws = self.scheme == "loss_squared" and trainer.is_global_zero
-        if draws and steps_left <= math.ceil(self.n_inputs / len(batch)):
-            self._keep(batch[-self.n_inputs :], outputs["squared_error"][-self.n_inputs :])
+            self._n_counted += n_rows
+        if self.scheme == "loss_squared" and steps_left <= math.ceil(self.n_inputs / n_rows):
+            self._keep(batch, outputs["squared_error"], trainer.world_size)
 
-    def _keep(self, inputs: Tensor, losses: Tensor) -> None:
-        self._inputs.append(inputs.detach().clone())  # a batch may be a view of a buffer in use
-        self._losses.append(losses.detach().clone())
+    def _keep(self, inputs: Tensor, losses: Tensor, n_ranks: int) -> None:
+        inputs, losses = inputs.detach()[-self.n_inputs :], losses.detach()[-self.n_inputs :]
+        self._inputs.append(inputs.clone())  # a batch may be a view of a buffer in use
+        self._losses.append(losses.clone())
         n = sum(map(len, self._losses))
-        while n - len(self._losses[0]) >= self.n_inputs:
+        while (n - len(self._losses[0])) * n_ranks >= self.n_inputs:
             n -= len(self._losses.pop(0))
             self._inputs.pop(0)
 
@@ -231,23 +243,31 @@ class DeadFeatureResampling(Callback):
         dead = dead_latents(self._fired, self._n_counted, min_frequency).to(sae.device)
         n_dead = int(dead.sum())
         if n_dead:
-            # Drawn once and told to all: ranks see different inputs but must stay the same.
-            drawn = self._draw(sae, n_dead) if trainer.is_global_zero else torch.empty(0)
-            directions = trainer.strategy.broadcast(drawn.cpu()).to(sae.device)
-            self._replace(sae, dead, directions)
+            # All draw the same; told all the same, for unlike devices may round differently.
+            drawn = trainer.strategy.broadcast(self._draw(trainer, sae, n_dead).cpu())
+            self._replace(sae, dead, drawn.to(sae.device))
             vectors = [getattr(sae, name) for name in sae.fresh_latent()]
             for weight, axis in ((sae.W_dec, 0), (sae.W_enc, 1), *((v, 0) for v in vectors)):
                 reset_moments(trainer.optimizers, weight, dead, axis)
         for logger in trainer.loggers:  # self.log would drop what falls between its intervals
             logger.log_metrics({"train/resampled": n_dead}, step=trainer.global_step - 1)
 
-    def _draw(self, sae: SparseAutoencoder, count: int) -> Float[Tensor, "count d_in"]:
+    def _draw(
+        self, trainer: Trainer, sae: SparseAutoencoder, count: int
+    ) -> Float[Tensor, "count d_in"]:
         if self.scheme == "reinitialize":
             return random_unit_rows(count, sae.d_in, generator=self._generator)
-        inputs = torch.cat([chunk.to(sae.device) for chunk in self._inputs])[-self.n_inputs :]
-        losses = torch.cat([chunk.to(sae.device) for chunk in self._losses])[-self.n_inputs :]
-        seen = sae.encoder_input(sae.scaled(inputs))
-        return sample_directions(seen, losses, count, self._generator)
+        inputs, losses = self._of_all(trainer, self._inputs), self._of_all(trainer, self._losses)
+        seen = sae.encoder_input(sae.scaled(inputs.to(sae.device)))
+        return sample_directions(seen, losses.to(sae.device), count, self._generator)
+
+    def _of_all(self, trainer: Trainer, chunks: list[Tensor]) -> Tensor:
+        """The latest inputs, or what belongs to them: batch by batch, in each rank by rank."""
+        if trainer.world_size > 1:
+            gather = trainer.strategy.all_gather
+            device = trainer.strategy.root_device
+            chunks = [gather(chunk.to(device)).flatten(0, 1) for chunk in chunks]
+        return torch.cat(chunks)[-self.n_inputs :]
 
     def _replace(self, sae: SparseAutoencoder, dead: Tensor, directions: Tensor) -> None:
         rows = directions

@@ -40,10 +40,10 @@ class HeldOutEvaluation(Callback):
 
     Figures go to `<trainer.default_root_dir>/results.json`, or `results-2.json` and so on if there
     is one. Needs an `ActivationDataModule`; with other data, only the test's metrics are written.
-    With several ranks, the language model reads the share of the first.
+    With several ranks each reads its share of the held-out text, and the figures are those of all.
 
     Args:
-        n_tokens: Held-out tokens that the language model reads, about.
+        n_tokens: Held-out tokens that the language model reads, about, on all ranks together.
     """
 
     def __init__(self, n_tokens: int = 65536) -> None:

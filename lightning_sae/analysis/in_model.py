@@ -1,5 +1,6 @@
 """What the language model loses when an SAE's reconstruction stands in for the activation."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,12 +28,13 @@ def evaluate_in_model(
 
     The activations that training leaves out (BOS, positions, outliers) are left alone in every
     condition. Predictions of special tokens, where one document follows another, do not count.
-    The mean activation is that of the same held-out tokens.
+    The mean activation is that of the same held-out tokens. With several ranks all have to ask;
+    each reads its own documents and gets the figures of all.
 
     Args:
         sae: The SAE; it acts on raw activations.
         data: Gives the language model, its held-out text and the filter of training.
-        n_tokens: Held-out tokens to read, about.
+        n_tokens: Held-out tokens to read, about, by all ranks together.
 
     Returns:
         `ce_clean`, `ce_spliced`, `ce_zero_ablation`, `ce_mean_ablation` and `kl` in nats per
@@ -40,6 +42,7 @@ def evaluate_in_model(
         ablated - CE clean); `perplexity_clean`, `perplexity_spliced`; `n_tokens`, predictions
         counted.
     """
+    n_tokens = math.ceil(n_tokens / data.n_ranks)
     mean = _mean_activation(data, n_tokens)
     replacements: dict[str, Callable[[Tensor], Tensor]] = {
         "ce_spliced": sae.forward,
@@ -61,7 +64,10 @@ def evaluate_in_model(
             sums[name] += float(next_token_cross_entropy(logits, target, counted)[0])
             if name == "ce_spliced":
                 sums["kl"] += float(kl_divergence(clean, logits, counted)[0])
-    return _summary({name: total / count for name, total in sums.items()}, count)
+    own = torch.tensor([*sums.values(), count], dtype=torch.float64)
+    *totals, n_counted = data.of_all_ranks(own, "sum").tolist()
+    means = {name: total / n_counted for name, total in zip(sums, totals, strict=True)}
+    return _summary(means, round(n_counted))
 
 
 def _summary(nats: dict[str, float], count: int) -> dict[str, float]:
@@ -96,11 +102,14 @@ def _kept(
 
 
 def _mean_activation(data: ActivationDataModule, n_tokens: int) -> Float[Tensor, " d_in"]:
-    total, count = torch.zeros(data.d_in, dtype=torch.float64), 0
+    sums = torch.zeros(
+        data.language_model.width() + 1, dtype=torch.float64
+    )  # of activations, and their number
     for rows in _kept_rows(data, n_tokens):
-        total += rows.double().sum(0).cpu()
-        count += len(rows)
-    return total / max(count, 1)
+        sums[:-1] += rows.double().sum(0).cpu()
+        sums[-1] += len(rows)
+    sums = data.of_all_ranks(sums, "sum")
+    return sums[:-1] / sums[-1].clamp_min(1)
 
 
 def _kept_rows(data: ActivationDataModule, n_tokens: int) -> Iterator[Float[Tensor, "rows d_in"]]:

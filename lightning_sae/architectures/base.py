@@ -6,11 +6,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sae.agreement import require_agreement
 from lightning_sae.architectures.checks import (
     compare_sources,
     require_finite,
@@ -21,18 +23,20 @@ from lightning_sae.architectures.checks import (
 )
 from lightning_sae.architectures.evaluation import EvaluatedOnHeldOut
 from lightning_sae.architectures.optimisation import adam_with_schedule, clip_norm
+from lightning_sae.architectures.ranks import AmongRanks
 from lightning_sae.architectures.steps import Outcome, Step, at_once, in_chunks
 from lightning_sae.functional.codes import Code, Layout, default_chunk_rows, encode
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
-from lightning_sae.functional.revival import auxk, ghost_gradients
+from lightning_sae.functional.revival import auxk, ghost_gradients, variance
 from lightning_sae.functional.selection import Rule
+from lightning_sae.memory import keep_freed_blocks
 from lightning_sae.metrics import held_out_metrics
 
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
 
-class SparseAutoencoder(EvaluatedOnHeldOut):
+class SparseAutoencoder(AmongRanks, EvaluatedOnHeldOut):
     """Base of all architectures; a subclass says how it activates and what it minimises.
 
     Training may work on centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`,
@@ -53,10 +57,10 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
         dead_after: Activations in a row on which a latent did not fire before it counts as dead.
         revive: What gives dead latents a gradient, besides the callback `DeadFeatureResampling`:
             `auxk`, `ghost` or nothing; see `lightning_sae.functional.revival`.
-        revive_coefficient: Weight of that loss.
+        revive_coefficient: Weight of that loss, in the units of the squared error.
         k_aux: Dead latents per row that `auxk` lets rebuild the error; half of `d_in` by default.
         chunk_rows: Rows of a batch whose pre-activations of all latents exist at one time; fewer
-            need less memory; by default about 32 MiB of them, but at least 512 rows.
+            need less memory. By default see `lightning_sae.functional.codes.default_chunk_rows`.
 
     Attributes:
         layout: Whether the latents of the next batch are a matrix or a sparse code.
@@ -219,9 +223,11 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
         seen, residual = self.encoder_input(x).detach(), (x - x_hat).detach()
         pre = seen @ self.W_enc.T[dead].T + self.b_enc[dead]
         if self.revive == "auxk":
-            loss = auxk(residual, pre, self.W_dec[dead], self.k_aux)
+            share = auxk(residual, pre, self.W_dec[dead], self.k_aux, self.mean_of_ranks)
+            # The source adds it to a squared error that is relative too, to the variance of x.
+            loss = variance(x.detach(), self.mean_of_ranks) * share
         else:
-            loss = ghost_gradients(residual, pre, self.W_dec[dead])
+            loss = ghost_gradients(residual, pre, self.W_dec[dead], self.mean_of_ranks)
         return {self.revive: self.revive_coefficient * loss}
 
     def fresh_latent(self) -> dict[str, float]:
@@ -245,6 +251,7 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
     @override
     def setup(self, stage: str) -> None:
         """Take from the data what belongs to the SAE: its width is checked, its origin noted."""
+        keep_freed_blocks()
         data = getattr(self.trainer, "datamodule", None)
         width = getattr(data, "d_in", self.d_in)
         if width != self.d_in:
@@ -253,6 +260,9 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
                 f"but got {self.d_in}: build the SAE with `d_in={width}` or choose another hook."
             )
         self.source = getattr(data, "source", self.source)
+        own = {"architecture": type(self).__name__, **plain_arguments(self.hparams)}
+        run = {"max_steps": self.trainer.max_steps, "data": self.source}
+        require_agreement(self.trainer, {**own, **run})
 
     @override
     def on_train_start(self) -> None:
@@ -270,6 +280,7 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
     @override
     def on_train_batch_start(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
         """Before the very first step: adopt the data's scaling and place `b_dec`."""
+        self.end_with_the_first()
         if not self.is_trained:
             require_width(batch, self.d_in)
             self._start_from(batch)
@@ -284,21 +295,14 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
         if self.b_dec_init == "mean":
             self.b_dec.copy_(self.mean_of_ranks(self.scaled(batch).mean(0)))
 
-    def mean_of_ranks(self, value: Tensor) -> Tensor:
-        """The mean over all ranks; the value itself outside of a run."""
-        if self._trainer is None:
-            return value
-        # On a copy, for `reduce` works in place.
-        value = value.to(self.device, copy=True)
-        return self.trainer.strategy.reduce(value, reduce_op="mean")
-
     @override
     def training_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> dict[str, Any]:
         """Objective on one batch; callbacks find its parts in the returned dictionary.
 
         Returns:
             `loss`, what is minimised; `fired` [d_sae], how often each latent fired in the batch;
-            `squared_error` [batch], each activation's error in the objective's space.
+            `squared_error` [batch], each activation's error in the objective's space. With several
+            ranks all are this rank's own; what is logged is that of all ranks.
 
         Raises:
             ValueError: If the width of `batch` is not `d_in`.
@@ -306,9 +310,10 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
         """
         require_width(batch, self.d_in)
         outcome = self._evaluate(self.scaled(batch))
-        require_finite(outcome.loss, batch, self.trainer.global_step)
-        self._count_silence(outcome.fired, len(batch))
-        self._log_step(outcome, outcome.fired.sum() / len(batch))
+        together, n = self._of_all_ranks(outcome), len(batch) * self.n_ranks
+        require_finite(together.loss, batch, self.trainer.global_step, self.sum_of_ranks)
+        self._count_silence(together.fired, n)
+        self._log_step(together, together.fired.sum() / n)
         return {
             "loss": outcome.loss,
             "fired": outcome.fired,
@@ -316,7 +321,7 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
         }
 
     def _evaluate(self, x: Float[Tensor, "batch d_in"]) -> Outcome:
-        rows = self.chunk_rows or default_chunk_rows(self.d_sae, x.device.type)
+        rows = self.chunk_rows or default_chunk_rows(self.d_sae, x.device.type, dense=True)
         # Revival is measured against the error of the whole batch.
         apart = self.rows_are_independent and not (self.revive != "none" and self.dead.any())
         if self.layout.dense and apart and len(x) > rows:
@@ -324,10 +329,19 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
             return in_chunks(self.objective, x, rows, trained)
         return at_once(self.objective, x)
 
+    def _of_all_ranks(self, outcome: Outcome) -> Outcome:
+        if self.n_ranks == 1:
+            return outcome
+        losses = torch.stack([outcome.loss, *outcome.losses.values()])
+        loss, *terms = self.mean_of_ranks(losses).unbind()
+        return outcome._replace(
+            loss=loss,
+            losses=dict(zip(outcome.losses, terms, strict=True)),
+            fired=self.sum_of_ranks(outcome.fired),
+        )
+
     def _count_silence(self, fired: Int[Tensor, " d_sae"], n: int) -> None:
-        # Across ranks, on a copy: `reduce` works in place, and callbacks read this rank's own.
-        fired = self.trainer.strategy.reduce(fired.clone(), reduce_op="sum")
-        self.silent_for += n * self.trainer.world_size
+        self.silent_for += n
         self.silent_for[fired > 0] = 0
 
     @property
@@ -429,6 +443,7 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
             "architecture": type(self).__name__,
             "source": self.source,
             "dense": self.layout.dense,
+            "ranks": 1 if self._trainer is None else self.trainer.world_size,
         }
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
@@ -437,10 +452,14 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture or shape before it is loaded.
 
+        When training goes on, each rank adds what it alone had.
+
         Raises:
             ValueError: If it does not fit this SAE.
         """
         require_matching(self, checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._take_part(checkpoint)
         source = checkpoint["lightning_sae"]["source"]
         if self.source:
             compare_sources(source, self.source)
@@ -448,3 +467,17 @@ class SparseAutoencoder(EvaluatedOnHeldOut):
         self.is_trained = True
         # The layouts differ by rounding: a run goes on with the one it had.
         self.layout.dense = checkpoint["lightning_sae"]["dense"]
+
+    def _take_part(self, checkpoint: dict[str, Any]) -> None:
+        from lightning_sae.rank_parts import take_part  # it saves, and saving knows this class
+
+        saved, present = checkpoint["lightning_sae"].get("ranks", 1), self.trainer.world_size
+        if saved != present:
+            rank_zero_warn(
+                f"The checkpoint is of a run of {saved} ranks and goes on with {present}. Weights, "
+                "moments, schedules and counts are those of the checkpoint, but batches have "
+                f"{present}/{saved} of their size and other text: the run is not the one that "
+                "would have been."
+            )
+        elif self.trainer.global_rank > 0:
+            take_part(Path(self.trainer.ckpt_path), self.trainer.global_rank, checkpoint)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from lightning_sae.architectures.checks import require_k
 from lightning_sae.architectures.orthogonality import WithOrthogonality
 from lightning_sae.architectures.steps import Step
 from lightning_sae.functional.codes import Code
+from lightning_sae.functional.errors import squared_errors
 from lightning_sae.functional.selection import BatchTopK
 
 
@@ -18,12 +19,11 @@ class BatchTopKSAE(WithOrthogonality):
 
     .. math::
         f = \mathrm{ReLU}(\mathrm{BatchTopK}((x - b_{dec}) W_{enc} + b_{enc}, k B)), \quad
-        L = \|x - \hat x\|^2 + \alpha L_{auxk} \quad \text{(mean over the batch)}
+        L = \|x - \hat x\|^2 + \alpha \mathrm{Var}(x) L_{auxk} \quad \text{(mean over the batch)}
 
     Outside of training a row must not depend on its batch: latents are the pre-activations above
-    `threshold`, a running mean of the smallest that was chosen in each batch. Across ranks each
-    chooses from its own batch, and the mean is theirs together. Source: Bussmann et al., BatchTopK
-    sparse autoencoders (2024).
+    `threshold`, a running mean of the smallest that was chosen in each batch. The batch is that of
+    all ranks. Source: Bussmann et al., BatchTopK sparse autoencoders (2024).
 
     Args:
         d_in: Width of the activations.
@@ -65,7 +65,7 @@ class BatchTopKSAE(WithOrthogonality):
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
         """The largest of the batch, whatever the threshold."""
-        f = self.code(x, BatchTopK(self.k, len(x)))
+        f = self.code(x, BatchTopK(self.k, len(x), self.n_ranks, self.gathered))
         return f.with_values(f.values.relu())
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
@@ -73,19 +73,21 @@ class BatchTopKSAE(WithOrthogonality):
         f = self.latents(x)
         self.follow(f)
         x_hat = self.rebuilt(f)
+        errors = squared_errors(x, x_hat)
         losses = {
-            "squared_error": (x_hat - x).pow(2).sum(-1).mean(),
+            "squared_error": errors.mean(),
             **self.orthogonality(x, f),
             **self.revival(x, x_hat),
         }
-        return Step(losses, f, x_hat)
+        return Step(losses, f, x_hat, errors)
 
     @torch.no_grad()
     def follow(self, f: Code) -> None:
-        """Have the threshold follow the smallest activation of a batch, or of all ranks'."""
+        """Have the threshold follow the smallest activation of a batch, that of all ranks."""
         active = torch.where(f.values > 0, f.values, torch.inf)
         smallest = active.min() if active.numel() else active.new_tensor(torch.inf)
-        seen = self.mean_of_ranks(torch.where(smallest.isfinite(), smallest, self.threshold))
+        smallest = self.least_of_ranks(smallest)
+        seen = torch.where(smallest.isfinite(), smallest, self.threshold)
         decay = torch.where(self.threshold.isfinite(), self.threshold_decay, 0.0)
         before = torch.where(self.threshold.isfinite(), self.threshold, 0.0)
         self.threshold.copy_(decay * before + (1 - decay) * seen)

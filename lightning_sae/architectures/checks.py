@@ -1,6 +1,7 @@
 """What an SAE refuses, each with the remedy."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,13 +54,22 @@ def require_width(x: Any, d_in: int) -> None:
         )
 
 
-def require_finite(loss: Float[Tensor, ""], batch: Float[Tensor, "batch d_in"], step: int) -> None:
-    """Raise a FloatingPointError if `loss` is not finite, saying at which step and likely why."""
+def require_finite(
+    loss: Float[Tensor, ""],
+    batch: Float[Tensor, "batch d_in"],
+    step: int,
+    sum_of_ranks: Callable[[Tensor], Tensor] = lambda value: value,
+) -> None:
+    """Raise a FloatingPointError if `loss` is not finite, saying at which step and likely why.
+
+    With several ranks the loss is that of all, so that all end here together.
+    """
     if torch.isfinite(loss):
         return
-    bad = int((~torch.isfinite(batch)).any(-1).sum())
+    counts = torch.tensor([int((~torch.isfinite(batch)).any(-1).sum()), len(batch)])
+    bad, total = sum_of_ranks(counts).tolist()
     cause = (
-        f"{bad} of the batch's {len(batch)} activations are not finite: look at the model and its "
+        f"{bad} of the batch's {total} activations are not finite: look at the model and its "
         "dtype, or drop outliers with `data.max_norm_multiple`"
         if bad
         else "the activations are finite: lower `lr` or raise `lr_warmup_steps`"

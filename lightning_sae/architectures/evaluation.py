@@ -63,7 +63,10 @@ class EvaluatedOnHeldOut(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         values = self.metrics.compute()
         self.held_out_frequency = values.pop("frequency")
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
+        named = {f"{stage}/{name}": value.float() for name, value in values.items()}
+        self.log_dict(
+            named, sync_dist=True
+        )  # the same on all ranks already, as Lightning cannot see
         self.metrics.reset()
 
     @override

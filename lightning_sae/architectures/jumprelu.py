@@ -11,6 +11,7 @@ from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.checks import require_not_negative, require_positive
 from lightning_sae.architectures.steps import Step
 from lightning_sae.functional.codes import Code
+from lightning_sae.functional.errors import squared_errors
 from lightning_sae.functional.jumprelu import jumprelu, step
 from lightning_sae.functional.penalties import Penalty, batch_penalty
 from lightning_sae.functional.selection import Above
@@ -94,19 +95,22 @@ class JumpReLUSAE(SparseAutoencoder):
         v = self.code(x, Above(theta.detach() - self.bandwidth / 2))
         f = v.with_values(jumprelu(v.values, v.at(theta), self.bandwidth))
         x_hat = self.rebuilt(f)
+        errors = squared_errors(x, x_hat)
         losses = {
-            "squared_error": (x_hat - x).pow(2).sum(-1).mean(),
+            "squared_error": errors.mean(),
             "sparsity": self.weight_of_penalty() * self._cost(v, f, theta),
             **self._pull_of_dead(x),
             **self.revival(x, x_hat),
         }
-        return Step(losses, f, x_hat)
+        return Step(losses, f, x_hat, errors)
 
     def _cost(self, v: Code, f: Code, theta: Float[Tensor, " d_sae"]) -> Float[Tensor, ""]:
         if self.penalty is not None:
             return batch_penalty(self.penalty, f, self.penalty_norms())
         l0 = v.mean_sum(step(v.values, v.at(theta), self.bandwidth))
-        return l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
+        if self.target_l0 is None:
+            return l0
+        return (self.mean_with_gradient(l0) / self.target_l0 - 1).square()
 
     def _pull_of_dead(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Float[Tensor, ""]]:
         if self.dead_coefficient == 0:

@@ -385,6 +385,3 @@ def test_ranks_share_counts_and_directions(rank, scheme):
     dead = [2, 4, 5]
     sent = strategy.received if rank == 0 else strategy.SENT[:3]
     torch.testing.assert_close(after["W_dec"][dead], sent)
-    if rank == 1:
-        assert len(strategy.received) == 0  # it drew nothing, and kept no inputs
-        assert not callback._inputs
