@@ -6,12 +6,14 @@ from lightning_sae.architectures import (
     JumpReLUSAE,
     MatryoshkaSAE,
     ReLUSAE,
+    RescaleAndShiftSAE,
     SparseAutoencoder,
     TiedSAE,
     TopKSAE,
 )
 from lightning_sae.data import ActivationDataModule, ToyDataModule
 from lightning_sae.saving import load
+from lightning_sae.side_by_side import SideBySide
 from lightning_sae.version import __version__
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "JumpReLUSAE",
     "MatryoshkaSAE",
     "ReLUSAE",
+    "RescaleAndShiftSAE",
+    "SideBySide",
     "SparseAutoencoder",
     "TiedSAE",
     "TopKSAE",

@@ -6,6 +6,7 @@ from lightning_sae.architectures.gated import GatedSAE
 from lightning_sae.architectures.jumprelu import JumpReLUSAE
 from lightning_sae.architectures.matryoshka import MatryoshkaSAE
 from lightning_sae.architectures.relu import ReLUSAE
+from lightning_sae.architectures.rescaled import RescaleAndShiftSAE
 from lightning_sae.architectures.tied import TiedSAE
 from lightning_sae.architectures.topk import TopKSAE
 
@@ -15,6 +16,7 @@ __all__ = [
     "JumpReLUSAE",
     "MatryoshkaSAE",
     "ReLUSAE",
+    "RescaleAndShiftSAE",
     "SparseAutoencoder",
     "TiedSAE",
     "TopKSAE",

@@ -19,7 +19,7 @@ class TopKSAE(SparseAutoencoder):
 
     .. math::
         f = \mathrm{ReLU}(\mathrm{TopK}((x - b_{dec}) W_{enc} + b_{enc}, k)), \quad
-        L = \|x - \hat x\|^2 + \alpha L_{auxk} \quad \text{(mean over the batch)}
+        L = \|x - \hat x\|^2 + \alpha \mathrm{Var}(x) L_{auxk} \quad \text{(mean over the batch)}
 
     There is no penalty, for sparsity is given; dead latents come back by
     `lightning_sae.functional.revival.auxk`. Source: Gao et al., Scaling and evaluating sparse
