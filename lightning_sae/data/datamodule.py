@@ -8,16 +8,19 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_sae.data.at_hooks import AtHooks
 from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
 from lightning_sae.data.embedded import EMBEDDED_MODEL
-from lightning_sae.data.language_model import LanguageModel, load_language_model
 from lightning_sae.data.loaders import EndlessBatches, HeldOutBatches
-from lightning_sae.data.scaling import Scaling, estimate_scaling
+from lightning_sae.data.scaling import Scaling
+from lightning_sae.data.several_hooks import (
+    checked_names,
+    require_same_hooks,
+)
 from lightning_sae.data.stream import ActivationFilter, ActivationStream
 from lightning_sae.data.text import Corpus, open_text
 from lightning_sae.data.tokens import TokenBlocks
@@ -25,7 +28,7 @@ from lightning_sae.data.tokens import TokenBlocks
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
-class ActivationDataModule(LightningDataModule):
+class ActivationDataModule(AtHooks):
     """Text through a language model to shuffled batches of activations.
 
     Text is tokenised, packed into blocks of `context_length` tokens with a BOS token before each
@@ -35,7 +38,9 @@ class ActivationDataModule(LightningDataModule):
     never sees.
 
     Args:
-        hook_name: TransformerLens name of the hook, such as `blocks.3.hook_resid_post`.
+        hook_name: TransformerLens name of the hook, such as `blocks.3.hook_resid_post`; or
+            several, for `SideBySide`: then one pass of the model reads them all, a batch is a
+            tensor by hook, and its rows are of the same tokens at all hooks.
         model: Folder or hub name of the language model, an instance of it, or `embedded` for the
             small model that comes with this package.
         text: `embedded` for the Python standard library's source; files, glob patterns or folders
@@ -73,7 +78,7 @@ class ActivationDataModule(LightningDataModule):
 
     def __init__(
         self,
-        hook_name: str,
+        hook_name: str | Sequence[str],
         model: str | Path | nn.Module = "embedded",
         *,
         text: str | Path | Sequence[str | Path] = "embedded",
@@ -103,7 +108,7 @@ class ActivationDataModule(LightningDataModule):
         super().__init__()
         check_buffer(buffer_size, batch_size, refill_fraction)
         _check_positions(positions, context_length)
-        self.hook_name = hook_name
+        self.hook_name, self.hook_names = hook_name, checked_names(hook_name)
         self.model = EMBEDDED_MODEL if model == "embedded" else model
         self.text = text
         self.text_column, self.text_split, self.streaming = text_column, text_split, streaming
@@ -120,35 +125,19 @@ class ActivationDataModule(LightningDataModule):
         self.seed = seed
         self.largest_saved_buffer = largest_saved_buffer
         self.buffer: ShuffleBuffer | None = None
-        self._scaling: Scaling | None = None
+        self._scalings: dict[str, Scaling] = {}
         self._restored: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
 
-    # The model.
-
-    @cached_property
-    def language_model(self) -> LanguageModel:
-        """The language model, loaded when first needed."""
-        model = load_language_model(self.model, self.hook_name, self.model_dtype)
-        longest = model.context_length
-        if longest is not None and self.context_length > longest:
-            raise ValueError(
-                f"Expected argument `context_length` to be at most {longest}, the context of the "
-                f"model, but got {self.context_length}: make it shorter."
-            )
-        return model
-
-    @cached_property
-    def d_in(self) -> int:
-        """Width of the activations, seen on one token."""
-        return self.language_model.width()
+    # The model and its text.
 
     @cached_property
     def filter(self) -> ActivationFilter:
         """Which activations are trained and evaluated on."""
         tokenizer = self.language_model.tokenizer
         special = tokenizer.all_special_ids if self.drop_special_tokens else []
-        return ActivationFilter(special, self.positions, self.max_norm_multiple)
+        widths = None if isinstance(self.d_in, int) else list(self.d_in.values())
+        return ActivationFilter(special, self.positions, self.max_norm_multiple, widths)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -156,15 +145,13 @@ class ActivationDataModule(LightningDataModule):
         name = "embedded" if self.model == EMBEDDED_MODEL else self.language_model.name
         return {
             "model": name,
-            "hook_name": self.hook_name,
+            "hook_name": self.hook_names if len(self.hook_names) > 1 else self.hook_names[0],
             "context_length": self.context_length,
             "drop_special_tokens": self.drop_special_tokens,
             "positions": None if self.positions is None else list(self.positions),
             "max_norm_multiple": self.max_norm_multiple,
             "text": str(self.text) if isinstance(self.text, str | Path) else [*map(str, self.text)],
         }
-
-    # Text.
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -189,23 +176,30 @@ class ActivationDataModule(LightningDataModule):
         return self._blocks(self.held_out_corpus, fraction, held_out=True)
 
     def _blocks(self, corpus: Corpus, fraction: float, held_out: bool) -> TokenBlocks:
+        rank, world_size = self._place()
         return TokenBlocks(
             corpus,
             self.language_model.tokenizer,
             self.context_length,
             held_out_fraction=fraction,
             part_held_out=held_out,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
-            world_size=1 if self.trainer is None else self.trainer.world_size,
+            rank=rank,
+            world_size=world_size,
         )
 
-    def held_out_tokens(self, n: int) -> Iterator[Int[Tensor, "blocks context_length"]]:
-        """Held-out blocks, a forward pass at a time: about `n` tokens, or all that there are.
+    def held_out_tokens(
+        self, n: int, *, equal_passes: bool = False
+    ) -> Iterator[Int[Tensor, "blocks context_length"]]:
+        """This rank's held-out blocks, a forward pass at a time.
 
-        Several ranks need equally many passes: there a text that is too short is read again.
+        Args:
+            n: Tokens to read, about; fewer if there are no more.
+            equal_passes: Whether all ranks need equally many passes: where there are several, a
+                text that is too short is then read again.
         """
         blocks = self.held_out_blocks()
-        read = blocks.read if blocks.world_size > 1 else blocks.read_first_epoch
+        again = equal_passes and blocks.world_size > 1
+        read = blocks.read if again else blocks.read_first_epoch
         passes = max(1, round(n / (self.blocks_per_pass * self.context_length)))
         for _ in range(passes):
             tokens = read(self.blocks_per_pass)
@@ -257,17 +251,26 @@ class ActivationDataModule(LightningDataModule):
         if self.buffer is None:
             self.buffer = self._new_buffer()
             self._restore(self.buffer)
-        return EndlessBatches(self.buffer)
+        return EndlessBatches(self.buffer, self.by_hook)
 
     def _restore(self, buffer: ShuffleBuffer) -> None:
-        state, self._restored = self._restored, {}
-        if state and self.trainer is not None and self.trainer.world_size > 1:
-            state = {"source": state["source"], "generator": state["generator"]}
-        if state and "rows" not in state:
+        state, self._restored = {**self._restored}, {}
+        require_same_hooks(state.pop("hook_names", self.hook_names), self.hook_names)
+        saved_by = state.pop("rank", 0), state.pop("ranks", 1)
+        if state and saved_by != self._place():
+            state = {"source": state["source"], "generator": buffer.generator.get_state()}
             warnings.warn(
-                "The checkpoint holds no buffer for this rank (it is larger than "
-                "`largest_saved_buffer`, or there are several ranks): it is filled anew with the "
-                "text that follows, and the run is not bit for bit the one that would have been.",
+                f"The checkpoint holds no buffer of rank {self._place()[0]}: it is of a run with "
+                "another number of ranks, or this rank's file beside it is missing. The buffer is "
+                "filled anew with text that follows what rank 0 had read; some may come twice, and "
+                "some not at all.",
+                stacklevel=2,
+            )
+        elif state and "rows" not in state:
+            warnings.warn(
+                "The checkpoint holds no buffer, for it is larger than `largest_saved_buffer`: it "
+                "is filled anew with the text that follows, and the run is not bit for bit the one "
+                "that would have been.",
                 stacklevel=2,
             )
         buffer.load_state_dict(state)
@@ -314,14 +317,6 @@ class ActivationDataModule(LightningDataModule):
         if self.buffer is not None:
             self.buffer.close()
 
-    @property
-    def scaling(self) -> Scaling | None:
-        """Centring and scaling estimated on the first full buffer; None if not asked for."""
-        if self._scaling is None and self.buffer is not None and (self.center or self.scale):
-            rows = self.buffer.fill() if self.buffer.rows is None else self.buffer.rows
-            self._scaling = estimate_scaling(rows, self.center, self.scale)
-        return self._scaling
-
     def statistics(self) -> dict[str, float]:
         """What the stream has read and dropped so far; empty before training."""
         source = None if self.buffer is None else self.buffer.source
@@ -331,7 +326,10 @@ class ActivationDataModule(LightningDataModule):
         """Buffer, stream and generator, for an exact resume."""
         if self.buffer is None:
             return self._restored or self._left
-        return self.buffer.state_dict(with_rows=self.buffer.nbytes() <= self.largest_saved_buffer)
+        state = self.buffer.state_dict(with_rows=self.buffer.nbytes() <= self.largest_saved_buffer)
+        rank, ranks = self._place()
+        own = {"rank": rank, "ranks": ranks, "hook_names": self.hook_names}
+        return {**state, **own} if state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the buffer that `train_dataloader` makes."""

@@ -1,16 +1,21 @@
 """What Lightning iterates over."""
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sae.data.buffer import ShuffleBuffer
 
 if TYPE_CHECKING:
     from lightning_sae.data.datamodule import ActivationDataModule
+
+Rows = Any
+"""Activations [batch, d_in] of one hook, or a dictionary of them by hook if there are several.
+
+Not spelled out, for whoever has one hook knows that it is a tensor.
+"""
 
 ENDLESS = 2**40
 """Batches in an endless loader: more than any run has, few enough to sum over ranks."""
@@ -26,16 +31,17 @@ class EndlessBatches:
 
     Args:
         buffer: Where the batches come from.
+        given_as: What is made of a batch's rows before it is given away.
     """
 
-    def __init__(self, buffer: ShuffleBuffer) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: ShuffleBuffer, given_as: Callable[[Tensor], Rows]) -> None:
+        self.buffer, self.given_as = buffer, given_as
 
     def __len__(self) -> int:
         return ENDLESS
 
-    def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
-        return self.buffer
+    def __iter__(self) -> Iterator[Rows]:
+        return map(self.given_as, self.buffer)
 
     def state_dict(self) -> dict[str, int]:
         """Rows served of the present buffer."""
@@ -62,9 +68,10 @@ class HeldOutBatches:
         per_pass = data.blocks_per_pass * data.context_length
         self._batches_per_pass = math.ceil(per_pass / data.batch_size)
 
-    def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
+    def __iter__(self) -> Iterator[Rows]:
         model, keep = self.data.language_model, self.data.filter
-        for tokens in self.data.held_out_tokens(self.n):
+        for tokens in self.data.held_out_tokens(self.n, equal_passes=True):
             activations = model.activations(tokens)
             kept = keep.kept(tokens, activations).to(activations.device)
-            yield from activations[kept].float().tensor_split(self._batches_per_pass)
+            batches = activations[kept].float().tensor_split(self._batches_per_pass)
+            yield from map(self.data.by_hook, batches)

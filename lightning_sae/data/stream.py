@@ -1,6 +1,6 @@
 """Token blocks through the language model: rows of activations, less those left out."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,8 @@ class ActivationFilter:
         positions: First position kept and the one behind the last; None keeps all.
         max_norm_multiple: Activations longer than this multiple of the batch's median norm are
             left out; None keeps all.
+        widths: Of several hooks whose activations lie side by side; left out is then what is too
+            long at any of them.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class ActivationFilter:
         special_tokens: list[int],
         positions: tuple[int, int] | None = None,
         max_norm_multiple: float | None = None,
+        widths: list[int] | None = None,
     ) -> None:
         if max_norm_multiple is not None and max_norm_multiple <= 1:
             raise ValueError(
@@ -36,6 +39,7 @@ class ActivationFilter:
         self.special_tokens = torch.tensor(special_tokens, dtype=torch.long)
         self.positions = positions
         self.max_norm_multiple = max_norm_multiple
+        self.widths = widths
 
     def left_out(
         self, tokens: Int[Tensor, "batch seq"], activations: Float[Tensor, "batch seq d_in"]
@@ -49,12 +53,20 @@ class ActivationFilter:
             outside[:, end:] = True
         far = torch.zeros_like(special)
         if self.max_norm_multiple is not None:
-            norms = activations.float().norm(dim=-1).to(tokens.device)
-            far = ~torch.isfinite(norms)
-            rest = norms[~(special | outside | far)]
-            if len(rest):
-                far |= norms > self.max_norm_multiple * rest.median()
+            for part in activations.split(self.widths or activations.shape[-1], -1):
+                norms = part.float().norm(dim=-1).to(tokens.device)
+                far |= self._far(norms, special | outside)
         return dict(zip(REASONS, (special, outside, far), strict=True))
+
+    def _far(
+        self, norms: Float[Tensor, "batch seq"], left_out: Bool[Tensor, "batch seq"]
+    ) -> Bool[Tensor, "batch seq"]:
+        """Norms that are not finite, or above the multiple of the median of those that stay."""
+        far = ~torch.isfinite(norms)
+        rest = norms[~(left_out | far)]
+        if len(rest):
+            far |= norms > cast(float, self.max_norm_multiple) * rest.median()
+        return far
 
     def kept(
         self, tokens: Int[Tensor, "batch seq"], activations: Float[Tensor, "batch seq d_in"]

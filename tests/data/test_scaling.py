@@ -49,3 +49,17 @@ def test_rows_that_give_no_scale_are_refused(rows: Tensor, center: bool) -> None
 def test_a_mean_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be scaled"):
         estimate_scaling(torch.tensor([[math.nan, 1.0]]), center=True, scale=False)
+
+
+def test_ranks_estimate_what_one_would_on_all_their_rows() -> None:
+    rows = torch.randn(40, 6) + torch.arange(40).unsqueeze(1)
+    expected = estimate_scaling(rows, center=True, scale=True)
+    first, second = rows.split(20)
+    for own, other in ((first, second), (second, first)):
+        lengths = (other - rows.mean(0)).norm(dim=-1).mean()
+
+        def mean_of_ranks(value, other=other, lengths=lengths):
+            return (value + (other.mean(0) if value.ndim else lengths)) / 2
+
+        found = estimate_scaling(own, True, True, mean_of_ranks)
+        torch.testing.assert_close(found, expected)

@@ -1,0 +1,352 @@
+"""Many SAEs in one run: the language model runs once for all of them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.architectures.ranks import AmongRanks
+from lightning_sae.side_by_side.descriptions import build_members, named
+from lightning_sae.side_by_side.member import Member
+from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
+
+
+class SideBySide(AmongRanks):
+    """SAEs that are trained side by side on the same batches, each as if it were alone.
+
+    Each member has its own weights, optimiser, schedule, callbacks, logs and count of steps. Its
+    weights are, bit for bit, those of a run alone on the same batches, with the same seed and the
+    same trainer. A member whose loss is not finite is stopped and reported, and the others go on.
+
+    Members are described as in YAML, or given as objects::
+
+        members:
+          - name: relu
+            hook_name: blocks.1.hook_resid_post  # if the data has several
+            sae:
+              class_path: lightning_sae.ReLUSAE
+              init_args: {d_sae: 1024, lr: 1.0e-3}
+            callbacks:
+              - class_path: lightning_sae.callbacks.DecoderNormProjection
+            sweep:
+              l1_coefficient: [0.5, 1.0, 2.0]
+              seed: [0, 1]
+
+    makes six members, `relu-l1_coefficient=0.5-seed=0` and so on. A sweep lists values of `seed`,
+    of `hook_name`, or of any argument of the SAE, and means each combination. Without a seed,
+    weights are drawn from that of the run.
+
+    What the whole run has in common are batches, `trainer.max_steps`, accumulation, precision and
+    devices. A checkpoint of the run holds all members.
+
+    Args:
+        members: Their descriptions: `name`, `sae` (`class_path` and `init_args`, or an SAE), and
+            where wanted `hook_name`, `seed`, `callbacks` (descriptions or callbacks) and `sweep`.
+        d_in: Width of the activations, by hook if there are several; the command line takes it
+            from the data.
+
+    Raises:
+        ValueError: If a description does not fit, or two members share a name; before training,
+            if one does not fit the data, or if it has a precision or strategy that is not
+            supported. The message names the member.
+        FloatingPointError: When the last member stops.
+    """
+
+    def __init__(
+        self,
+        # Of bare dictionaries, or the command line would build what it finds in them.
+        members: list[dict],
+        d_in: int | dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.members = build_members(members, d_in)
+        self.saes = nn.ModuleList(member.sae for member in self.members)
+
+    def __getitem__(self, name: str) -> SparseAutoencoder:
+        """The SAE of a member."""
+        return next(member.sae for member in self.members if member.name == name)
+
+    @property
+    def active(self) -> list[Member]:
+        """Members that have not stopped."""
+        return [member for member in self.members if member.stopped is None]
+
+    @property
+    def stopped(self) -> dict[str, str]:
+        """Members that have, and why."""
+        return {member.name: member.stopped for member in self.members if member.stopped}
+
+    def give_each(self, callbacks: Callable[[], Sequence[Callback]]) -> None:
+        """Add callbacks to each member, made for each anew."""
+        for member in self.members:
+            member.callbacks += callbacks()
+
+    # Setting up.
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """One that tells the members' callbacks what Lightning does not tell a module."""
+        return [_TellOfExceptions()]
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Attach the members, each of which looks at its part of the run."""
+        _require_supported(self.trainer)
+        for member in self.members:
+            with named(member.name):
+                _require_hook(member, getattr(self.trainer, "datamodule", None))
+                member.setup(self.trainer, stage)
+
+    @override
+    def configure_optimizers(self) -> Optimizer:
+        """Each member's own; to Lightning they are one."""
+        for member in self.members:
+            with named(member.name):
+                member.configure_optimizers()
+        return SideBySideOptimizer(self.members)
+
+    # Training. Lightning keeps count and calls; members do what it would do for each.
+
+    @override
+    def on_train_start(self) -> None:
+        """Let members begin, and keep Lightning from exchanging gradients of all at once."""
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.strategy.model.require_backward_grad_sync = False  # type: ignore
+        self._call("on_train_start")
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        for member in self.active:
+            member.call("on_train_batch_start", member.rows(batch), batch_idx)
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Gradients of each member in turn: no more than one keeps a graph in memory.
+
+        Returns:
+            The mean of the members' losses, for display.
+
+        Raises:
+            FloatingPointError: If no member is left.
+        """
+        losses = []
+        for member in self.active:
+            try:
+                losses.append(member.forward_and_backward(batch, batch_idx))
+            except FloatingPointError as error:
+                self._stop(member, error)
+        if not losses:
+            raise FloatingPointError(f"All members have stopped. {_reasons(self.stopped)}")
+        loss = torch.stack([loss.float() for loss in losses]).mean()
+        self.log("loss", loss, prog_bar=True, logger=False)
+        self.log("members", float(len(losses)), prog_bar=True, logger=False)
+        return loss
+
+    def _stop(self, member: Member, error: FloatingPointError) -> None:
+        member.stop(error)
+        rank_zero_warn(f"Member `{member.name}` has stopped, the others go on. {error}")
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Nothing: members have their gradients."""
+
+    @override
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing: members do it themselves."""
+
+    @override
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """A step of each member."""
+        optimizer_closure()
+        for member in self.active:
+            member.step()
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        steps, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore
+        for member in self.active:
+            member.end_batch(batch, batch_idx)
+            if every and steps % every == 0:
+                member.trainer.write_logs(steps - 1)
+
+    # Held-out data.
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        for member in self.active:
+            member.sae.validation_step(member.rows(batch), batch_idx)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        for member in self.active:
+            member.sae.test_step(member.rows(batch), batch_idx)
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Latents of each member, for its callbacks."""
+        for member in self.active:
+            rows = member.rows(batch)
+            latents = member.sae.predict_step(rows, batch_idx)
+            member.call_callbacks("on_predict_batch_end", latents, rows, batch_idx)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._call("on_validation_epoch_end")
+        for member in self.active:
+            member.trainer.write_logs(max(0, self.trainer.global_step - 1))
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._call("on_test_epoch_end")
+        for member in self.active:
+            member.trainer.write_logs(self.trainer.global_step)
+
+    # What each member is told as it is.
+
+    def _call(self, hook: str) -> None:
+        for member in self.active:
+            member.call(hook)
+
+    @override
+    def on_fit_start(self) -> None:
+        self._call("on_fit_start")
+
+    @override
+    def on_fit_end(self) -> None:
+        self._call("on_fit_end")
+
+    @override
+    def on_train_end(self) -> None:
+        self._call("on_train_end")
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._call("on_train_epoch_start")
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self._call("on_train_epoch_end")
+
+    @override
+    def on_validation_start(self) -> None:
+        self._call("on_validation_start")
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._call("on_validation_epoch_start")
+
+    @override
+    def on_validation_end(self) -> None:
+        self._call("on_validation_end")
+
+    @override
+    def on_test_start(self) -> None:
+        self._call("on_test_start")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._call("on_test_epoch_start")
+
+    @override
+    def on_test_end(self) -> None:
+        self._call("on_test_end")
+
+    @override
+    def on_predict_start(self) -> None:
+        self._call("on_predict_start")
+
+    @override
+    def on_predict_end(self) -> None:
+        self._call("on_predict_end")
+
+    @override
+    def teardown(self, stage: str) -> None:
+        for member in self.members:
+            member.teardown(stage)
+
+    # Checkpoints.
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note all that a member has beside weights and optimiser."""
+        checkpoint["members"] = [member.state_dict() for member in self.members]
+        checkpoint["ranks"] = self.trainer.world_size
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give it back to each.
+
+        Raises:
+            ValueError: If the checkpoint is not of a run of the same members.
+        """
+        self._take_part(checkpoint)
+        names = [member.name for member in self.members]
+        saved = [own["name"] for own in checkpoint.get("members", [])]
+        if names != saved:
+            raise ValueError(
+                f"Expected a checkpoint of the members {', '.join(names)}, in this order, but it "
+                f"holds {', '.join(saved) or 'none'}: resume with the `members` of the run."
+            )
+        weights = checkpoint["state_dict"]
+        for i, (member, own) in enumerate(zip(self.members, checkpoint["members"], strict=True)):
+            prefix = f"saes.{i}."
+            its = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+            with named(member.name):
+                member.load_state_dict({**own, "state_dict": its, "global_step": 0})
+
+    def _take_part(self, checkpoint: dict[str, Any]) -> None:
+        from lightning_sae.rank_parts import take_part  # it saves, and saving knows all SAEs
+
+        among = self.trainer.global_rank, self.trainer.world_size
+        if self.trainer.state.fn == "fit" and among[0] > 0 and checkpoint.get("ranks") == among[1]:
+            take_part(Path(self.trainer.ckpt_path), among[0], checkpoint)  # type: ignore[arg-type]
+
+
+class _TellOfExceptions(Callback):
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        assert isinstance(pl_module, SideBySide)
+        for member in pl_module.active:
+            if hasattr(member, "trainer"):
+                member.call_callbacks("on_exception", exception)
+
+
+def _require_supported(trainer: Trainer) -> None:
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            "Expected argument `trainer.strategy` to be `auto` or `ddp` for SAEs side by side but "
+            f"got {type(trainer.strategy).__name__}: choose one of these."
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError(
+            "Expected argument `trainer.precision` to be other than `16-mixed` for SAEs side by "
+            "side, for it scales the losses of all by one number: use `bf16-mixed`."
+        )
+
+
+def _require_hook(member: Member, data: Any) -> None:
+    names = getattr(data, "hook_names", None)
+    if names is None or member.hook_name in names:
+        return
+    if member.hook_name is None and len(names) == 1:
+        return
+    raise ValueError(
+        f"Expected `hook_name` to be one of the data's, {', '.join(names)}, but got "
+        f"{member.hook_name}: correct it, or add it to `data.hook_name`."
+    )
+
+
+def _reasons(stopped: dict[str, str]) -> str:
+    return " ".join(f"`{name}`: {reason}" for name, reason in stopped.items())

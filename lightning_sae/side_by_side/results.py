@@ -1,0 +1,65 @@
+"""What a run of many SAEs made, for the reader at the terminal."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from lightning.pytorch import Callback, Trainer
+
+from lightning_sae.callbacks import ExportSAE, HeldOutEvaluation, LatentWriter
+from lightning_sae.side_by_side.member import Member
+from lightning_sae.side_by_side.module import SideBySide
+
+C = TypeVar("C", bound=Callback)
+
+COLUMNS = ("l0", "fvu", "dead", "loss_recovered_zero")
+
+
+def after_fit(model: SideBySide, trainer: Trainer) -> Iterator[str]:
+    """Which SAEs were trained, which were stopped, and what to type next."""
+    root = Path(trainer.default_root_dir)
+    last = root / "checkpoints" / "last.ckpt"
+    yield f"\nTrained {len(model.active)} SAEs for {trainer.global_step} steps. Made:"
+    for member in model.active:
+        folder = _callback(member, ExportSAE).folder
+        if folder is not None:
+            yield f"  {folder}"
+    if last.exists():
+        yield f"  {last}  all members, to go on from"
+    yield from _stopped(model)
+    yield "Next:"
+    yield f"  lightning-sae test --config {root / 'config.yaml'} --ckpt_path {last}"
+    yield f"  tensorboard --logdir {root / 'tensorboard'}"
+
+
+def after_test(model: SideBySide, trainer: Trainer) -> Iterator[str]:
+    """Some figures of each member, and where the rest are."""
+    found = {each.name: _callback(each, HeldOutEvaluation) for each in model.active}
+    width = max(map(len, found))
+    yield "\nOn held-out data:"
+    yield f"  {'':<{width}}" + "".join(f"{name:>21}" for name in COLUMNS)
+    for name, evaluation in found.items():
+        values = [evaluation.results.get(column) for column in COLUMNS]
+        cells = ["" if value is None else f"{value:.6g}" for value in values]
+        yield f"  {name:<{width}}" + "".join(f"{cell:>21}" for cell in cells)
+    yield "Made:"
+    yield from (f"  {evaluation.path}" for evaluation in found.values())
+    yield from _stopped(model)
+    yield "Next:"
+    yield f"  tensorboard --logdir {Path(trainer.default_root_dir) / 'tensorboard'}"
+
+
+def after_predict(model: SideBySide) -> Iterator[str]:
+    """Where the latents are."""
+    yield "\nPredicted the latents of held-out data. Made:"
+    yield from (f"  {_callback(member, LatentWriter).folder}" for member in model.active)
+
+
+def _stopped(model: SideBySide) -> Iterator[str]:
+    if model.stopped:
+        yield "Stopped, and not exported:"
+        yield from (f"  {name}: {reason}" for name, reason in model.stopped.items())
+
+
+def _callback(member: Member, kind: type[C]) -> C:
+    return next(callback for callback in member.callbacks if isinstance(callback, kind))
