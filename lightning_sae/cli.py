@@ -3,8 +3,9 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -15,9 +16,11 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import distributed
 from typing_extensions import override
 
-from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.agreement import require_agreement
+from lightning_sae.architectures.ranks import AmongRanks
 from lightning_sae.bench import BenchTrainer
 from lightning_sae.callbacks import (
     ExportSAE,
@@ -31,16 +34,24 @@ from lightning_sae.callbacks import (
 from lightning_sae.callbacks.checkpoint import require_new_run
 from lightning_sae.callbacks.results import unused
 from lightning_sae.saving import AtomicCheckpointIO
+from lightning_sae.side_by_side import SideBySide
+from lightning_sae.side_by_side.results import after_fit, after_predict, after_test
 
 C = TypeVar("C", bound=Callback)
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the run's whole configuration to `<trainer.default_root_dir>/config.yaml`."""
+    """Writes the run's whole configuration to `<trainer.default_root_dir>/config.yaml`.
+
+    With several ranks: refuses to start if they have different ones.
+    """
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: whether the run is resumed is known only when it starts."""
+        """Write nothing yet: whether the run is resumed is known only when it starts."""
+        if trainer.world_size > 1:
+            text = self.parser.dump(self.config, skip_none=False)
+            require_agreement(trainer, yaml.safe_load(text))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,7 +90,18 @@ class SAECLI(LightningCLI):
             self._parser(self.subcommand).callback_keys.remove("progress_bar")
         if self._get(self.config_init, "trainer.enable_checkpointing") is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
+        if isinstance(self.model, SideBySide):
+            self._give_each(self.model)
         return super().instantiate_trainer(**kwargs)
+
+    def _give_each(self, model: SideBySide) -> None:
+        """Give the parts of a run on one SAE to each member instead of to the run."""
+        self._parser(self.subcommand).callback_keys.remove("evaluation")
+        self.trainer_defaults = {"callbacks": [StreamMonitor()]}
+        n_tokens = self._get(self.config_init, "evaluation").n_tokens
+        model.give_each(
+            lambda: [ExportSAE(), Histograms(), LatentWriter(), HeldOutEvaluation(n_tokens)]
+        )
 
     @staticmethod
     @override
@@ -92,7 +114,7 @@ class SAECLI(LightningCLI):
         root, ckpt_path = Path(self.trainer.default_root_dir), self._ckpt_path()
         if ckpt_path is not None:
             require_checkpoint(ckpt_path, root)
-        require_new_run(root, ckpt_path, ("config.yaml", "checkpoints", "sae"))
+        require_new_run(root, ckpt_path, ("config.yaml", "checkpoints", "sae", "members"))
 
     def before_test(self) -> None:
         """Refuse to evaluate an SAE that was not trained."""
@@ -106,6 +128,9 @@ class SAECLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what was made and what to type next."""
         root = Path(self.trainer.default_root_dir)
+        if isinstance(self.model, SideBySide):
+            say(*after_fit(self.model, self.trainer))
+            return
         made = {
             self._callback(ExportSAE).folder: "the SAE, for lightning_sae.load",
             root / "checkpoints" / "last.ckpt": "to go on from",
@@ -122,6 +147,9 @@ class SAECLI(LightningCLI):
 
     def after_test(self) -> None:
         """Show the figures and where they are."""
+        if isinstance(self.model, SideBySide):
+            say(*after_test(self.model, self.trainer))
+            return
         evaluation = self._callback(HeldOutEvaluation)
         root = Path(self.trainer.default_root_dir)
         say(
@@ -143,6 +171,9 @@ class SAECLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Say where the latents are."""
+        if isinstance(self.model, SideBySide):
+            say(*after_predict(self.model))
+            return
         folder = self._callback(LatentWriter).folder
         say(
             "\nPredicted the latents of held-out text.",
@@ -185,14 +216,45 @@ def command() -> None:
     The environment variable `LIGHTNING_SAE_TRACEBACK=1` shows the traceback all the same.
     """
     try:
-        main()
+        if sys.argv[1:2] == ["study"]:
+            _study(sys.argv[2:])
+        else:
+            main()
     except (ValueError, OSError, FloatingPointError, MisconfigurationException) as error:
-        if os.environ.get("LIGHTNING_SAE_TRACEBACK"):
+        own = of_ours(error)
+        end_with(f"{type(own).__name__}: {own}")
+    except RuntimeError as error:
+        if not lost_a_rank(error):
             raise
-        sys.exit(
-            f"lightning-sae: {type(error).__name__}: {error}\n"
-            "(LIGHTNING_SAE_TRACEBACK=1 shows where)"
-        )
+        end_with(f"Another rank ended or cannot be reached; its own message says why. ({error})")
+
+
+def of_ours(error: Exception) -> Exception:
+    """The error itself, where jsonargparse has wrapped it into one that shows all arguments."""
+    while isinstance(error.__cause__, ValueError) and "Given value" in str(error):
+        error = error.__cause__
+    return error
+
+
+def end_with(message: str) -> NoReturn:
+    """End with a line, or with the exception in progress if that is asked for."""
+    if os.environ.get("LIGHTNING_SAE_TRACEBACK"):
+        raise
+    sys.exit(f"lightning-sae: {message}\n(LIGHTNING_SAE_TRACEBACK=1 shows where)")
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether an error is what a process with several ranks gets when another one is gone."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+def _study(args: list[str]) -> None:
+    """A study builds its own models and data, so Lightning's parser has no part in it."""
+    from lightning_sae import studies  # for its pictures it needs matplotlib, which is slow to load
+
+    studies.main(args)
 
 
 def main(args: ArgsType = None, run: bool = True) -> SAECLI:
@@ -206,7 +268,7 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         The command line with its model, data and trainer.
     """
     return SAECLI(
-        SparseAutoencoder,
+        AmongRanks,  # an SAE, or several side by side
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
@@ -217,6 +279,11 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
             "callbacks": [ExportSAE(), Histograms(), LatentWriter(), StreamMonitor()]
         },
         auto_configure_optimizers=False,
+        parser_kwargs={
+            "description": "Train, measure and study sparse autoencoders. Beside the subcommands "
+            "below there is `lightning-sae study NAME`, the source documents' experiments; "
+            "`lightning-sae study --help` lists them."
+        },
         args=args,
         run=run,
     )

@@ -248,6 +248,8 @@ def test_every_shipped_config_trains_a_step(path: Path, tmp_path: Path) -> None:
         *([] if "prefixes:" in path.read_text() else ["--model.d_sae=64"]),
         "--model.lr_warmup_steps=0",
         "--model.lr_decay_steps=0",
+        "--trainer.strategy=auto",  # more than one process would run the tests themselves
+        "--trainer.devices=1",
         f"--trainer.default_root_dir={tmp_path}/run",
     ]
     endless = ["--trainer.max_steps=400000", "--trainer.val_check_interval=100000"]
