@@ -65,7 +65,8 @@ def run(root: Path, model: dict[str, Any], hook_name: Any, **settings: Any) -> A
         "class_path": "lightning_sae.ActivationDataModule",
         "init_args": {"hook_name": hook_name, **DATA},
     }
-    config = {"trainer": trainer, "model": model, "data": data, "progress_bar": {"refresh_rate": 0}}
+    quick = {"progress_bar": {"refresh_rate": 0}, "evaluation": {"n_tokens": 512}}
+    config = {"trainer": trainer, "model": model, "data": data, **quick}
     path = root.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**config, **settings}))
     return main(["fit", "--config", str(path)])
