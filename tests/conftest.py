@@ -33,6 +33,8 @@ def _clean_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield
     os.environ.clear()
     os.environ.update(before)
+    if torch.distributed.is_initialized():  # a strategy of several processes in one
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -232,7 +232,7 @@ def test_every_shipped_config_is_understood(path: Path, monkeypatch: pytest.Monk
     """Parsed and built, but for models that only the hub has."""
     monkeypatch.setattr(ActivationDataModule, "d_in", 8)
     cli = main([f"--config={path}"], run=False)
-    assert isinstance(cli.model, lightning_sae.SparseAutoencoder)
+    assert isinstance(cli.model, lightning_sae.SparseAutoencoder | lightning_sae.SideBySide)
     assert cli.trainer.max_steps > 0
 
 

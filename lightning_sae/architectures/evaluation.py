@@ -64,9 +64,8 @@ class EvaluatedOnHeldOut(LightningModule):
         values = self.metrics.compute()
         self.held_out_frequency = values.pop("frequency")
         named = {f"{stage}/{name}": value.float() for name, value in values.items()}
-        self.log_dict(
-            named, sync_dist=True
-        )  # the same on all ranks already, as Lightning cannot see
+        # The same on all ranks already, as Lightning cannot see.
+        self.log_dict(named, sync_dist=True)
         self.metrics.reset()
 
     @override

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import lightning_sae
 from lightning_sae import BatchTopKSAE, TopKSAE
@@ -123,30 +122,6 @@ def test_the_threshold_is_in_checkpoints_and_folders(fit, tmp_path):
     for path in (tmp_path / "a.ckpt", folder):
         torch.testing.assert_close(lightning_sae.load(path).encode(x), sae.encode(x))
     assert 0 < (sae.encode(x) > 0).double().mean() < 0.5
-
-
-class OneOfTwo(SingleDeviceStrategy):
-    """One rank of two, the other of which has twice its numbers."""
-
-    def __init__(self):
-        super().__init__("cpu")
-        self.means = []
-
-    def reduce(self, tensor, group=None, reduce_op="mean"):
-        if reduce_op == "mean":
-            self.means.append(tensor.clone())
-            return tensor.mul_(1.5)
-        return tensor
-
-
-def test_the_threshold_follows_the_mean_of_the_ranks(fit):
-    strategy, sae = OneOfTwo(), BatchTopKSAE(4, 9, 2, b_dec_init="zero", decoder_norm="free")
-    x = torch.randn(1, 8, 4)
-    smallest = naive_latents(pre_activations(sae, x[0]), 16)
-    smallest = smallest[smallest > 0].min()
-    fit(sae, x, strategy=strategy)
-    assert [mean.item() for mean in strategy.means] == [pytest.approx(smallest.item())]
-    assert sae.threshold.item() == pytest.approx(1.5 * smallest.item())
 
 
 @pytest.mark.parametrize("k", [0, 9.5])

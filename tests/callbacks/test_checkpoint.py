@@ -131,9 +131,9 @@ def test_the_folder_of_another_run_is_not_resumed_into(tmp_path: Path) -> None:
 def test_a_second_signal_names_only_what_was_saved(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+    def twice() -> None:  # sent to the process, two might come as one
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         fit(tmp_path, At(3, twice))
