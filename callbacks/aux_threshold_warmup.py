@@ -1,17 +1,13 @@
 """An auxiliary loss of orthogonality that comes into force late and gradually."""
 
-from typing import Any, cast
-
-from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_sae.architectures.orthogonality import WithOrthogonality
-from lightning_sae.callbacks.checks import expect, refuse_second
+from lightning_sae.callbacks.checks import expect
+from lightning_sae.callbacks.schedule import ScheduledScale
 
 
-class AuxThresholdWarmup(Callback):
+class AuxThresholdWarmup(ScheduledScale):
     """First no auxiliary loss of orthogonality, then its weight and threshold rise together.
 
     The share in force at the k-th step of a fit, counted from 1, is 0 up to step `delay_steps`, and
@@ -38,12 +34,14 @@ class AuxThresholdWarmup(Callback):
             the run, if the SAE has no such loss, or if the trainer has this callback twice.
     """
 
+    scale = "aux_scale"
+
     def __init__(self, delay_steps: int, warmup_steps: int) -> None:
         expect(delay_steps >= 0, "delay_steps", "at least 0", delay_steps)
         expect(warmup_steps > 0, "warmup_steps", "positive", warmup_steps)
         self.delay_steps, self.warmup_steps = delay_steps, warmup_steps
-        self._began: int | None = None
 
+    @override
     def share(self, steps_taken: int) -> float:
         """Share of the loss in force in the step after `steps_taken` steps of the fit.
 
@@ -54,11 +52,7 @@ class AuxThresholdWarmup(Callback):
         return min(1.0, max(0.0, (steps_taken + 1 - self.delay_steps) / self.warmup_steps))
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; forget an earlier fit (resuming loads its state after this)."""
-        if stage != "fit":
-            return
-        self._began = None
+    def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if getattr(pl_module, "peaks", None) is None:
             raise ValueError(
                 "`AuxThresholdWarmup` needs an SAE with an auxiliary loss of orthogonality but "
@@ -72,47 +66,3 @@ class AuxThresholdWarmup(Callback):
                 f"`trainer.max_steps`={trainer.max_steps} but got {self.delay_steps} + "
                 f"{self.warmup_steps}: shorten one of them or lengthen the run."
             )
-        refuse_second(trainer, self)
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the delay begins, unless a checkpoint said so."""
-        if self._began is None:
-            self._began = trainer.global_step
-
-    @override
-    def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Float[Tensor, "batch d_in"],
-        batch_idx: int,
-    ) -> None:
-        """Set the share for the step in progress."""
-        assert self._began is not None
-        # The number of optimiser steps taken so far, the same for all micro-batches of a step.
-        share = self.share(trainer.global_step - self._began)
-        cast(WithOrthogonality, pl_module).aux_scale = share
-        pl_module.log("train/aux_scale", share)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the whole loss behind."""
-        cast(WithOrthogonality, pl_module).aux_scale = 1.0
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Leave the whole loss behind."""
-        cast(WithOrthogonality, pl_module).aux_scale = 1.0
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The step at which the delay began."""
-        return {"began": self._began}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the schedule that the checkpoint was in."""
-        self._began = state_dict["began"]

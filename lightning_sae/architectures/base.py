@@ -1,29 +1,24 @@
-"""What every sparse autoencoder shares: weights, scaling, a training step, an optimiser, saving."""
+"""What every sparse autoencoder shares: weights, scaling, and a training step."""
 
 import warnings
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.agreement import require_agreement
 from lightning_sae.architectures.checks import (
-    compare_sources,
     require_finite,
-    require_matching,
     require_one_of,
     require_positive,
     require_width,
 )
 from lightning_sae.architectures.evaluation import EvaluatedOnHeldOut
-from lightning_sae.architectures.optimisation import adam_with_schedule, clip_norm
+from lightning_sae.architectures.optimised import Optimised
 from lightning_sae.architectures.ranks import AmongRanks
+from lightning_sae.architectures.saved import Saved
 from lightning_sae.architectures.steps import Outcome, Step, at_once, in_chunks
 from lightning_sae.functional.codes import Code, Layout, default_chunk_rows, encode
 from lightning_sae.functional.geometry import random_unit_rows
@@ -36,7 +31,7 @@ from lightning_sae.metrics import held_out_metrics
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
 
-class SparseAutoencoder(AmongRanks, EvaluatedOnHeldOut):
+class SparseAutoencoder(Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
     """Base of all architectures; a subclass says how it activates and what it minimises.
 
     Training may work on centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`,
@@ -357,127 +352,3 @@ class SparseAutoencoder(AmongRanks, EvaluatedOnHeldOut):
         self.log("dead", dead, prog_bar=True, logger=False)
         rows = {f"train/{name}": value for name, value in outcome.losses.items()}
         self.log_dict({**rows, "train/loss": loss, "train/l0": l0, "train/dead": dead})
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """What is trained, in groups that may have a learning rate of their own."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Fused Adam with warm-up and decay of the learning rate."""
-        return adam_with_schedule(
-            self.parameter_groups(),
-            lr=self.lr,
-            betas=self.betas,
-            warmup=0 if self.trainer.fast_dev_run else self.lr_warmup_steps,  # type: ignore
-            decay=0 if self.trainer.fast_dev_run else self.lr_decay_steps,  # type: ignore
-            total=self.trainer.max_steps,
-            # A fused step unscales fp16 gradients itself, which Lightning cannot clip.
-            fused=self.trainer.precision != "16-mixed",
-        )
-
-    @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the trainer's own setting where it has one, else by `clip_grad_norm`.
-
-        Done here, for Lightning refuses to clip for a fused optimiser under any mixed precision,
-        though only fp16's scaled gradients are in its way, and there Adam is not fused.
-        """
-        value = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
-        if not value:  # Lightning's 0 does not clip
-            return
-        if gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.parameters(), value)
-        else:
-            clip_norm(optimizer, value)
-
-    @override
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Forget the gradients, and leave their memory to those that come.
-
-        So who keeps a gradient beyond its step keeps a copy.
-        """
-        # Only sparse steps take it, and several ranks may have it in the buckets they exchange.
-        if not self.layout.dense and self.trainer.world_size == 1:
-            self.layout.workspace.recycle(parameter.grad for parameter in self.parameters())
-        optimizer.zero_grad()
-
-    # Saving.
-
-    def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
-        """Change biases in a folded state so that all pre-activations change by so much."""
-        state["b_enc"] = state["b_enc"] + by
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the SAE to a new folder as safetensors and JSON, acting on raw activations.
-
-        Centring and scaling are folded into the weights.
-
-        Raises:
-            ValueError: If `folder` exists and is not empty.
-        """
-        from lightning_sae.saving import save_pretrained  # it knows all architectures
-
-        return save_pretrained(self, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls: type[SAE], folder: str | Path) -> SAE:
-        """Read what `save_pretrained` wrote; for subclasses that `lightning_sae.load` cannot know.
-
-        Raises:
-            ValueError: If `folder` holds no SAE or one of another architecture.
-        """
-        from lightning_sae.saving import load
-
-        return load(folder, cls)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what kind of SAE the checkpoint holds, of what, and the layout of its codes."""
-        checkpoint["lightning_sae"] = {
-            "architecture": type(self).__name__,
-            "source": self.source,
-            "dense": self.layout.dense,
-            "ranks": 1 if self._trainer is None else self.trainer.world_size,
-        }
-        if "hyper_parameters" in checkpoint:
-            checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture or shape before it is loaded.
-
-        When training goes on, each rank adds what it alone had.
-
-        Raises:
-            ValueError: If it does not fit this SAE.
-        """
-        require_matching(self, checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self._take_part(checkpoint)
-        source = checkpoint["lightning_sae"]["source"]
-        if self.source:
-            compare_sources(source, self.source)
-        self.source = self.source or source
-        self.is_trained = True
-        # The layouts differ by rounding: a run goes on with the one it had.
-        self.layout.dense = checkpoint["lightning_sae"]["dense"]
-
-    def _take_part(self, checkpoint: dict[str, Any]) -> None:
-        from lightning_sae.rank_parts import take_part  # it saves, and saving knows this class
-
-        saved, present = checkpoint["lightning_sae"].get("ranks", 1), self.trainer.world_size
-        if saved != present:
-            rank_zero_warn(
-                f"The checkpoint is of a run of {saved} ranks and goes on with {present}. Weights, "
-                "moments, schedules and counts are those of the checkpoint, but batches have "
-                f"{present}/{saved} of their size and other text: the run is not the one that "
-                "would have been."
-            )
-        elif self.trainer.global_rank > 0:
-            take_part(Path(self.trainer.ckpt_path), self.trainer.global_rank, checkpoint)  # type: ignore[arg-type]
