@@ -102,7 +102,8 @@ def outline(answer: Row) -> str:
     """A few words on what a job returned."""
     if "error" in answer:
         return f"failed: {answer['error']}"
-    return f"{answer['wall']:.1f} s, L0 {answer['ours']['l0']:.2f}, MCC {answer['ours']['mcc']:.3f}"
+    figures = answer["ours"]
+    return f"{answer['seconds']:.1f} CPU s, L0 {figures['l0']:.2f}, MCC {figures['mcc']:.3f}"
 
 
 def _matched(job: Row, coefficient: float | None, l0: int, limits: Row) -> Row:
@@ -156,23 +157,34 @@ def page(results: Row) -> str:
         f"{plan['d_sae']} latents, L0 {plan['l0']} wished for, {plan['seeds']} seeds, each with a "
         "world of its own; mean ± standard deviation.",
         "",
-        "Batch, learning rate, warm-ups, decay, and JumpReLU's bandwidth and first threshold are "
-        f"the same: {', '.join(f'{name} {value:g}' for name, value in recipe.items())}, where "
-        "warm-ups, decay and `dead_after` are shares of the run. All of ours have AuxK for dead "
-        "latents; SAELens has it in its TopK family. The rest is as each library has it. Ours "
-        "steers a penalty to the L0 within one training (`TargetL0`); SAELens has no such thing: "
-        "its coefficient is sought for by whole trainings, from the one that ours ended "
-        f"with, until L0 is within {CLOSE:.0%} or there were {ATTEMPTS}; the closest counts. "
-        "Where L0 is a number, SAELens' evaluation lets each batch of 1,024 choose its latents, as "
-        "its runner does; ours goes by the threshold that training left. "
-        f"Seconds are wall time of that one training, with {plan['threads']} thread, one after "
-        "another, activations lying in memory.",
+        *_rules(plan, recipe),
     ]
     for by, title in (("ours", "By the metrics of lightning-sae"), ("theirs", "By SAELens' own")):
         lines += ["", f"## {title}", "", *_table(by, results["rows"]), "", *NOTES[by]]
     lines += ["", "## Where and with what", ""]
     lines += [f"- {what}: {text}" for what, text in results["surroundings"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _rules(plan: Row, recipe: Row) -> list[str]:
+    """What is the same for both libraries, and what is not."""
+    shared = ", ".join(f"{name} {value:g}" for name, value in recipe.items() if name != "auxk")
+    return [
+        f"- **The same for both**: {shared}, where warm-ups, decay and `dead_after` are shares of "
+        "the run; JumpReLU's bandwidth and first threshold.",
+        "- **As each library has it**: the rest. All of ours have AuxK for dead latents, weighted "
+        f"{recipe['auxk']:g}; SAELens has an AuxK of its own in its TopK family. Decoder rows of "
+        "SAELens have any norm. Ours have norm 1, but for JumpReLU, where they are free too: its "
+        "penalty counts latents and does not see norms, and with norm 1 far more latents die. "
+        "Learning rate, bandwidth and this were chosen with ours alone, on seeds not in the table.",
+        "- **L0**: ours steers a penalty to it within one training (`TargetL0`). SAELens has no "
+        "such thing: its coefficient is sought for by whole trainings, from the one that ours "
+        f"ended with, until L0 is within {CLOSE:.0%} or there were {ATTEMPTS}; the closest "
+        "counts. Where L0 is a number, SAELens' evaluation lets each batch of 1,024 choose its "
+        "latents, as its runner does; ours goes by the threshold that training left.",
+        "- **CPU s**: seconds of processor time of that one training, with "
+        f"{plan['threads']} thread, activations lying in memory.",
+    ]
 
 
 NOTES = {
@@ -192,7 +204,7 @@ NOTES = {
 
 
 def _table(by: str, rows: Sequence[Row]) -> list[str]:
-    head = ["", *HEADINGS, "s", "trainings"]
+    head = ["", *HEADINGS, "CPU s", "trainings"]
     body = []
     for architecture in ARCHITECTURES:
         for library in (OURS, PEER):
@@ -207,7 +219,7 @@ def _cells(by: str, rows: Sequence[Row]) -> list[str]:
     if failed:
         return [f"failed: {failed[0]['error']}", *[""] * (len(HEADINGS) + 1)]
     figures = [_with_spread([_figure(by, row, name) for row in rows], d) for name, d in FIGURES[by]]
-    seconds = _with_spread([row["wall"] for row in rows], 1)
+    seconds = _with_spread([row["seconds"] for row in rows], 1)
     return [*figures, seconds, _with_spread([row["trainings"] for row in rows], 1)]
 
 

@@ -70,7 +70,7 @@ def row(library: str, mcc: float) -> dict[str, Any]:
         "dead_latents": 4,
         "classification": {"f1_score": 0.4},
     }
-    own = {"library": library, "architecture": "relu", "d_sae": 16, "wall": 2.0, "trainings": 1}
+    own = {"library": library, "architecture": "relu", "d_sae": 16, "seconds": 2.0, "trainings": 1}
     return {**own, "ours": ours, "theirs": theirs}
 
 

@@ -27,9 +27,14 @@ class JumpReLUSAE(SparseAutoencoder):
 
     The threshold gets pseudo-derivatives in a window, see `lightning_sae.functional.jumprelu`. With
     `target_l0` the penalty is :math:`\lambda (L_0 / L_0^{target} - 1)^2`. Thresholds are kept as
-    they are, not as logarithms, and act as 0 where they are negative. Source: Rajamanoharan et
-    al., Jumping ahead (2024); the loss of dead latents: Conerly et al., Circuits Updates, January
-    2025.
+    they are, not as logarithms, and act as 0 where they are negative.
+
+    A count does not see the norms of decoder rows, so nothing has to keep them:
+    `decoder_norm="free"`, without `DecoderNormProjection`, leaves fewer latents dead on known
+    features, see `lightning_sae.studies.league`.
+
+    Source: Rajamanoharan et al., Jumping ahead (2024); the loss of dead latents: Conerly et al.,
+    Circuits Updates, January 2025.
 
     Args:
         d_in: Width of the activations.

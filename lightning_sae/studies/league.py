@@ -45,7 +45,8 @@ RECIPE = {
 """What all share; lengths are shares of the run.
 
 The learning rate was chosen of 3e-3 and 6e-3, and the width of JumpReLU's window of 1 and 2, on a
-seed that is in no table, at L0 8, by MCC.
+seed that is in no table, at L0 8, by MCC. Decoder rows have norm 1 but for JumpReLU's, which are
+free: its penalty is a count, which norms leave as it is, and with norm 1 far more latents die.
 """
 
 HELD_OUT = 65_536
@@ -83,7 +84,11 @@ ARCHITECTURES = {
     "sqrt": Architecture("ReLU, sqrt", ReLUSAE, {"penalty": Sqrt()}),
     "tied": Architecture("Tied, L1", TiedSAE),
     "gated": Architecture("Gated", GatedSAE),
-    "jumprelu": Architecture("JumpReLU", JumpReLUSAE, {"bandwidth": 1.0, "threshold_init": 0.1}),
+    "jumprelu": Architecture(
+        "JumpReLU",
+        JumpReLUSAE,
+        {"bandwidth": 1.0, "threshold_init": 0.1, "decoder_norm": "free"},
+    ),
     "topk": Architecture("TopK", TopKSAE),
     "batchtopk": Architecture("BatchTopK", BatchTopKSAE),
     "matryoshka": Architecture("Matryoshka", MatryoshkaSAE),
@@ -196,9 +201,11 @@ class Run:
             )
 
     def callbacks(self) -> list[Callback]:
-        """Unit decoder rows; for a penalty a warm-up, and then steering to the wished L0."""
-        found: list[Callback] = [DecoderNormProjection()]
-        if ARCHITECTURES[self.architecture].is_steered:
+        """What keeps decoder rows; for a penalty a warm-up, and then steering to the wished L0."""
+        entrant = ARCHITECTURES[self.architecture]
+        is_free = entrant.settings.get("decoder_norm") == "free"
+        found: list[Callback] = [] if is_free else [DecoderNormProjection()]
+        if entrant.is_steered:
             found += [L1Warmup(max(1, self.share("penalty_warmup"))), TargetL0(self.l0)]
         return found
 

@@ -73,6 +73,18 @@ def test_the_distance_to_a_target_is_squared_and_pulls_on_thresholds(dense, buil
     assert not any(found.gradients[name].any() for name in TENSORS)
 
 
+@pytest.mark.parametrize("target_l0", [None, 2.5])
+def test_the_count_does_not_see_the_norms_of_decoder_rows(target_l0, build, evaluate):
+    unit, free = (build(target_l0=target_l0, decoder_norm=norm) for norm in ("unit", "free"))
+    with torch.no_grad():
+        free.load_state_dict(unit.state_dict())
+        free.W_dec.mul_(torch.linspace(0.5, 5.0, 9).double()[:, None])
+    expected, found = (evaluate(sae, X, term="sparsity") for sae in (unit, free))
+    assert found.losses["sparsity"] == expected.losses["sparsity"] > 0
+    torch.testing.assert_close(found.gradients, expected.gradients, rtol=0, atol=0)
+    assert expected.gradients["threshold"].any()
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_penalty_on_activations_pulls_from_both_sides_of_the_threshold(dense, build, evaluate):
     sae = build(penalty=L1())

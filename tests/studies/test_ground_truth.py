@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sae.callbacks import TargetL0
+from lightning_sae.callbacks import DecoderNormProjection, TargetL0
 from lightning_sae.data import ToyDataModule
 from lightning_sae.studies import league, main
 from lightning_sae.studies.league import ARCHITECTURES, Run, World, measure
@@ -66,6 +66,13 @@ def test_l0_is_set_or_steered_to(name: str) -> None:
     steering = [c.target for c in run.callbacks() if isinstance(c, TargetL0)]
     assert steering == ([3] if sae.coefficient_name else [])
     assert steering or sae.k == 3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_decoder_rows_are_kept_where_their_norm_is_to_be_one(name: str) -> None:
+    run = Run(name, 3, 0, World(16, 16), 16, 10_240, Path())
+    kept = any(isinstance(c, DecoderNormProjection) for c in run.callbacks())
+    assert kept == (run.sae().decoder_norm == "unit") == (name != "jumprelu")
 
 
 def test_weights_follow_from_the_seed_and_chance_is_left_alone() -> None:
