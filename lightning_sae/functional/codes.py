@@ -37,9 +37,9 @@ from lightning_sae.functional.selection import Rule
 from lightning_sae.functional.workspace import Workspace
 
 # Shares of active latents between which neither layout is worth a switch. On two CPU cores the two
-# are equally fast at about .3 (d 128, 512 and 768, F 1024 to 8192). Other devices have faster dense
+# are equally fast at .12 (d 64) to .19 (d 512; F 1024 and 8192). Other devices have faster dense
 # products; theirs is not measured here, but where other libraries' kernels change over.
-SWITCH = {"cpu": (0.2, 0.3)}
+SWITCH = {"cpu": (0.13, 0.18)}
 SWITCH_ELSEWHERE = (0.004, 0.006)
 
 
