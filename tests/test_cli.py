@@ -38,6 +38,7 @@ SMALL = [
 ]
 PROJECTION = "--trainer.callbacks=lightning_sae.callbacks.DecoderNormProjection"
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").rglob("*.yaml"))
+SMALL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,7 @@ def test_every_shipped_config_is_understood(path: Path, monkeypatch: pytest.Monk
     assert cli.trainer.max_steps > 0
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SMALL_CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_config_trains_a_step(path: Path, tmp_path: Path) -> None:
     """On the embedded model, with small sizes, and without callbacks' long schedules."""
     shrunk = [a for a in SMALL if not a.startswith(("--model", "--data=", "--data.hook"))]
