@@ -1,7 +1,5 @@
 """The study of ground truth: a league table of the architectures on a world that is known."""
 
-import csv
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -9,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning_sae.studies.folders import open_folder, write_csv, write_json
 from lightning_sae.studies.league import ARCHITECTURES, RECIPE, Run, World, one_run
 from lightning_sae.studies.league_report import Result, draw, standings, summary, write_report
 from lightning_sae.studies.runs import ProgressLine, cores, run_all
@@ -55,8 +54,15 @@ def ground_truth(
     _require_at_least(1, samples=samples, seeds=seeds, workers=workers)
     world = World(n_features, d_in, noise)
     world.data(0)  # raises if there is no such world
-    settings = {"world": asdict(world), "d_sae": d_sae, "samples": samples, "recipe": RECIPE}
-    folder = _folder(output, settings)
+    settings = {
+        "world": asdict(world),
+        "d_sae": d_sae,
+        "samples": samples,
+        "recipe": RECIPE,
+        "entrants": {name: str(entrant.settings) for name, entrant in ARCHITECTURES.items()},
+    }
+    folder = open_folder(output, settings)
+    (folder / "runs").mkdir(exist_ok=True)
     runs = [
         Run(name, target, seed, world, d_sae, samples, folder / "runs")
         for seed in range(seeds)
@@ -99,29 +105,13 @@ def _require_at_least(least: int, **values: int | None) -> None:
             raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value}.")
 
 
-def _folder(output: str, settings: dict[str, Any]) -> Path:
-    """The folder, with the settings written into it; runs of other settings are refused."""
-    folder, text = Path(output), json.dumps(settings, indent=1) + "\n"
-    path = folder / "settings.json"
-    is_taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if is_taken and not (path.is_file() and path.read_text() == text):
-        raise ValueError(
-            f"Expected argument `output` to be a new or empty folder, or one of this study with "
-            f"the same settings, but got {output}, which is not: name another one."
-        )
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return folder
-
-
 def _write(folder: Path, settings: dict[str, Any], results: Sequence[Result]) -> list[Path]:
     """Everything the study makes but the runs' own files."""
-    made = [folder / name for name in ("results.json", "results.csv", "pareto.png")]
     everything = {**settings, "table": standings(results), "runs": results}
-    made[0].write_text(json.dumps(everything, indent=1) + "\n")
-    with made[1].open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(results[0]))
-        writer.writeheader()
-        writer.writerows(results)
-    draw(results).savefig(made[2], dpi=130, facecolor="white")
+    made = [
+        write_json(folder / "results.json", everything),
+        write_csv(folder / "results.csv", results),
+        folder / "pareto.png",
+    ]
+    draw(results).savefig(made[-1], dpi=130, facecolor="white")
     return [*made, write_report(folder, settings, results)]

@@ -110,8 +110,8 @@ def draw(results: Sequence[Result]) -> Figure:
                 _curve(axes, name, key, own)
         true = statistics.mean(result["true_l0"] for result in results)
         axes.axvline(true, color="#9aa3ad", linestyle=":", linewidth=1)
-        axes.text(true, 1, " features\n that fire", transform=axes.get_xaxis_transform(), va="top",
-                  fontsize=7, color="#5b6673")  # fmt: skip
+        axes.text(true, 0, " features\n that fire", transform=axes.get_xaxis_transform(),
+                  va="bottom", fontsize=7, color="#5b6673")  # fmt: skip
         axes.set_xlabel("L0 on held-out samples")
         axes.set_title(label, fontsize=10, loc="left")
         axes.grid(alpha=0.25)
