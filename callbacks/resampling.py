@@ -123,11 +123,11 @@ class DeadFeatureResampling(Callback):
         tied = getattr(pl_module, "tied", False)
         names = ("W_dec",) if tied else ("W_enc", "W_dec", "b_enc")
         weights = [getattr(pl_module, name, None) for name in names]
-        replaceable = all(isinstance(weight, nn.Parameter) for weight in weights)
+        replaceable = all(isinstance(w, nn.Parameter) and w.requires_grad for w in weights)
         if not isinstance(pl_module, SparseAutoencoder) or not replaceable:
             raise ValueError(
                 "`DeadFeatureResampling` needs an SAE with untied parameters `W_enc`, `W_dec` and "
-                "`b_enc`, or one whose `tied` is true, which "
+                "`b_enc` that are all trained, or one whose `tied` is true, which "
                 f"{type(pl_module).__name__} is not: remove the callback."
             )
         if 0 < trainer.max_steps <= self.every_n_steps and not trainer.fast_dev_run:  # type: ignore

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from jaxtyping import Float
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -101,16 +102,42 @@ def folded_state(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
     own `activate` does not, centring and scaling are kept beside the weights instead.
     """
     tensors = {**dict(sae.named_parameters()), **dict(sae.named_buffers())}
-    names = {name for name, _ in sae.named_parameters()} | set(sae.latent_units)
+    names = {name for name, _ in sae.named_parameters()}
+    names |= {*sae.latent_units, *sae.input_units}
     state = {name: tensors[name] for name in names}
     if _activates_in_proportion(sae):
         state |= {name: state[name] / sae.input_scale for name in sae.latent_units}
         if not sae.apply_b_dec_to_input:
             sae.shift_pre_activations(state, -sae.input_mean @ sae.W_enc)
-        state["b_dec"] = sae.b_dec / sae.input_scale + sae.input_mean
+        points = {name: state[name] / sae.input_scale + sae.input_mean for name in sae.input_units}
+        state |= points
     else:
         state |= {"input_mean": sae.input_mean, "input_scale": sae.input_scale}
     return {name: w.detach().clone().contiguous() for name, w in state.items()}
+
+
+@torch.no_grad()
+def adopt_scaling(
+    sae: SparseAutoencoder, mean: Float[torch.Tensor, " d_in"], scale: Float[torch.Tensor, ""]
+) -> None:
+    """Change an SAE's centring and scaling and nothing else; see `Saved.adopt_scaling`.
+
+    The opposite of `folded_state`, with whose weights it begins.
+    """
+    mean, scale = mean.to(sae.input_mean), scale.to(sae.input_scale)
+    same = torch.equal(mean, sae.input_mean) and torch.equal(scale, sae.input_scale)
+    if same or not _activates_in_proportion(sae):
+        return
+    state = folded_state(sae)
+    if not sae.apply_b_dec_to_input:
+        sae.shift_pre_activations(state, mean @ sae.W_enc)
+    own = {**dict(sae.named_parameters()), **dict(sae.named_buffers())}
+    for name in sae.latent_units:
+        own[name].copy_(state[name] * scale)
+    for name in sae.input_units:
+        own[name].copy_((state[name] - mean) * scale)
+    sae.input_mean.copy_(mean)
+    sae.input_scale.copy_(scale)
 
 
 def _activates_in_proportion(sae: SparseAutoencoder) -> bool:
@@ -139,17 +166,20 @@ def _arguments(hparams: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @overload
-def load(path: str | Path) -> SparseAutoencoder: ...
+def load(path: str | Path, *, member: str | None = None) -> SparseAutoencoder: ...
 @overload
-def load(path: str | Path, architecture: type[SAE]) -> SAE: ...
+def load(path: str | Path, architecture: type[SAE], member: str | None = None) -> SAE: ...
 def load(
-    path: str | Path, architecture: type[SparseAutoencoder] | None = None
+    path: str | Path,
+    architecture: type[SparseAutoencoder] | None = None,
+    member: str | None = None,
 ) -> SparseAutoencoder:
     """Read an SAE from a portable folder or a Lightning checkpoint, ready for raw activations.
 
     Args:
         path: A folder that `save_pretrained` wrote, or a `.ckpt` file of a training run.
         architecture: Class to build; by default the one of this package that the file names.
+        member: Which one, in a checkpoint of several side by side.
 
     Returns:
         The SAE in evaluation mode; `sae.source` names its model and hook.
@@ -159,7 +189,7 @@ def load(
     """
     path = Path(path)
     if path.suffix == ".ckpt":
-        return _load_checkpoint(path, architecture)
+        return _load_checkpoint(path, architecture, member)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise ValueError(
             f"Expected argument `path` to be a folder with {CONFIG} and {WEIGHTS}, or a .ckpt "
@@ -170,10 +200,14 @@ def load(
     return _build(description, weights, architecture)
 
 
-def _load_checkpoint(path: Path, architecture: type[SparseAutoencoder] | None) -> SparseAutoencoder:
+def _load_checkpoint(
+    path: Path, architecture: type[SparseAutoencoder] | None, member: str | None
+) -> SparseAutoencoder:
     if not path.is_file():
         raise ValueError(f"Expected argument `path` to be an SAE but {path} does not exist.")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "members" in checkpoint:
+        checkpoint = _of_member(checkpoint, member)
     if "lightning_sae" not in checkpoint:
         raise ValueError(
             f"Expected argument `path` to hold an SAE but {path} holds something else."
@@ -181,6 +215,20 @@ def _load_checkpoint(path: Path, architecture: type[SparseAutoencoder] | None) -
     arguments = _arguments(checkpoint["hyper_parameters"])
     description = {**checkpoint["lightning_sae"], "arguments": arguments}
     return _build(description, checkpoint["state_dict"], architecture)
+
+
+def _of_member(checkpoint: dict[str, Any], member: str | None) -> dict[str, Any]:
+    """What a checkpoint of the member alone would hold of its SAE."""
+    names = [own["name"] for own in checkpoint["members"]]
+    if member not in names:
+        raise ValueError(
+            f"Expected argument `member` to be one of {', '.join(names)}, for the checkpoint is of "
+            f"several SAEs, but got {member}."
+        )
+    place = names.index(member)
+    prefix, weights = f"saes.{place}.", checkpoint["state_dict"]
+    own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    return {**checkpoint["members"][place], "state_dict": own}
 
 
 def _build(

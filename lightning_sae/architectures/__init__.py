@@ -2,6 +2,7 @@
 
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.batch_topk import BatchTopKSAE
+from lightning_sae.architectures.fine_tuned import RescaledSAE
 from lightning_sae.architectures.gated import GatedSAE
 from lightning_sae.architectures.jumprelu import JumpReLUSAE
 from lightning_sae.architectures.matryoshka import MatryoshkaSAE
@@ -17,6 +18,7 @@ __all__ = [
     "MatryoshkaSAE",
     "ReLUSAE",
     "RescaleAndShiftSAE",
+    "RescaledSAE",
     "SparseAutoencoder",
     "TiedSAE",
     "TopKSAE",

@@ -76,6 +76,7 @@ class SparseAutoencoder(Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
     tied = False  # whether `W_enc` is a view of `W_dec`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
     latent_units: tuple[str, ...] = ("b_enc",)  # weights in the units of the latents
+    input_units: tuple[str, ...] = ("b_dec",)  # points in the space of the activations
 
     def __init__(
         self,
@@ -189,7 +190,7 @@ class SparseAutoencoder(Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
 
     def code(self, x: Float[Tensor, "batch d_in"], rule: Rule) -> Code:
         """Pre-activations that a rule selects: the one dense product of a training step."""
-        origin = self.b_dec if self.apply_b_dec_to_input else None
+        origin = self.encoder_origin()
         return encode(x, self.W_enc, self.b_enc, rule, self.layout, self.chunk_rows, origin)
 
     def rebuilt(self, f: Code) -> Float[Tensor, "batch d_in"]:
@@ -233,9 +234,14 @@ class SparseAutoencoder(Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         """The encoder's affine part, of all latents."""
         return self.encoder_input(x) @ self.W_enc + self.b_enc
 
+    def encoder_origin(self) -> Float[Tensor, " d_in"] | None:
+        """What the encoder sees as zero: `b_dec` where that is asked for."""
+        return self.b_dec if self.apply_b_dec_to_input else None
+
     def encoder_input(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        """What the encoder is applied to: `x`, less `b_dec` where that is asked for."""
-        return x - self.b_dec if self.apply_b_dec_to_input else x
+        """What the encoder is applied to: `x`, less the encoder's origin if there is one."""
+        origin = self.encoder_origin()
+        return x if origin is None else x - origin
 
     def reconstruct(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
         """The decoder."""
@@ -274,21 +280,34 @@ class SparseAutoencoder(Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
 
     @override
     def on_train_batch_start(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
-        """Before the very first step: adopt the data's scaling and place `b_dec`."""
+        """Before the very first step: adopt the data's scaling and place `b_dec`.
+
+        An SAE that is trained already stays the function it is, in the space of the data.
+        """
         self.end_with_the_first()
         if not self.is_trained:
             require_width(batch, self.d_in)
             self._start_from(batch)
             self.is_trained = True
+        elif batch_idx == 0 and self.trainer.global_step == 0:
+            scaling = self._scaling_of_data()
+            if scaling is not None:
+                self.adopt_scaling(*scaling)
 
     @torch.no_grad()
     def _start_from(self, batch: Float[Tensor, "batch d_in"]) -> None:
-        scaling = getattr(getattr(self.trainer, "datamodule", None), "scaling", None)
+        scaling = self._scaling_of_data()
         if scaling is not None:
-            self.input_mean.copy_(self.mean_of_ranks(scaling.mean))
-            self.input_scale.copy_(self.mean_of_ranks(scaling.scale))
+            self.input_mean.copy_(scaling[0])
+            self.input_scale.copy_(scaling[1])
         if self.b_dec_init == "mean":
             self.b_dec.copy_(self.mean_of_ranks(self.scaled(batch).mean(0)))
+
+    def _scaling_of_data(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]] | None:
+        scaling = getattr(getattr(self.trainer, "datamodule", None), "scaling", None)
+        if scaling is None:
+            return None
+        return self.mean_of_ranks(scaling.mean), self.mean_of_ranks(scaling.scale)
 
     @override
     def training_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> dict[str, Any]:

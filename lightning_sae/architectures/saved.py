@@ -27,6 +27,16 @@ class Saved(LightningModule):
         """Change biases in a folded state so that all pre-activations change by so much."""
         state["b_enc"] = state["b_enc"] + by
 
+    def adopt_scaling(self, mean: Float[Tensor, " d_in"], scale: Float[Tensor, ""]) -> None:
+        """See inputs as `(x - mean) * scale`, and stay the same function of raw activations.
+
+        So an SAE that was loaded is trained on in the space in which others are trained. Where
+        `activate` is one that a scale would change, the SAE is left as it is.
+        """
+        from lightning_sae.saving import adopt_scaling  # it knows all architectures
+
+        adopt_scaling(self, mean, scale)  # type: ignore[arg-type]
+
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the SAE to a new folder as safetensors and JSON, acting on raw activations.
 

@@ -1,0 +1,61 @@
+"""Correlation of two quantities, and what is left of it when a third is held fixed."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    r"""Pearson's correlation.
+
+    .. math:: r_{xy} = \frac{\sum_i (x_i - \bar x)(y_i - \bar y)}
+        {\sqrt{\sum_i (x_i - \bar x)^2 \sum_i (y_i - \bar y)^2}}
+
+    Returns:
+        A float64 scalar; NaN where `x` or `y` does not vary.
+
+    Raises:
+        ValueError: If the two differ in length.
+
+    Example:
+        >>> import torch
+        >>> correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 2.0]))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    if x.shape != y.shape:
+        raise ValueError(
+            f"Expected `x` and `y` to have one length but got {len(x)} and {len(y)}: pass the two "
+            "quantities of the same things."
+        )
+    x, y = x.double(), y.double()
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
+
+
+def partial_correlation(
+    x: Float[Tensor, " n"], y: Float[Tensor, " n"], given: Float[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    r"""Correlation of what a linear fit on a third quantity leaves of `x` and of `y`.
+
+    .. math:: r_{xy \cdot z} =
+        \frac{r_{xy} - r_{xz} r_{yz}}{\sqrt{(1 - r_{xz}^2)(1 - r_{yz}^2)}}
+
+    Args:
+        x: One quantity.
+        y: Another.
+        given: The third, z.
+
+    Returns:
+        A float64 scalar; NaN where nothing is left of `x` or `y`.
+
+    Raises:
+        ValueError: If they differ in length.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([1.0, 1.0, 2.0, 2.0])
+        >>> rest = torch.tensor([1.0, -1.0, 1.0, -1.0])
+        >>> partial_correlation(z + rest, z - rest, z)
+        tensor(-1., dtype=torch.float64)
+    """
+    xy, xz, yz = correlation(x, y), correlation(x, given), correlation(y, given)
+    return (xy - xz * yz) / ((1 - xz.square()) * (1 - yz.square())).sqrt()
