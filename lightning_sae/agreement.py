@@ -33,12 +33,18 @@ def require_agreement(trainer: Trainer, settings: Mapping[str, Any]) -> None:
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Settings by their dotted names, as text.
 
+    Parts of a list are counted, or called by the name that they have.
+
     Example:
         >>> flat({"model": {"d_sae": 8, "betas": (0.9, 0.99)}, "seed": None})
         {'model.d_sae': '8', 'model.betas': '(0.9, 0.99)', 'seed': 'None'}
+        >>> flat({"members": [{"name": "relu", "lr": 0.1}], "callbacks": [{"n_steps": 5}]})
+        {'members.relu.name': 'relu', 'members.relu.lr': '0.1', 'callbacks.0.n_steps': '5'}
     """
     found: dict[str, str] = {}
     for name, value in settings.items():
+        if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+            value = {str(part.get("name", i)): part for i, part in enumerate(value)}
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{name}.")
         else:

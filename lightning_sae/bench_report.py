@@ -35,6 +35,10 @@ class Report:
         yield self._row("whole step (median)", f["step_seconds"], f["step_seconds"])
         yield self._row("floor: dense product and optimiser", f["floor_seconds"], f["step_seconds"])
         yield f"the step is {f['step_seconds'] / f['floor_seconds']:.2f} times the floor"
+        yield from self._whole_run()
+
+    def _whole_run(self) -> Iterator[str]:
+        f = self.figures
         yield ""
         yield f"{'rates':<42}{'activations/s':>15}"
         for name, key in RATES.items():
@@ -55,12 +59,54 @@ class Report:
         return f"  {name:<40}{1e3 * seconds:>10.2f}{seconds / whole:>9.0%}"
 
 
+class MembersReport(Report):
+    """The figures of several SAEs side by side, a line for each."""
+
+    def lines(self) -> Iterator[str]:
+        """The figures as tables."""
+        f = self.figures
+        members, work = f["members"], f["step_seconds"] + f["stream_seconds"]
+        names = [member["name"] for member in members]
+        width = max(len(name) for name in (*names, "  of it the language model")) + 2
+        hooks = ", ".join(f["hook_names"]) or "one hook"
+        yield f"{len(members)} SAEs at {hooks}"
+        yield f"batches of {f['batch_size']}; {f['device']}, {f['threads']} threads"
+        yield ""
+        yield f"{'milliseconds for a batch':<{width}}" + "".join(
+            f"{column:>11}"
+            for column in ("L0", "gradients", "optimiser", "rest", "step", "share", "MiB")
+        )
+        for member in members:
+            stages = "".join(f"{1e3 * member[f'{name}_seconds']:>11.2f}" for name in MEMBER_STAGES)
+            yield (
+                f"{member['name']:<{width}}{member['l0']:>11.1f}{stages}"
+                f"{member['step_seconds'] / work:>11.1%}{member['state_bytes'] / 2**20:>11.1f}"
+            )
+        for name, key in IN_COMMON.items():
+            if f[key] is not None:
+                seconds = f[key]
+                yield f"{name:<{width}}{1e3 * seconds:>55.2f}{seconds / work:>11.1%}"
+        yield f"{'all of it':<{width}}{1e3 * work:>55.2f}{1:>11.1%}"
+        yield (
+            "MiB are those of weights, gradients and moments. In a run the stream is read beside "
+            f"training: a batch takes {1e3 * f['together_seconds']:.2f} ms"
+        )
+        yield from self._whole_run()
+
+
 STAGES = {
     "forward": "forward_seconds",
     "  of it the dense product": "product_seconds",
     "backward": "backward_seconds",
     "norms, clipping, optimiser": "optimiser_seconds",
     "callbacks, logging, Lightning": "rest_seconds",
+}
+MEMBER_STAGES = ("gradient", "optimiser", "rest", "step")
+IN_COMMON = {
+    "all members": "members_seconds",
+    "logging, Lightning": "rest_seconds",
+    "the stream, once for all": "stream_seconds",
+    "  of it the language model": "language_model_seconds",
 }
 RATES = {
     "training alone": "training_activations_per_second",

@@ -35,7 +35,7 @@ from lightning_sae.callbacks.checkpoint import require_new_run
 from lightning_sae.callbacks.results import unused
 from lightning_sae.saving import AtomicCheckpointIO
 from lightning_sae.side_by_side import SideBySide
-from lightning_sae.side_by_side.results import after_fit, after_predict, after_test
+from lightning_sae.side_by_side.results import after_fit, after_predict, after_test, after_validate
 
 C = TypeVar("C", bound=Callback)
 
@@ -163,6 +163,9 @@ class SAECLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Say that there is no more than what was shown."""
+        if isinstance(self.model, SideBySide):
+            say(*after_validate(self.model))
+            return
         say("\nValidated on held-out text. Made nothing: `lightning-sae test` writes results.json.")
 
     def predict(self, **arguments: Any) -> None:

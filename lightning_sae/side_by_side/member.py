@@ -48,6 +48,11 @@ class Member:
         """The member's part of a batch of all hooks."""
         return batch[self.hook_name] if isinstance(batch, dict) else batch
 
+    def parts(self) -> dict[str, str | None]:
+        """What the member consists of, to be compared."""
+        kinds = ", ".join(type(callback).__name__ for callback in self.callbacks)
+        return {"sae": type(self.sae).__name__, "hook_name": self.hook_name, "callbacks": kinds}
+
     # The parts of a run, in Lightning's order: callbacks first, then the SAE.
 
     def setup(self, run: Trainer, stage: str) -> None:
@@ -102,6 +107,10 @@ class Member:
         self.optimizer = found["optimizer"]
         self.scheduler = None if schedule is None else schedule["scheduler"]
         self.trainer.optimizers = [self.optimizer]
+
+    def start_batch(self, batch: Any, batch_idx: int) -> None:
+        """What comes before a batch."""
+        self.call("on_train_batch_start", self.rows(batch), batch_idx)
 
     def forward_and_backward(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
         """Loss and gradients of a batch, or of a share of one where gradients are accumulated."""

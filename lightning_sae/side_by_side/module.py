@@ -6,20 +6,24 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sae.agreement import require_agreement
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.architectures.ranks import AmongRanks
+from lightning_sae.functional.workspace import Workspace
+from lightning_sae.side_by_side.checks import require_hook, require_supported
 from lightning_sae.side_by_side.descriptions import build_members, named
 from lightning_sae.side_by_side.member import Member
 from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
+from lightning_sae.side_by_side.passed_on import PassesOn
 
 
-class SideBySide(AmongRanks):
+class SideBySide(PassesOn, AmongRanks):
     """SAEs that are trained side by side on the same batches, each as if it were alone.
 
     Each member has its own weights, optimiser, schedule, callbacks, logs and count of steps. Its
@@ -69,6 +73,7 @@ class SideBySide(AmongRanks):
         super().__init__()
         self.members = build_members(members, d_in)
         self.saes = nn.ModuleList(member.sae for member in self.members)
+        _share_workspaces(self.members)
 
     def __getitem__(self, name: str) -> SparseAutoencoder:
         """The SAE of a member."""
@@ -83,6 +88,11 @@ class SideBySide(AmongRanks):
     def stopped(self) -> dict[str, str]:
         """Members that have, and why."""
         return {member.name: member.stopped for member in self.members if member.stopped}
+
+    @override
+    def pass_on(self, hook: str) -> None:
+        for member in self.active:
+            member.call(hook)
 
     def give_each(self, callbacks: Callable[[], Sequence[Callback]]) -> None:
         """Add callbacks to each member, made for each anew."""
@@ -99,10 +109,12 @@ class SideBySide(AmongRanks):
     @override
     def setup(self, stage: str) -> None:
         """Attach the members, each of which looks at its part of the run."""
-        _require_supported(self.trainer)
+        require_supported(self.trainer)
+        parts = {member.name: member.parts() for member in self.members}
+        require_agreement(self.trainer, parts)  # members compare the rest, one after another
         for member in self.members:
             with named(member.name):
-                _require_hook(member, getattr(self.trainer, "datamodule", None))
+                require_hook(member, getattr(self.trainer, "datamodule", None))
                 member.setup(self.trainer, stage)
 
     @override
@@ -120,12 +132,12 @@ class SideBySide(AmongRanks):
         """Let members begin, and keep Lightning from exchanging gradients of all at once."""
         if isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy.model.require_backward_grad_sync = False  # type: ignore
-        self._call("on_train_start")
+        self.pass_on("on_train_start")
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         for member in self.active:
-            member.call("on_train_batch_start", member.rows(batch), batch_idx)
+            member.start_batch(batch, batch_idx)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -192,82 +204,28 @@ class SideBySide(AmongRanks):
             member.sae.test_step(member.rows(batch), batch_idx)
 
     @override
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        """Latents of each member, for its callbacks."""
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Latents of each member, for its callbacks; by name, if predictions are kept."""
+        found: dict[str, Tensor] = {}
+        kept = self.trainer.predict_loop.return_predictions
         for member in self.active:
             rows = member.rows(batch)
             latents = member.sae.predict_step(rows, batch_idx)
             member.call_callbacks("on_predict_batch_end", latents, rows, batch_idx)
+            found |= {member.name: latents} if kept else {}  # or there is one at a time
+        return found
 
     @override
     def on_validation_epoch_end(self) -> None:
-        self._call("on_validation_epoch_end")
+        self.pass_on("on_validation_epoch_end")
         for member in self.active:
             member.trainer.write_logs(max(0, self.trainer.global_step - 1))
 
     @override
     def on_test_epoch_end(self) -> None:
-        self._call("on_test_epoch_end")
+        self.pass_on("on_test_epoch_end")
         for member in self.active:
             member.trainer.write_logs(self.trainer.global_step)
-
-    # What each member is told as it is.
-
-    def _call(self, hook: str) -> None:
-        for member in self.active:
-            member.call(hook)
-
-    @override
-    def on_fit_start(self) -> None:
-        self._call("on_fit_start")
-
-    @override
-    def on_fit_end(self) -> None:
-        self._call("on_fit_end")
-
-    @override
-    def on_train_end(self) -> None:
-        self._call("on_train_end")
-
-    @override
-    def on_train_epoch_start(self) -> None:
-        self._call("on_train_epoch_start")
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        self._call("on_train_epoch_end")
-
-    @override
-    def on_validation_start(self) -> None:
-        self._call("on_validation_start")
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._call("on_validation_epoch_start")
-
-    @override
-    def on_validation_end(self) -> None:
-        self._call("on_validation_end")
-
-    @override
-    def on_test_start(self) -> None:
-        self._call("on_test_start")
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._call("on_test_epoch_start")
-
-    @override
-    def on_test_end(self) -> None:
-        self._call("on_test_end")
-
-    @override
-    def on_predict_start(self) -> None:
-        self._call("on_predict_start")
-
-    @override
-    def on_predict_end(self) -> None:
-        self._call("on_predict_end")
 
     @override
     def teardown(self, stage: str) -> None:
@@ -323,29 +281,11 @@ class _TellOfExceptions(Callback):
                 member.call_callbacks("on_exception", exception)
 
 
-def _require_supported(trainer: Trainer) -> None:
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(
-            "Expected argument `trainer.strategy` to be `auto` or `ddp` for SAEs side by side but "
-            f"got {type(trainer.strategy).__name__}: choose one of these."
-        )
-    if trainer.precision == "16-mixed":
-        raise ValueError(
-            "Expected argument `trainer.precision` to be other than `16-mixed` for SAEs side by "
-            "side, for it scales the losses of all by one number: use `bf16-mixed`."
-        )
-
-
-def _require_hook(member: Member, data: Any) -> None:
-    names = getattr(data, "hook_names", None)
-    if names is None or member.hook_name in names:
-        return
-    if member.hook_name is None and len(names) == 1:
-        return
-    raise ValueError(
-        f"Expected `hook_name` to be one of the data's, {', '.join(names)}, but got "
-        f"{member.hook_name}: correct it, or add it to `data.hook_name`."
-    )
+def _share_workspaces(members: list[Member]) -> None:
+    """Members take turns, so those of one size can do with one's scratch memory."""
+    shared: dict[tuple[int, int | None], Workspace] = {}
+    for sae in (member.sae for member in members):
+        sae.layout.workspace = shared.setdefault((sae.d_sae, sae.chunk_rows), Workspace())
 
 
 def _reasons(stopped: dict[str, str]) -> str:

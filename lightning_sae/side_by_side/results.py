@@ -1,8 +1,8 @@
 """What a run of many SAEs made, for the reader at the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 
@@ -12,7 +12,7 @@ from lightning_sae.side_by_side.module import SideBySide
 
 C = TypeVar("C", bound=Callback)
 
-COLUMNS = ("l0", "fvu", "dead", "loss_recovered_zero")
+COLUMNS = ("l0", "fvu", "dead_fraction")
 
 
 def after_fit(model: SideBySide, trainer: Trainer) -> Iterator[str]:
@@ -35,13 +35,9 @@ def after_fit(model: SideBySide, trainer: Trainer) -> Iterator[str]:
 def after_test(model: SideBySide, trainer: Trainer) -> Iterator[str]:
     """Some figures of each member, and where the rest are."""
     found = {each.name: _callback(each, HeldOutEvaluation) for each in model.active}
-    width = max(map(len, found))
     yield "\nOn held-out data:"
-    yield f"  {'':<{width}}" + "".join(f"{name:>21}" for name in COLUMNS)
-    for name, evaluation in found.items():
-        values = [evaluation.results.get(column) for column in COLUMNS]
-        cells = ["" if value is None else f"{value:.6g}" for value in values]
-        yield f"  {name:<{width}}" + "".join(f"{cell:>21}" for cell in cells)
+    results = {name: evaluation.results for name, evaluation in found.items()}
+    yield from _table(results, (*COLUMNS, "loss_recovered_zero"))
     yield "Made:"
     yield from (f"  {evaluation.path}" for evaluation in found.values())
     yield from _stopped(model)
@@ -49,10 +45,28 @@ def after_test(model: SideBySide, trainer: Trainer) -> Iterator[str]:
     yield f"  tensorboard --logdir {Path(trainer.default_root_dir) / 'tensorboard'}"
 
 
+def after_validate(model: SideBySide) -> Iterator[str]:
+    """Some figures of each member."""
+    yield "\nValidated on held-out data:"
+    metrics = {each.name: each.trainer.callback_metrics for each in model.active}
+    yield from _table(metrics, [f"val/{name}" for name in COLUMNS])
+    yield from _stopped(model)
+    yield "Made nothing: `lightning-sae test` writes a results.json for each."
+
+
 def after_predict(model: SideBySide) -> Iterator[str]:
     """Where the latents are."""
     yield "\nPredicted the latents of held-out data. Made:"
     yield from (f"  {_callback(member, LatentWriter).folder}" for member in model.active)
+
+
+def _table(of_members: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> Iterator[str]:
+    width = max(map(len, of_members))
+    yield f"  {'':<{width}}" + "".join(f"{name:>21}" for name in columns)
+    for name, values in of_members.items():
+        found = [values.get(column) for column in columns]
+        cells = ["" if value is None else f"{value:.6g}" for value in found]
+        yield f"  {name:<{width}}" + "".join(f"{cell:>21}" for cell in cells)
 
 
 def _stopped(model: SideBySide) -> Iterator[str]:

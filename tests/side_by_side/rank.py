@@ -47,7 +47,14 @@ def main(folder: Path) -> None:
         alone, own = train(CASES[name], batches, **ranks), dict(model[name].state_dict())
         if not all(torch.equal(own[key], value) for key, value in alone["state"].items()):
             different.append(name)
-    torch.save({"different": different, "stopped": list(model.stopped)}, folder / f"{rank}.pt")
+    others = members()[rank:]  # one has a member that the other has not
+    refused = ""
+    try:
+        Trainer(**settings).fit(SideBySide(others), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    except ValueError as error:
+        refused = str(error)
+    found = {"different": different, "stopped": list(model.stopped), "refused": refused}
+    torch.save(found, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

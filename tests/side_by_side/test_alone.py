@@ -117,6 +117,8 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+# Annotations, executed for the same calls by the tests of each part, would take most of the time.
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "flags",
     [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.1}],

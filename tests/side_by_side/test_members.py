@@ -46,7 +46,8 @@ def fit(module: Any, batches: Tensor, *callbacks: Any, **flags: Any) -> Trainer:
 
 def relu(**arguments: Any) -> ReLUSAE:
     torch.manual_seed(0)
-    return ReLUSAE(4, 12, **{"l1_coefficient": 0.1, "decoder_norm": "free", **arguments})
+    settings = {"d_sae": 12, "l1_coefficient": 0.1, "decoder_norm": "free", **arguments}
+    return ReLUSAE(4, **settings)
 
 
 def test_a_sweep_means_each_combination_with_weights_of_its_seed() -> None:
@@ -72,6 +73,21 @@ def test_without_a_seed_weights_are_those_of_the_run_s_seed() -> None:
     model = SideBySide(members, d_in=4)
     assert torch.equal(model["a"].W_dec, expected.W_dec)
     assert torch.equal(model["b"].W_dec, expected.W_dec)
+
+
+def test_members_of_one_size_share_their_scratch_memory() -> None:
+    sizes = {"a": 12, "b": 12, "c": 16}
+    members = [{"name": name, "sae": relu(d_sae=d_sae)} for name, d_sae in sizes.items()]
+    model = SideBySide(members)
+    for member in model.members:
+        member.sae.layout.dense = False
+        member.sae.layout.thresholds = (-1.0, 2.0)  # it stays so
+    fit(model, torch.randn(3, 8, 4))
+    scratch = {
+        name: model[name].layout.workspace.scratch(8, d_sae, torch.zeros(1)).data_ptr()
+        for name, d_sae in sizes.items()
+    }
+    assert scratch["a"] == scratch["b"] != scratch["c"]
 
 
 SHARED = relu()
@@ -170,11 +186,11 @@ def test_each_member_logs_what_it_would_log_alone() -> None:
 def test_what_would_not_be_exact_is_refused(
     flags: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_sae.side_by_side import module
+    from lightning_sae.side_by_side import checks
 
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     monkeypatch.setattr(type(trainer), "precision", flags.get("precision", "32-true"))
     if "strategy" in flags:
         monkeypatch.setattr(type(trainer), "strategy", object())
     with pytest.raises(ValueError, match=message):
-        module._require_supported(trainer)
+        checks.require_supported(trainer)

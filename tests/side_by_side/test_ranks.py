@@ -15,4 +15,7 @@ def test_members_on_two_ranks_are_what_each_is_alone_on_two_ranks(tmp_path: Path
     assert statuses == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert found == {"different": [], "stopped": [DIVERGES]}
+        assert found["different"] == []
+        assert found["stopped"] == [DIVERGES]
+        # Ranks with other members say so, and do not wait for each other.
+        assert f"`{NAMES[0]}.sae`: ReLUSAE, None" in found["refused"]

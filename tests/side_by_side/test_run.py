@@ -15,6 +15,7 @@ import lightning_sae
 from lightning_sae import ActivationDataModule, SideBySide
 from lightning_sae.callbacks import RunCheckpoint
 from lightning_sae.cli import main
+from lightning_sae.side_by_side.results import COLUMNS
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp.hook_post"]
 CALLBACKS = [
@@ -101,6 +102,74 @@ def test_members_are_what_the_command_makes_of_each_alone(tmp_path: Path) -> Non
     results = json.loads((root / "members" / "topk" / "results.json").read_text())
     assert results == json.loads((tmp_path / "topk" / "results.json").read_text())
     assert results["ce_spliced"] > results["ce_clean"]
+    assert {*COLUMNS, "loss_recovered_zero"} <= results.keys()  # what the terminal shows
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SideBySide]:
+    """A run's folder, and its model."""
+    root = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lightning-sae"])
+        return root, run(root, side_by_side(MEMBERS), HOOKS, trainer={"logger": False}).model
+
+
+def again(command: str, root: Path) -> None:
+    last = str(root / "checkpoints" / "last.ckpt")
+    main([command, "--config", str(root / "config.yaml"), "--ckpt_path", last])
+
+
+def test_a_member_is_loaded_from_the_checkpoint_of_all(trained: tuple[Path, SideBySide]) -> None:
+    root, model = trained
+    last = root / "checkpoints" / "last.ckpt"
+    for member in model.members:
+        sae, x = lightning_sae.load(last, member=member.name), torch.randn(5, member.sae.d_in)
+        assert torch.equal(sae(x), member.sae(x))
+        assert sae.source["hook_name"] == member.hook_name
+    with pytest.raises(ValueError, match="`member` to be one of relu.*topk.* but got None"):
+        lightning_sae.load(last)
+
+
+def test_latents_of_each_member_are_predicted_at_its_hook(
+    trained: tuple[Path, SideBySide], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, model = trained
+    again("predict", root)
+    said = capsys.readouterr().out.splitlines()
+    for member in model.members:
+        folder = root / "members" / member.name / "latents"
+        assert said.count(f"  {folder}") == 1
+        data = ActivationDataModule(member.hook_name, **DATA)  # type: ignore[arg-type]
+        files, batches = sorted(folder.iterdir()), list(data.predict_dataloader())
+        assert len(files) == len(batches) > 1
+        for path, batch in zip(files, batches, strict=True):
+            found, f = load_file(path), member.sae.encode(batch)
+            rows = torch.repeat_interleave(torch.arange(len(f)), found["starts"].diff())
+            assert torch.equal(f[rows, found["latents"]], found["values"])
+            assert len(rows) == f.count_nonzero()
+
+
+def test_validation_shows_figures_of_each_member(
+    trained: tuple[Path, SideBySide], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, model = trained
+    again("validate", root)
+    said = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["val/l0", "val/fvu", "val/dead_fraction"] for line in said)
+    for member in model.members:
+        (line,) = (line for line in said if line.startswith(f"  {member.name} "))
+        data = ActivationDataModule(member.hook_name, **DATA)  # type: ignore[arg-type]
+        x = torch.cat(list(data.val_dataloader()))
+        f = member.sae.encode(x)
+        variance = (x - x.mean(0)).pow(2).sum()
+        expected = [
+            f.count_nonzero() / len(f),
+            (x - member.sae.decode(f)).pow(2).sum() / variance,
+            (f == 0).all(0).float().mean(),
+        ]
+        assert [float(value) for value in line.split()[1:]] == pytest.approx(
+            [value.item() for value in expected], rel=1e-3
+        )
 
 
 def test_a_folder_with_members_is_not_overwritten(tmp_path: Path) -> None:
@@ -164,6 +233,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="Expected a checkpoint of the members topk, relu-"):
         fit(tmp_path / "other", members[::-1], tmp_path / "whole" / "at-4.ckpt")
+
+
+def test_the_language_model_runs_as_often_for_many_members_as_for_one(tmp_path: Path) -> None:
+    passes: dict[int, list[torch.Size]] = {}
+    for members in (MEMBERS[1:], MEMBERS):
+        data = ActivationDataModule(HOOKS, **{**DATA, "prefetch": False})  # type: ignore[arg-type]
+        model = SideBySide(members, d_in=data.d_in)
+        seen = passes.setdefault(len(model.members), [])
+        data.language_model.network.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0].shape)
+        )
+        off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        flags: dict[str, Any] = dict.fromkeys(off, False)
+        trainer = Trainer(accelerator="cpu", max_steps=8, limit_val_batches=0, **flags)
+        trainer.fit(model, datamodule=data)
+    assert len(passes[5]) == len(passes[1]) > 3
 
 
 def test_rows_of_all_hooks_are_of_the_same_tokens() -> None:

@@ -1,0 +1,35 @@
+"""What a run of several SAEs asks of its parts before it starts."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lightning_sae.side_by_side.member import Member
+
+
+def require_supported(trainer: Trainer) -> None:
+    """Raise a ValueError if members would not be, or not exactly, what they are alone."""
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            "Expected argument `trainer.strategy` to be `auto` or `ddp` for SAEs side by side but "
+            f"got {type(trainer.strategy).__name__}: choose one of these."
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError(
+            "Expected argument `trainer.precision` to be other than `16-mixed` for SAEs side by "
+            "side, for it scales the losses of all by one number: use `bf16-mixed`."
+        )
+
+
+def require_hook(member: Member, data: Any) -> None:
+    """Raise a ValueError if the data has not the hook that the member names, or has several."""
+    names = getattr(data, "hook_names", None)
+    if names is None or member.hook_name in names:
+        return
+    if member.hook_name is None and len(names) == 1:
+        return
+    raise ValueError(
+        f"Expected `hook_name` to be one of the data's, {', '.join(names)}, but got "
+        f"{member.hook_name}: correct it, or add it to `data.hook_name`."
+    )
