@@ -1,7 +1,7 @@
 """What the language model loses when an SAE's reconstruction stands in for the activation."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,9 +18,10 @@ from lightning_sae.functional import (
 )
 
 Tokens = Int[Tensor, "blocks context_length"]
+Replace = Callable[[Tensor], Tensor]
+"""What stands in for activations [..., d_in]."""
 
 
-@torch.no_grad()
 def evaluate_in_model(
     sae: SparseAutoencoder, data: ActivationDataModule, n_tokens: int
 ) -> dict[str, float]:
@@ -42,32 +43,67 @@ def evaluate_in_model(
         ablated - CE clean); `perplexity_clean`, `perplexity_spliced`; `n_tokens`, predictions
         counted.
     """
+    return evaluate_all_in_model({"": sae.forward}, data, n_tokens)[""]
+
+
+@torch.no_grad()
+def evaluate_all_in_model(
+    replacements: Mapping[str, Replace], data: ActivationDataModule, n_tokens: int
+) -> dict[str, dict[str, float]]:
+    """`evaluate_in_model` of several replacements, with the text and the ablations read once.
+
+    Args:
+        replacements: By name, what stands in for raw activations [..., d_in].
+        data: As for `evaluate_in_model`.
+        n_tokens: As for `evaluate_in_model`.
+
+    Returns:
+        By name, the figures of `evaluate_in_model`.
+    """
     n_tokens = math.ceil(n_tokens / data.n_ranks)
     mean = _mean_activation(data, n_tokens)
-    replacements: dict[str, Callable[[Tensor], Tensor]] = {
-        "ce_spliced": sae.forward,
+    ablations: dict[str, Replace] = {
         "ce_zero_ablation": torch.zeros_like,
         "ce_mean_ablation": lambda activations: mean.to(activations).expand_as(activations),
     }
-    sums = dict.fromkeys(["ce_clean", *replacements, "kl"], 0.0)
-    count = 0
+    common = dict.fromkeys(["ce_clean", *ablations, "n_tokens"], 0.0)
+    spliced, divergences = dict.fromkeys(replacements, 0.0), dict.fromkeys(replacements, 0.0)
     special = torch.tensor(data.language_model.tokenizer.all_special_ids)
     for tokens in data.held_out_tokens(n_tokens):
-        counted = ~torch.isin(tokens, special)
         clean = data.language_model.logits(tokens)
-        target, counted = tokens.to(clean.device), counted.to(clean.device)
+        target = tokens.to(clean.device)
+        counted = ~torch.isin(tokens, special).to(clean.device)
         nats, n = next_token_cross_entropy(clean, target, counted)
-        sums["ce_clean"] += float(nats)
-        count += int(n)
+        common["ce_clean"] += float(nats)
+        common["n_tokens"] += int(n)
+        for name, replace in ablations.items():
+            logits = data.language_model.logits(tokens, _edit(data, tokens, replace))
+            common[name] += float(next_token_cross_entropy(logits, target, counted)[0])
         for name, replace in replacements.items():
             logits = data.language_model.logits(tokens, _edit(data, tokens, replace))
-            sums[name] += float(next_token_cross_entropy(logits, target, counted)[0])
-            if name == "ce_spliced":
-                sums["kl"] += float(kl_divergence(clean, logits, counted)[0])
-    own = torch.tensor([*sums.values(), count], dtype=torch.float64)
-    *totals, n_counted = data.of_all_ranks(own, "sum").tolist()
-    means = {name: total / n_counted for name, total in zip(sums, totals, strict=True)}
-    return _summary(means, round(n_counted))
+            spliced[name] += float(next_token_cross_entropy(logits, target, counted)[0])
+            divergences[name] += float(kl_divergence(clean, logits, counted)[0])
+    for sums in (common, spliced, divergences):
+        _add_up(sums, data)
+    n_counted = common.pop("n_tokens")
+    of_all = {name: nats / n_counted for name, nats in common.items()}
+    return {
+        name: _summary(
+            {
+                **of_all,
+                "ce_spliced": spliced[name] / n_counted,
+                "kl": divergences[name] / n_counted,
+            },
+            round(n_counted),
+        )
+        for name in replacements
+    }
+
+
+def _add_up(sums: dict[str, float], data: ActivationDataModule) -> None:
+    """Make them the sums of all ranks."""
+    own = torch.tensor(list(sums.values()), dtype=torch.float64)
+    sums.update(zip(sums, data.of_all_ranks(own, "sum").tolist(), strict=True))
 
 
 def _summary(nats: dict[str, float], count: int) -> dict[str, float]:
@@ -82,7 +118,7 @@ def _summary(nats: dict[str, float], count: int) -> dict[str, float]:
     }
 
 
-def _edit(data: ActivationDataModule, tokens: Tokens, replace: Callable[[Tensor], Tensor]) -> Edit:
+def _edit(data: ActivationDataModule, tokens: Tokens, replace: Replace) -> Edit:
     """Replace the activations that training keeps."""
 
     def edit(

@@ -1,0 +1,118 @@
+"""Latents that fire very rarely: do they share a direction, and do they fire together?
+
+Source: Neel Nanda, Open source replication of Towards Monosemanticity (2023), where more than half
+of an SAE's latents fire on less than 1e-4 of activations, and nearly all of them have the same
+encoder direction, whatever the seed, but not the same decoder direction.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.functional.geometry import unit_rows
+
+ALIKE = 0.95  # cosine with their mean above which the source calls encoder rows the same
+
+
+def mean_direction(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
+    """Direction of the mean of some rows, at norm 1; zero if there are no rows.
+
+    Example:
+        >>> mean_direction(torch.tensor([[2.0, 0.0], [4.0, 0.0]]))
+        tensor([1., 0.])
+    """
+    mean = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[-1])
+    return unit_rows(mean.unsqueeze(0)).squeeze(0)
+
+
+def share_on_one_direction(rows: Float[Tensor, "rows d_in"]) -> float:
+    """Largest share of the rows' squared norm that lies on a single direction.
+
+    1 if all are multiples of one vector, 1 / d_in if they lie all about; NaN if there are none.
+
+    Example:
+        >>> share_on_one_direction(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        0.9
+    """
+    if not rows.any():
+        return float("nan")
+    squares = torch.linalg.svdvals(rows.double()).square()
+    return round(float(squares[0] / squares.sum()), 12)
+
+
+@torch.no_grad()
+def rare_directions(sae: SparseAutoencoder, rare: Bool[Tensor, " d_sae"]) -> dict[str, float]:
+    """How alike the directions of rare latents are, beside those of the others.
+
+    Args:
+        sae: The SAE.
+        rare: Which latents are rare.
+
+    Returns:
+        `n_rare`; `cosine_with_mean`, the median cosine of rare encoder rows with their mean, and
+        `alike`, the share above .95; `others_with_mean`, the median cosine of the other encoder
+        rows with it; `encoder_on_one_direction`, `decoder_on_one_direction`, see
+        `share_on_one_direction`. NaN where there is no such latent.
+    """
+    encoder = unit_rows(sae.W_enc.T)
+    cosines = encoder @ mean_direction(sae.W_enc.T[rare])
+    own, others = cosines[rare], cosines[~rare]
+    return {
+        "n_rare": float(rare.sum()),
+        "cosine_with_mean": median(own),
+        "alike": float((own > ALIKE).float().mean()),
+        "others_with_mean": median(others),
+        "encoder_on_one_direction": share_on_one_direction(sae.W_enc.T[rare]),
+        "decoder_on_one_direction": share_on_one_direction(sae.W_dec[rare]),
+    }
+
+
+@torch.no_grad()
+def firing_together(
+    sae: SparseAutoencoder,
+    rare: Bool[Tensor, " d_sae"],
+    batches: Iterable[Float[Tensor, "_ d_in"]],
+) -> dict[str, float]:
+    """Whether rare latents fire on the same activations.
+
+    Args:
+        sae: The SAE.
+        rare: Which latents are rare.
+        batches: Raw activations.
+
+    Returns:
+        `on_most_aligned`, the share of rare latents that fire on the activation which lies furthest
+        along their mean encoder direction, as the encoder sees it; `most_at_once`, the largest
+        share of them that fire on any one; `mean_activation`, the cosine of that direction with the
+        mean of the raw activations. NaN without rare latents.
+    """
+    direction = mean_direction(sae.W_enc.T[rare])
+    furthest, on_most_aligned, most = float("-inf"), float("nan"), float("nan")
+    total, n = torch.zeros_like(direction, dtype=torch.float64), 0
+    for x in batches:
+        total, n = total + x.double().sum(0), n + len(x)
+        if not rare.any() or not len(x):
+            continue
+        firing = (sae.encode(x)[:, rare] > 0).float().mean(-1)
+        along = sae.encoder_input(sae.scaled(x)) @ direction
+        best = int(along.argmax())
+        if float(along[best]) > furthest:
+            furthest, on_most_aligned = float(along[best]), float(firing[best])
+        most = max(float(firing.max()), 0.0 if most != most else most)
+    mean = unit_rows((total / max(n, 1)).float().unsqueeze(0)).squeeze(0)
+    cosine = float(mean @ direction) if rare.any() else float("nan")
+    return {"on_most_aligned": on_most_aligned, "most_at_once": most, "mean_activation": cosine}
+
+
+@torch.no_grad()
+def encoder_decoder_cosines(sae: SparseAutoencoder) -> Float[Tensor, " d_sae"]:
+    """Cosine of each latent's encoder and decoder directions."""
+    return (unit_rows(sae.W_enc.T) * unit_rows(sae.W_dec)).sum(-1)
+
+
+def median(values: Float[Tensor, " n"]) -> float:
+    """The median; NaN of no values."""
+    return float(values.median()) if len(values) else float("nan")

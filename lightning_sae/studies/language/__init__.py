@@ -1,0 +1,1 @@
+"""Experiments on the activations of a language model."""
