@@ -9,7 +9,7 @@ from typing import Any
 from lightning_sae.studies.language.frontier import Curve, common_levels
 from lightning_sae.studies.language.page import Page, Section, Table, with_spread
 from lightning_sae.studies.language.plots import curves, panels, save
-from lightning_sae.studies.language.sweeps import Swept, over_seeds
+from lightning_sae.studies.language.sweeps import Answers, Swept, over_seeds
 
 LEVEL = "loss_recovered_mean"
 """What is held equal. Against zero ablation it is the same but for scale, so the L0 are too."""
@@ -27,10 +27,6 @@ FIGURES = {
     "dead_fraction": ("dead", ".3f"),
 }
 """Headings and formats of the table of all SAEs."""
-
-
-Answers = dict[str, list[float | None]]
-"""By seed; None where two families have no range in common."""
 
 
 def draw(swept: Swept, path: Path) -> Path:

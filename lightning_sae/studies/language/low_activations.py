@@ -72,7 +72,7 @@ def low_activations(
     for seed in range(1 if given else setting.seeds):
         part = folder / f"seed-{seed}"
         saes = given or train_together(setting, part, _members(setting, families), seed=seed)
-        data = setting.data(seed)
+        data = setting.held_out()
         results.append(
             _measured(saes, data, setting.held_out_tokens, shares, calibration_tokens, part)
         )

@@ -1,7 +1,5 @@
 """The study of penalties: is the square root below and left of L1?"""
 
-import sys
-import time
 from typing import Any
 
 from lightning_sae.functional.penalties import L1 as Absolute
@@ -15,9 +13,9 @@ from lightning_sae.studies.language.frontier import (
     mean_over,
     share_below,
 )
-from lightning_sae.studies.language.penalties_report import BIAS, Answers, draw, report
+from lightning_sae.studies.language.penalties_report import BIAS, draw, report
 from lightning_sae.studies.language.setting import Setting
-from lightning_sae.studies.language.sweeps import Swept, settings_of, train_all
+from lightning_sae.studies.language.sweeps import Answers, Swept, settings_of, train_all
 
 
 def _family(name: str, label: str, penalty: Penalty, *coefficients: float) -> Family:
@@ -79,7 +77,6 @@ def penalties(
     Raises:
         ValueError: If an argument is out of range or `output` has something else in it.
     """
-    began = time.perf_counter()
     every = chosen(FAMILIES, penalties, coefficients, "penalties")
     settings = settings_of(every, learning_rates, tuning_steps)
     setting = Setting(
@@ -92,17 +89,10 @@ def penalties(
         lr=min(learning_rates),
         **common,
     )
-    folder = setting.open(**settings)
+    setting.open(**settings)
     swept = train_all(setting, every, learning_rates, tuning_steps)
     answers = {family.name: against_l1(swept, family) for family in every[1:]}
-    shown = {**setting.plain(), **settings, "seeds": setting.seeds}
-    made = swept.write(folder, shown, answers)
-    picture = draw(swept, folder / "penalties.png")
-    page = report(swept, answers, picture, shown)
-    made += [picture, page.write(folder / "report.html")]
-    seconds = time.perf_counter() - began
-    last = f"Made: {', '.join(map(str, made))}, from {len(swept.rows)} SAEs, in {seconds:.0f} s."
-    sys.stdout.write("\n".join([*page.lines(), "", last]) + "\n")
+    swept.present(setting, settings, answers, draw, report, "penalties")
 
 
 def against_l1(swept: Swept, family: Family) -> Answers:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_sae.studies.language.page import Page, Section, Table
 from lightning_sae.studies.language.plots import curves, panels, save
-from lightning_sae.studies.language.sweeps import Swept, over_seeds
+from lightning_sae.studies.language.sweeps import Answers, Swept, over_seeds
 
 BIAS = "relative_reconstruction_bias"
 
@@ -22,9 +22,6 @@ FIGURES = {
     "dead_fraction": ("dead", ".3f"),
 }
 """Headings and formats of the table of all SAEs."""
-
-Answers = dict[str, list[float | None]]
-"""By seed; None where a penalty and L1 have no range in common."""
 
 
 def draw(swept: Swept, path: Path) -> Path:

@@ -126,7 +126,7 @@ def _one_seed(
         saes |= _constrained(setting, folder, seed, coefficients, saes[PLAIN], rare)
     kept = folder / "figures.json"
     if not kept.is_file():
-        write_json(kept, _known(_figures(setting, folder, seed, saes)))
+        write_json(kept, _known(_figures(setting, folder, saes)))
     figures = json.loads(kept.read_text())
     return {**figures, "snapshots": {name: _snapshots(folder, name) for name in saes}}
 
@@ -198,16 +198,16 @@ def _rare(frequency: Tensor) -> Bool[Tensor, " d_sae"]:
 
 
 def _figures(
-    setting: Setting, folder: Path, seed: int, saes: Mapping[str, SparseAutoencoder]
+    setting: Setting, folder: Path, saes: Mapping[str, SparseAutoencoder]
 ) -> dict[str, Any]:
     """Held-out figures of all SAEs, and of the plain one without its rare latents; directions."""
     activations, output = setting.hook_names
-    data, n = setting.data(seed, [activations]), setting.held_out_tokens
+    data, n = setting.held_out([activations]), setting.held_out_tokens
     on_activations = {name: sae for name, sae in saes.items() if name != OUT}
     rare = {name: _rare(_final(folder, name)) for name in saes}
     without = {PRUNED: without_latents(saes[PLAIN], rare[PLAIN])}
     figures = evaluate(on_activations | without, data, n, folder / "evaluation.json")
-    out_data = setting.data(seed, [output])
+    out_data = setting.held_out([output])
     figures |= evaluate({OUT: saes[OUT]}, out_data, n, folder / "out_evaluation.json")
     return {
         "figures": {

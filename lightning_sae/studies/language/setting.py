@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_sae.architectures.checks import require_positive
 from lightning_sae.data import ActivationDataModule
+from lightning_sae.data.datamodule import Dtype
 from lightning_sae.studies.folders import open_folder
 
 
@@ -21,6 +24,9 @@ class Setting:
         hook_name: TransformerLens name of the hook, or a list of them.
         text: `embedded`, files, folders or a hub name; see `ActivationDataModule`.
         validation_text: Text of its own for evaluation; by default a share of the documents.
+        text_column: Name of the text column, where there are columns.
+        streaming: Read a hub data set as a stream, without a copy on the disk.
+        model_dtype: dtype of the language model's weights.
         context_length: Tokens in a block.
         d_sae: Latents of each SAE.
         steps: Optimiser steps of each SAE.
@@ -45,6 +51,9 @@ class Setting:
         *,
         text: str | Sequence[str] = "embedded",
         validation_text: str | Sequence[str] | None = None,
+        text_column: str = "text",
+        streaming: bool = False,
+        model_dtype: Dtype = "float32",
         context_length: int = 128,
         d_sae: int = 1024,
         steps: int = 1000,
@@ -58,6 +67,8 @@ class Setting:
         require_positive(d_sae=d_sae, steps=steps, lr=lr, seeds=seeds)
         require_positive(held_out_tokens=held_out_tokens, context_length=context_length)
         self.model, self.text, self.validation_text = model, text, validation_text
+        self.text_column, self.streaming = text_column, streaming
+        self.model_dtype: Dtype = model_dtype
         self.hook_names = [hook_name] if isinstance(hook_name, str) else list(hook_name)
         self.context_length = context_length
         self.batch_size, self.buffer_size = batch_size, buffer_size
@@ -82,11 +93,14 @@ class Setting:
     def data(self, seed: int = 0, hook_names: Sequence[str] | None = None) -> ActivationDataModule:
         """The stream of activations at all hooks, or at those named; a hook alone is no list."""
         names = list(hook_names or self.hook_names)
-        return ActivationDataModule(
+        data = ActivationDataModule(
             names[0] if len(names) == 1 else names,
             self.model,
             text=self.text,
             validation_text=self.validation_text,
+            text_column=self.text_column,
+            streaming=self.streaming,
+            model_dtype=self.model_dtype,
             context_length=self.context_length,
             batch_size=self.batch_size,
             buffer_size=self.buffer_size,
@@ -94,6 +108,13 @@ class Setting:
             scale=True,
             seed=seed,
         )
+        if self.device != "cpu" and torch.cuda.is_available():
+            data.language_model.to("cuda")  # where it is read without a trainer, too
+        return data
+
+    def held_out(self, hook_names: Sequence[str] | None = None) -> ActivationDataModule:
+        """The data that is evaluated on: the same for all seeds, so that spread is the SAEs'."""
+        return self.data(0, hook_names)
 
     def share(self, part: float) -> int:
         """A share of the run, in steps."""

@@ -92,8 +92,10 @@ def measured(
     Returns:
         `methods`, a row for each hook and method; `latents`, a row for each hook and latent.
     """
-    data = setting.data(seed)
-    starts, copies = fine_tuned(setting, folder / "fine-tuned", originals, steps, seed, data)
+    starts, copies = fine_tuned(
+        setting, folder / "fine-tuned", originals, steps, seed, setting.data(seed)
+    )
+    data = setting.held_out()
     rows: dict[str, list[Row]] = {"methods": [], "latents": []}
     for hook in setting.hook_names:
         at_hook = data.at(hook)

@@ -1,7 +1,7 @@
 """Families trained at all weights of their penalties, on one pass of the model for each seed."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,13 +11,16 @@ from lightning_sae.studies.folders import write_csv, write_json
 from lightning_sae.studies.language.evaluating import evaluate
 from lightning_sae.studies.language.families import Family, require_rates
 from lightning_sae.studies.language.frontier import Curve
-from lightning_sae.studies.language.page import Section, Table, with_spread
+from lightning_sae.studies.language.page import Page, Section, Table, with_spread
 from lightning_sae.studies.language.setting import Setting
 from lightning_sae.studies.language.together import train_together
 from lightning_sae.studies.language.tuning import Tuned, tune
 
 Row = dict[str, Any]
 """Figures of one SAE, with its `family`, `coefficient`, `lr` and `seed`."""
+
+Answers = dict[str, list[float | None]]
+"""Comparisons of a family with the first one, by seed; None where they have no common range."""
 
 Point = tuple[float, float]
 
@@ -107,7 +110,36 @@ class Swept:
         text = [f"Training diverged: {'; '.join(self.diverged)}."] if self.diverged else []
         return Section(title, text, [self.table(figures)])
 
-    def write(self, folder: Path, settings: dict[str, Any], answers: dict[str, Any]) -> list[Path]:
+    def present(
+        self,
+        setting: Setting,
+        settings: dict[str, Any],
+        answers: dict[str, Answers],
+        draw: Callable[["Swept", Path], Path],
+        report: Callable[["Swept", dict[str, Answers], Path, dict[str, Any]], Page],
+        name: str,
+    ) -> None:
+        """Write figures, picture and page, print what was found, and say what was made.
+
+        Args:
+            setting: The study's.
+            settings: What the study adds to it.
+            answers: Comparisons by family.
+            draw: Draws the picture into a file.
+            report: Makes the page.
+            name: Of the picture, less `.png`.
+        """
+        shown = {**setting.plain(), **settings, "seeds": setting.seeds}
+        made = self._write(setting.folder, shown, answers)
+        picture = draw(self, setting.folder / f"{name}.png")
+        page = report(self, answers, picture, shown)
+        made += [picture, page.write(setting.folder / "report.html")]
+        last = f"Made: {', '.join(map(str, made))}, from {len(self.rows)} SAEs."
+        sys.stdout.write("\n".join([*page.lines(), "", last]) + "\n")
+
+    def _write(
+        self, folder: Path, settings: dict[str, Any], answers: dict[str, Answers]
+    ) -> list[Path]:
         """Figures of all SAEs as `results.json` and `results.csv`."""
         content = {
             "settings": settings,
@@ -161,8 +193,8 @@ def sweep(
     ]
     sys.stderr.write(f"seed {seed} of {setting.seeds}: {len(members)} SAEs side by side\n")
     saes = train_together(setting, folder, members, seed=seed)
-    data = setting.data(seed)
-    figures = evaluate(saes, data, setting.held_out_tokens, folder / "evaluation.json")
+    data, n = setting.held_out(), setting.held_out_tokens
+    figures = evaluate(saes, data, n, folder / "evaluation.json")
     return [
         {
             "family": family.name,
