@@ -48,6 +48,11 @@ def test_every_sae_of_the_sweep_has_its_row(output: Path, results: dict[str, Any
     assert all(math.isfinite(row["loss_recovered_mean"]) for row in results["saes"])
 
 
+def test_all_seeds_are_evaluated_on_the_same_text(results: dict[str, Any]) -> None:
+    for name in ("ce_clean", "ce_mean_ablation"):
+        assert len({row[name] for row in results["saes"]}) == 1
+
+
 def test_members_are_what_their_family_says(output: Path) -> None:
     free = load(output / "seed-1" / "saes" / "gated-norms-3.0")
     unit = load(output / "seed-1" / "saes" / "gated-3.0")
