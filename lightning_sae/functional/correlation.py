@@ -54,8 +54,8 @@ def partial_correlation(
         >>> import torch
         >>> z = torch.tensor([1.0, 1.0, 2.0, 2.0])
         >>> rest = torch.tensor([1.0, -1.0, 1.0, -1.0])
-        >>> partial_correlation(z + rest, z - rest, z)
-        tensor(-1., dtype=torch.float64)
+        >>> print(f"{partial_correlation(z + rest, z - rest, z):.3f}")
+        -1.000
     """
     xy, xz, yz = correlation(x, y), correlation(x, given), correlation(y, given)
     return (xy - xz * yz) / ((1 - xz.square()) * (1 - yz.square())).sqrt()
