@@ -168,46 +168,57 @@ def rare_text(rows: Sequence[Row]) -> str:
     )
 
 
-def comparison(
-    rows: Sequence[Row], across: Mapping[str, Sequence[float]]
-) -> Iterator[tuple[str, str, str]]:
-    """What is asked, what the document says, what is seen here."""
+Compared = Iterator[tuple[str, str, str]]
+"""What is asked, what the document says, what is seen here."""
 
-    def here(name: str, figure: str, form: str = ".3f") -> str:
-        return _cell(rows, name, figure, form) or "no rare latents"
 
+def comparison(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> Compared:
+    """All that the document has a figure of."""
+    yield from _of_loss(rows)
+    yield from _of_rare_rows(rows, across.get(PLAIN) or [])
+    yield from _of_what_becomes_of_them(rows)
+
+
+def _here(rows: Sequence[Row], name: str, figure: str, form: str) -> str:
+    return _cell(rows, name, figure, form) or "no rare latents"
+
+
+def _of_loss(rows: Sequence[Row]) -> Compared:
+    recovered = _here(rows, PLAIN, "loss_recovered_zero", ".1%")
     yield (
         "loss recovered against zero ablation",
         "92 %",
-        f"{here(PLAIN, 'loss_recovered_zero', '.1%')} at L0 {here(PLAIN, 'l0', '.1f')}",
+        f"{recovered} at L0 {_here(rows, PLAIN, 'l0', '.1f')}",
     )
     yield (
         "mean ablation, on the scale of zero ablation",
         "25 %",
-        here(PLAIN, "mean_ablation_recovers", ".1%"),
+        _here(rows, PLAIN, "mean_ablation_recovers", ".1%"),
     )
     yield (
         "latents below 1e-4",
         "about 60 %, none dead, a mode of its own",
-        f"{here(PLAIN, 'below_1e-4', '.1%')}, of which never: {here(PLAIN, 'never', '.1%')}",
+        f"{_here(rows, PLAIN, 'below_1e-4', '.1%')}, of which never: "
+        f"{_here(rows, PLAIN, 'never', '.1%')}",
     )
     yield (
         "loss recovered without the rare latents",
         "92 % becomes 91 %",
-        f"{here(PLAIN, 'loss_recovered_zero', '.1%')} becomes "
-        f"{here(PRUNED, 'loss_recovered_zero', '.1%')}",
+        f"{recovered} becomes {_here(rows, PRUNED, 'loss_recovered_zero', '.1%')}",
     )
+
+
+def _of_rare_rows(rows: Sequence[Row], between: Sequence[float]) -> Compared:
     yield (
         "rare encoder rows with a cosine above .95 with their mean",
         "97.5 %",
-        here(PLAIN, "alike", ".1%"),
+        _here(rows, PLAIN, "alike", ".1%"),
     )
     yield (
         "rare decoder rows on one direction",
         "very little",
-        here(PLAIN, "decoder_on_one_direction", ".1%"),
+        _here(rows, PLAIN, "decoder_on_one_direction", ".1%"),
     )
-    between = across.get(PLAIN) or []
     yield (
         "cosine of the rare mean between seeds",
         ".96",
@@ -216,23 +227,26 @@ def comparison(
     yield (
         "rare latents that fire on the input furthest along their mean",
         "95 %",
-        here(PLAIN, "on_most_aligned", ".1%"),
-    )
-    yield (
-        "kept orthogonal to that direction",
-        "a cluster of its own, in another direction",
-        f"below 1e-4: {here(CONSTRAINED, 'below_1e-4', '.1%')}; median cosine with their own mean: "
-        f"{here(CONSTRAINED, 'cosine_with_mean', '.2f')}",
+        _here(rows, PLAIN, "on_most_aligned", ".1%"),
     )
     yield (
         "cosine of encoder and decoder rows, median",
         ".5",
-        here(PLAIN, "encoder_decoder_cosine", ".2f"),
+        _here(rows, PLAIN, "encoder_decoder_cosine", ".2f"),
+    )
+
+
+def _of_what_becomes_of_them(rows: Sequence[Row]) -> Compared:
+    yield (
+        "kept orthogonal to that direction",
+        "a cluster of its own, in another direction",
+        f"below 1e-4: {_here(rows, CONSTRAINED, 'below_1e-4', '.1%')}; median cosine with their "
+        f"own mean: {_here(rows, CONSTRAINED, 'cosine_with_mean', '.2f')}",
     )
     yield (
         "rare latents that become more frequent late in training",
         "a drift upwards from 1.6 billion tokens on",
-        f"{here(PLAIN, 'rare_at_half_that_rose', '.1%')} of those rare half-way"
+        f"{_here(rows, PLAIN, 'rare_at_half_that_rose', '.1%')} of those rare half-way"
         if _values(rows, PLAIN, "rare_at_half_that_rose")
         else "none was rare half-way",
     )
