@@ -326,7 +326,7 @@ class SparseAutoencoder(Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         outcome = self._evaluate(self.scaled(batch))
         together, n = self._of_all_ranks(outcome), len(batch) * self.n_ranks
         require_finite(together.loss, batch, self.trainer.global_step, self.sum_of_ranks)
-        self._count_silence(together.fired, n)
+        self.count_silence(together.fired, n)
         self._log_step(together, together.fired.sum() / n)
         return {
             "loss": outcome.loss,
@@ -354,9 +354,24 @@ class SparseAutoencoder(Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
             fired=self.sum_of_ranks(outcome.fired),
         )
 
-    def _count_silence(self, fired: Int[Tensor, " d_sae"], n: int) -> None:
+    def count_silence(self, fired: Int[Tensor, " d_sae"], n: int) -> None:
+        """Take note of how often each latent fired on `n` activations."""
         self.silent_for += n
         self.silent_for[fired > 0] = 0
+
+    @override
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, but does not ask a barebones trainer, which warns at each call."""
+        if not self.trainer.barebones:
+            super().log(*args, **kwargs)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module's, but quick with Lightning's note of the hook it is in: 40 times a step."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def dead(self) -> Tensor:

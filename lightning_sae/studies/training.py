@@ -146,7 +146,6 @@ def quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You are trying to `self.log")
             warnings.filterwarnings("ignore", ".*does not have many workers")
             warnings.filterwarnings("ignore", "GPU available but not used")
             warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")

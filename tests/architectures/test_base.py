@@ -20,6 +20,7 @@ from lightning_sae.callbacks import L1Warmup, RunCheckpoint
 from lightning_sae.data.scaling import Scaling
 from lightning_sae.functional.codes import Layout
 from lightning_sae.saving import folded_state
+from lightning_sae.studies.training import quiet
 
 
 class Activations(LightningDataModule):
@@ -225,6 +226,25 @@ def test_bfloat16_autocast_trains_float32_weights() -> None:
     trainer.fit(sae, datamodule=Activations(torch.randn(64, 4)))
     assert sae.W_dec.dtype == torch.float32
     assert not torch.equal(sae.W_dec, before)
+
+
+def test_a_barebones_trainer_trains_the_same_weights_and_does_not_warn_of_each_log() -> None:
+    data = Activations(torch.randn(64, 4))
+    saes = [scaled_sae(aux_coefficient=1.0) for _ in range(2)]
+    saes[1].load_state_dict(saes[0].state_dict())
+    quiet_trainer(max_steps=6).fit(saes[0], datamodule=data)
+    bare = Trainer(accelerator="cpu", barebones=True, max_steps=6, limit_val_batches=0)
+    with quiet():
+        bare.fit(saes[1], datamodule=data)
+    assert_same_weights(saes[1], saes[0])
+
+
+def test_lightning_knows_in_which_hook_it_is() -> None:
+    sae = free_sae()
+    assert sae._current_fx_name is None
+    sae._current_fx_name = "training_step"
+    assert sae._current_fx_name == "training_step"
+    assert "_current_fx_name" not in sae.state_dict()
 
 
 @pytest.mark.parametrize(("name", "value"), [("d_in", 0), ("d_sae", -1), ("lr", 0.0)])

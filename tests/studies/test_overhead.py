@@ -27,6 +27,7 @@ def test_both_ways_train_to_the_same_weights() -> None:
     assert not torch.equal(found[0].W_dec, before.W_dec)
     assert torch.equal(found[0].W_dec, found[1].W_dec)
     assert torch.equal(found[0].b_dec, found[1].b_dec)
+    assert torch.equal(found[0].silent_for, found[1].silent_for)
 
 
 def test_first_steps_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
