@@ -31,6 +31,7 @@ def draw_ways(points: Sequence[Point], path: Path) -> Path:
                 axes, series, spread=spread, x="L0, latents per token", y=label, logarithmic=True
             )
         _label_once(axes)
+        _make_room_for_the_best(axes, points, name)
         whole = [_means(points, sae, WHOLE, name)[0] for sae in names(points)]
         axes.plot(*zip(*whole, strict=True), "ko", markersize=6, zorder=5, label="nothing removed")
         _plain_numbers(axes)
@@ -82,6 +83,13 @@ def _spread(points: Sequence[Point], sae: str, way: str, name: str) -> list[tupl
         (stdev(x for x, _ in level), stdev(y for _, y in level)) if len(level) > 1 else (0.0, 0.0)
         for level in _levels(points, sae, way, name)
     ]
+
+
+def _make_room_for_the_best(axes: Axes, points: Sequence[Point], name: str) -> None:
+    """Show no more than all ways but the dearest need, which would press the others together."""
+    dearest = {way: max(p[name] for p in points if p["way"] == way) for way in WAYS}
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, 1.05 * sorted(dearest.values())[-2]))
 
 
 def _label_once(axes: Axes) -> None:

@@ -60,7 +60,8 @@ def report(folder: Path, families: Mapping[str, str], results: Results) -> tuple
             points, folder / "removal.png"
         ): "What is left when the lowest activations of each "
         "SAE are removed; black dots are the SAEs as trained. Means over seeds, bars one standard "
-        "deviation. The error's two axes are the same figure in two units.",
+        "deviation. The way that costs most goes beyond the upper edge. The error's two axes are "
+        "the same figure in two units.",
         draw_frontier(points, families, folder / "frontier.png"): "The sweep as trained, and each "
         "SAE of it under one threshold.",
     }
