@@ -174,9 +174,9 @@ def _rules(plan: Row, recipe: Row) -> list[str]:
         "the run; JumpReLU's bandwidth and first threshold.",
         "- **As each library has it**: the rest. All of ours have AuxK for dead latents, weighted "
         f"{recipe['auxk']:g}; SAELens has an AuxK of its own in its TopK family. Decoder rows of "
-        "SAELens have any norm. Ours have norm 1, but for JumpReLU, where they are free too: its "
-        "penalty counts latents and does not see norms, and with norm 1 far more latents die. "
-        "Learning rate, bandwidth and this were chosen with ours alone, on seeds not in the table.",
+        "SAELens have any norm. Ours have norm 1 in ReLU and Gated SAEs, whose penalty sees how "
+        "strong latents are, and any norm in the others. Learning rate, bandwidth and this were "
+        "chosen with ours alone, on seeds not in the table.",
         "- **L0**: ours steers a penalty to it within one training (`TargetL0`). SAELens has no "
         "such thing: its coefficient is sought for by whole trainings, from the one that ours "
         f"ended with, until L0 is within {CLOSE:.0%} or there were {ATTEMPTS}; the closest "

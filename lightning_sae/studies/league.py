@@ -45,8 +45,9 @@ RECIPE = {
 """What all share; lengths are shares of the run.
 
 The learning rate was chosen of 3e-3 and 6e-3, and the width of JumpReLU's window of 1 and 2, on a
-seed that is in no table, at L0 8, by MCC. Decoder rows have norm 1 but for JumpReLU's, which are
-free: its penalty is a count, which norms leave as it is, and with norm 1 far more latents die.
+seed that is in no table, at L0 8, by MCC. Decoder rows have norm 1 where a penalty sees how strong
+latents are. Where it counts them, or their number is given, norms are free: nothing is gained by
+growing them, and with norm 1 more latents die or find what others have found.
 """
 
 HELD_OUT = 65_536
@@ -79,6 +80,8 @@ class Architecture:
         return self.kind.coefficient_name is not None
 
 
+FREE = {"decoder_norm": "free"}
+
 ARCHITECTURES = {
     "relu": Architecture("ReLU, L1", ReLUSAE),
     "sqrt": Architecture("ReLU, sqrt", ReLUSAE, {"penalty": Sqrt()}),
@@ -87,11 +90,11 @@ ARCHITECTURES = {
     "jumprelu": Architecture(
         "JumpReLU",
         JumpReLUSAE,
-        {"bandwidth": 1.0, "threshold_init": 0.1, "decoder_norm": "free"},
+        {"bandwidth": 1.0, "threshold_init": 0.1, **FREE},
     ),
-    "topk": Architecture("TopK", TopKSAE),
-    "batchtopk": Architecture("BatchTopK", BatchTopKSAE),
-    "matryoshka": Architecture("Matryoshka", MatryoshkaSAE),
+    "topk": Architecture("TopK", TopKSAE, FREE),
+    "batchtopk": Architecture("BatchTopK", BatchTopKSAE, FREE),
+    "matryoshka": Architecture("Matryoshka", MatryoshkaSAE, FREE),
 }
 
 
