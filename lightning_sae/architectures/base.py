@@ -16,6 +16,7 @@ from lightning_sae.architectures.checks import (
     require_width,
 )
 from lightning_sae.architectures.evaluation import EvaluatedOnHeldOut
+from lightning_sae.architectures.lean import Lean
 from lightning_sae.architectures.optimised import Optimised
 from lightning_sae.architectures.ranks import AmongRanks
 from lightning_sae.architectures.saved import Saved
@@ -31,7 +32,7 @@ from lightning_sae.metrics import held_out_metrics
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
 
-class SparseAutoencoder(Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
+class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
     """Base of all architectures; a subclass says how it activates and what it minimises.
 
     Training may work on centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`,
@@ -358,20 +359,6 @@ class SparseAutoencoder(Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         """Take note of how often each latent fired on `n` activations."""
         self.silent_for += n
         self.silent_for[fired > 0] = 0
-
-    @override
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but does not ask a barebones trainer, which warns at each call."""
-        if not self.trainer.barebones:
-            super().log(*args, **kwargs)
-
-    @override
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As a module's, but quick with Lightning's note of the hook it is in: 40 times a step."""
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
     @property
     def dead(self) -> Tensor:
