@@ -18,11 +18,11 @@ HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.2.hook_
 def suppression(
     l1_coefficient: float = 2.0,
     sae: Sequence[str] | None = None,
-    fine_tune_steps: int = 800,
+    fine_tune_steps: int = 600,
     toy_steps: int = 2000,
     output: str = "runs/suppression",
     hook_name: str | Sequence[str] = HOOKS,
-    steps: int = 2500,
+    steps: int = 2000,
     **common: Any,
 ) -> None:
     """Fine-tune SAEs without their sparsity penalty, by seven methods, and see what that mends.
