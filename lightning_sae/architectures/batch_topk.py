@@ -23,7 +23,8 @@ class BatchTopKSAE(WithOrthogonality):
 
     Outside of training a row must not depend on its batch: latents are the pre-activations above
     `threshold`, a running mean of the smallest that was chosen in each batch. The batch is that of
-    all ranks. Source: Bussmann et al., BatchTopK sparse autoencoders (2024).
+    all ranks. As to `decoder_norm` see `TopKSAE`. Source: Bussmann et al., BatchTopK sparse
+    autoencoders (2024).
 
     Args:
         d_in: Width of the activations.

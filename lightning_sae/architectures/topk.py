@@ -22,8 +22,9 @@ class TopKSAE(SparseAutoencoder):
         L = \|x - \hat x\|^2 + \alpha \mathrm{Var}(x) L_{auxk} \quad \text{(mean over the batch)}
 
     There is no penalty, for sparsity is given; dead latents come back by
-    `lightning_sae.functional.revival.auxk`. Source: Gao et al., Scaling and evaluating sparse
-    autoencoders (2024).
+    `lightning_sae.functional.revival.auxk`. Norms of decoder rows cost nothing, and may be free
+    (`decoder_norm="free"`): on known features that finds more of them. Source: Gao et al., Scaling
+    and evaluating sparse autoencoders (2024).
 
     Args:
         d_in: Width of the activations.
