@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,21 @@ import pytest
 import torch
 
 from lightning_sae.cli import command
-from lightning_sae.studies import main
+from lightning_sae.studies import main, overhead
 from lightning_sae.studies.broken_latents import broken_latents
 from lightning_sae.studies.report import cost_in_words
 
 PICTURES = ("activations", "cosines", "firings")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief_timing() -> Iterator[None]:
+    """Lightning's share from a few steps, for what it comes to is not looked at here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overhead, "UNTIMED", 2)
+        module = sys.modules[broken_latents.__module__]
+        patch.setattr(module, "overhead", partial(overhead.overhead, steps=3, rounds=1))
+        yield
 
 
 def study(output: Path, *arguments: str) -> None:
