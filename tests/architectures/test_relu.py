@@ -108,8 +108,7 @@ def train_on_one_feature(g: float, p: float, l1_coefficient: float) -> float:
     return sae.encode(g * direction).item()
 
 
-@pytest.mark.parametrize("l1_coefficient", [0.3, 1.0])
-@pytest.mark.parametrize("p", [0.05, 0.4])
+@pytest.mark.parametrize(("p", "l1_coefficient"), [(0.05, 1.0), (0.4, 0.3)])
 def test_a_feature_of_strength_g_is_learnt_as_g_less_half_the_coefficient(
     l1_coefficient: float, p: float
 ) -> None:
