@@ -176,7 +176,8 @@ def _rules(plan: Row, recipe: Row) -> list[str]:
         f"{recipe['auxk']:g}; SAELens has an AuxK of its own in its TopK family. Decoder rows of "
         "SAELens have any norm. Ours have norm 1 in ReLU and Gated SAEs, whose penalty sees how "
         "strong latents are, and any norm in the others. Learning rate, bandwidth and this were "
-        "chosen with ours alone, on seeds not in the table.",
+        "chosen with ours alone, on seeds not in the table; that norms matter in the TopK family "
+        "was first seen on seed 0.",
         "- **L0**: ours steers a penalty to it within one training (`TargetL0`). SAELens has no "
         "such thing: its coefficient is sought for by whole trainings, from the one that ours "
         f"ended with, until L0 is within {CLOSE:.0%} or there were {ATTEMPTS}; the closest "
