@@ -95,7 +95,9 @@ def run_and_kill(root: Path, at: int, signal_name: str) -> int:
     ).returncode
 
 
-@pytest.mark.parametrize(("at", "signal_name"), [(4, "SIGKILL"), (7, "SIGTERM"), (8, "SIGINT")])
+@pytest.mark.parametrize(
+    ("at", "signal_name"), [(4, "SIGKILL"), (11, "SIGKILL"), (7, "SIGTERM"), (8, "SIGINT")]
+)
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
     at: int, signal_name: str, uninterrupted: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ class Lean(LightningModule):
     @override
     def log(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's, but does not ask a barebones trainer, which warns at each call."""
-        if not self.trainer.barebones:
+        if not getattr(self._trainer, "barebones", False):
             super().log(*args, **kwargs)
 
     @override
