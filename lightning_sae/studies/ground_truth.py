@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_sae.studies.folders import open_folder, write_csv, write_json
 from lightning_sae.studies.league import ARCHITECTURES, RECIPE, Run, World, one_run
@@ -22,6 +22,7 @@ def ground_truth(
     noise: float = 0.0,
     samples: int = 1_000_000,
     seeds: int = 3,
+    decoder_norm: Literal["unit", "free"] | None = None,
     output: str = "runs/ground-truth",
     workers: int | None = None,
 ) -> None:
@@ -42,6 +43,8 @@ def ground_truth(
         noise: Standard deviation of noise on each coordinate; features have magnitude 1 on average.
         samples: Activations that each SAE is trained on.
         seeds: SAEs of each kind, with seeds from 0 on; world and weights follow from the seed.
+        decoder_norm: Whether decoder rows of all have norm 1 or any; null for what suits each: 1
+            where a penalty sees how strong latents are.
         output: A new or empty folder, or that of a study with this world and recipe.
         workers: SAEs trained at one time, each in a process with one thread; by default one for
             each core.
@@ -54,17 +57,18 @@ def ground_truth(
     _require_at_least(1, samples=samples, seeds=seeds, workers=workers)
     world = World(n_features, d_in, noise)
     world.data(0)  # raises if there is no such world
-    settings = {
+    settings: dict[str, Any] = {
         "world": asdict(world),
         "d_sae": d_sae,
         "samples": samples,
         "recipe": RECIPE,
         "entrants": {name: str(entrant.settings) for name, entrant in ARCHITECTURES.items()},
+        "decoder_norm": decoder_norm,
     }
     folder = open_folder(output, settings)
     (folder / "runs").mkdir(exist_ok=True)
     runs = [
-        Run(name, target, seed, world, d_sae, samples, folder / "runs")
+        Run(name, target, seed, world, d_sae, samples, folder / "runs", decoder_norm)
         for seed in range(seeds)
         for target in targets
         for name in names

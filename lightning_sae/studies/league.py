@@ -80,7 +80,7 @@ class Architecture:
         return self.kind.coefficient_name is not None
 
 
-FREE = {"decoder_norm": "free"}
+FREE = {"decoder_norm": "free"}  # see RECIPE
 
 ARCHITECTURES = {
     "relu": Architecture("ReLU, L1", ReLUSAE),
@@ -152,6 +152,7 @@ class Run:
         d_sae: Number of latents.
         samples: Activations to train on.
         folder: Where its figures are kept.
+        decoder_norm: `unit` or `free`; None for what the architecture has.
     """
 
     architecture: str
@@ -161,6 +162,7 @@ class Run:
     d_sae: int
     samples: int
     folder: Path
+    decoder_norm: str | None = None
 
     @property
     def path(self) -> Path:
@@ -181,10 +183,16 @@ class Run:
         """Steps that a share of the recipe comes to."""
         return int(RECIPE[name] * self.steps)
 
+    @property
+    def norm_of_rows(self) -> str:
+        """Whether decoder rows have norm 1, `unit`, or any, `free`."""
+        own = ARCHITECTURES[self.architecture].settings.get("decoder_norm", "unit")
+        return self.decoder_norm or own
+
     def sae(self) -> SparseAutoencoder:
         """The SAE before training."""
         entrant = ARCHITECTURES[self.architecture]
-        own = dict(entrant.settings)
+        own = entrant.settings | {"decoder_norm": self.norm_of_rows}
         if not entrant.is_steered:
             own["k"] = self.l0
         if entrant.kind is MatryoshkaSAE:
@@ -206,8 +214,7 @@ class Run:
     def callbacks(self) -> list[Callback]:
         """What keeps decoder rows; for a penalty a warm-up, and then steering to the wished L0."""
         entrant = ARCHITECTURES[self.architecture]
-        is_free = entrant.settings.get("decoder_norm") == "free"
-        found: list[Callback] = [] if is_free else [DecoderNormProjection()]
+        found: list[Callback] = [DecoderNormProjection()] if self.norm_of_rows == "unit" else []
         if entrant.is_steered:
             found += [L1Warmup(max(1, self.share("penalty_warmup"))), TargetL0(self.l0)]
         return found

@@ -76,6 +76,24 @@ def test_decoder_rows_are_kept_where_their_norm_is_to_be_one(name: str) -> None:
     assert kept == (run.sae().decoder_norm == "unit") == sees_strength
 
 
+@pytest.mark.parametrize("norm", ["unit", "free"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_norms_can_be_the_same_for_all(name: str, norm: str) -> None:
+    run = Run(name, 3, 0, World(16, 16), 16, 10_240, Path(), norm)
+    kept = any(isinstance(c, DecoderNormProjection) for c in run.callbacks())
+    assert (run.sae().decoder_norm, kept) == (norm, norm == "unit")
+
+
+def test_norms_asked_for_are_those_of_the_study(tmp_path: Path) -> None:
+    study(tmp_path, "--l0", "2", "--seeds", "1", "--architectures", "topk")
+    free = json.loads((tmp_path / "results.json").read_text())["runs"][0]
+    arguments = ("--l0", "2", "--seeds", "1", "--architectures", "topk", "--decoder_norm", "unit")
+    study(tmp_path / "unit", *arguments)
+    unit = json.loads((tmp_path / "unit" / "results.json").read_text())
+    assert unit["decoder_norm"] == "unit"
+    assert unit["runs"][0]["mcc"] != free["mcc"]
+
+
 def test_weights_follow_from_the_seed_and_chance_is_left_alone() -> None:
     def weights(seed: int) -> torch.Tensor:
         return Run("relu", 3, seed, World(8, 8), 8, 1024, Path()).sae().W_dec
