@@ -8,8 +8,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contender import LIBRARIES
 from benchmarks.figure import draw
+from benchmarks.libraries.base import LIBRARIES
 from benchmarks.machine import surroundings
 from benchmarks.report import page
 from benchmarks.sections import SECTIONS, Plan, say

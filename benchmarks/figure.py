@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import words
-from benchmarks.contender import OURS
+from benchmarks.libraries.base import OURS
 from benchmarks.report import NAMES
 from benchmarks.words import Row
 

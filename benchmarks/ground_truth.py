@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.contender import OURS
 from benchmarks.known import THEIRS, save_activations
+from benchmarks.libraries.base import OURS
 from benchmarks.machine import surroundings
 from benchmarks.measure import run_process
 from benchmarks.sections import say
 from benchmarks.words import Row, table
-from lightning_sae.studies.league import ARCHITECTURES, RECIPE, World
+from lightning_sae.studies.ground_truth.league import ARCHITECTURES, RECIPE, World
 
 PEER = "SAELens"
 CLOSE = 0.05  # relative distance to the wished L0 at which the search for a coefficient ends

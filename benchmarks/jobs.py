@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks import language
-from benchmarks.contender import LIBRARIES, Contender, Task, calibrate
+from benchmarks.libraries.base import LIBRARIES, Contender, Task, calibrate
 from benchmarks.measure import Watch, forget_peak, peak_bytes, resident_bytes, spread
 from benchmarks.toy import gaussian_batches, sparse_batches
 

@@ -15,10 +15,17 @@ from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.contender import OURS
+from benchmarks.libraries.base import OURS
 from benchmarks.measure import Watch
-from lightning_sae.studies.league import ARCHITECTURES, RECIPE, Run, World, held_out, measure
-from lightning_sae.studies.training import quiet
+from lightning_sae.studies.ground_truth.league import (
+    ARCHITECTURES,
+    RECIPE,
+    Run,
+    World,
+    held_out,
+    measure,
+)
+from lightning_sae.studies.shared.toy_training import quiet
 
 EVALUATED = 1024  # activations in a batch of the evaluation, as in SAELens' runner
 THEIRS = {

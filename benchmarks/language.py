@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from benchmarks.contender import OURS
+from benchmarks.libraries.base import OURS
 from benchmarks.source import Source
 from lightning_sae import ActivationDataModule, ReLUSAE
 from lightning_sae.callbacks import DecoderNormProjection
@@ -128,7 +128,7 @@ def fit(
     if library == OURS:
         train = _our_run(data, d_sae, n_steps)
     else:
-        from benchmarks.saelens import language_model_run
+        from benchmarks.libraries.saelens import language_model_run
 
         train = language_model_run(where, data, d_sae, n_steps, variant)
     began = perf_counter()
@@ -138,7 +138,7 @@ def fit(
 
 
 def _our_run(data: ActivationDataModule, d_sae: int, n_steps: int) -> Callable[[], Any]:
-    from benchmarks.ours import QUIET
+    from benchmarks.libraries.ours import QUIET
 
     sae = ReLUSAE(data.d_in, d_sae, l1_coefficient=L1_COEFFICIENT, lr=LR)
     projection = DecoderNormProjection()

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks.contender import LIBRARIES
+from benchmarks.libraries.base import LIBRARIES
 from benchmarks.measure import ROOT
 
 PACKAGES = ("torch", "lightning", "transformers", "transformer-lens")

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
 
+from benchmarks.libraries.ours import QUIET
 from benchmarks.measure import peak_bytes
-from benchmarks.ours import QUIET
 from lightning_sae import ActivationDataModule, SideBySide
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.side_by_side.descriptions import build_members

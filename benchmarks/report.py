@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from benchmarks import words
-from benchmarks.contender import OURS
+from benchmarks.libraries.base import OURS
 from benchmarks.words import Row
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.contender import LIBRARIES, OURS, Task
+from benchmarks.libraries.base import LIBRARIES, OURS, Task
 from benchmarks.measure import run_job
 from benchmarks.source import Source
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.contender import OURS
+from benchmarks.libraries.base import OURS
 
 Row = dict[str, Any]
 

@@ -19,9 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 from typing_extensions import override
 
-from lightning_sae.agreement import require_agreement
 from lightning_sae.architectures.ranks import AmongRanks
-from lightning_sae.bench import BenchTrainer
+from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
     ExportSAE,
     HeldOutEvaluation,
@@ -33,6 +32,7 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.callbacks.checkpoint import require_new_run
 from lightning_sae.callbacks.results import unused
+from lightning_sae.distributed import require_agreement
 from lightning_sae.saving import AtomicCheckpointIO
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.results import after_fit, after_predict, after_test, after_validate

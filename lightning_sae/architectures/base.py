@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sae.agreement import require_agreement
 from lightning_sae.architectures.checks import (
     require_finite,
     require_one_of,
@@ -17,15 +16,16 @@ from lightning_sae.architectures.checks import (
 )
 from lightning_sae.architectures.evaluation import EvaluatedOnHeldOut
 from lightning_sae.architectures.lean import Lean
+from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
 from lightning_sae.architectures.optimised import Optimised
 from lightning_sae.architectures.ranks import AmongRanks
 from lightning_sae.architectures.saved import Saved
-from lightning_sae.architectures.steps import Outcome, Step, at_once, in_chunks
-from lightning_sae.functional.codes import Code, Layout, default_chunk_rows, encode
+from lightning_sae.distributed import require_agreement
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.functional.revival import auxk, ghost_gradients, variance
-from lightning_sae.functional.selection import Rule
+from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_rows, encode
+from lightning_sae.functional.sparse.selection import Rule
 from lightning_sae.memory import keep_freed_blocks
 from lightning_sae.metrics import held_out_metrics
 
@@ -56,7 +56,8 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         revive_coefficient: Weight of that loss, in the units of the squared error.
         k_aux: Dead latents per row that `auxk` lets rebuild the error; half of `d_in` by default.
         chunk_rows: Rows of a batch whose pre-activations of all latents exist at one time; fewer
-            need less memory. By default see `lightning_sae.functional.codes.default_chunk_rows`.
+            need less memory. By default see `default_chunk_rows` of
+            `lightning_sae.functional.sparse.code`.
 
     Attributes:
         layout: Whether the latents of the next batch are a matrix or a sparse code.

@@ -10,11 +10,11 @@ from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.checks import require_not_negative, require_one_of
-from lightning_sae.architectures.steps import Step
-from lightning_sae.functional.codes import Code
-from lightning_sae.functional.errors import squared_errors
+from lightning_sae.architectures.objective import Step
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
-from lightning_sae.functional.selection import Above
+from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.sparse.selection import Above
+from lightning_sae.functional.squared_error import squared_errors
 
 
 class GatedSAE(SparseAutoencoder):

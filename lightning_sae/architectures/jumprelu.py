@@ -9,12 +9,12 @@ from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.checks import require_not_negative, require_positive
-from lightning_sae.architectures.steps import Step
-from lightning_sae.functional.codes import Code
-from lightning_sae.functional.errors import squared_errors
+from lightning_sae.architectures.objective import Step
 from lightning_sae.functional.jumprelu import jumprelu, step
 from lightning_sae.functional.penalties import Penalty, batch_penalty
-from lightning_sae.functional.selection import Above
+from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.sparse.selection import Above
+from lightning_sae.functional.squared_error import squared_errors
 
 
 class JumpReLUSAE(SparseAutoencoder):
@@ -31,7 +31,7 @@ class JumpReLUSAE(SparseAutoencoder):
 
     A count does not see the norms of decoder rows, so nothing has to keep them:
     `decoder_norm="free"`, without `DecoderNormProjection`, leaves fewer latents dead on known
-    features, see `lightning_sae.studies.league`.
+    features, see `lightning_sae.studies.ground_truth.league`.
 
     Source: Rajamanoharan et al., Jumping ahead (2024); the loss of dead latents: Conerly et al.,
     Circuits Updates, January 2025.

@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sae.architectures.optimisation import adam_with_schedule, clip_norm
-from lightning_sae.functional.codes import Layout
+from lightning_sae.architectures.optimizer import adam_with_schedule, clip_norm
+from lightning_sae.functional.sparse.code import Layout
 
 
 class Optimised(LightningModule):

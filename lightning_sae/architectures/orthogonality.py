@@ -13,9 +13,9 @@ from lightning_sae.architectures.checks import (
     require_positive,
 )
 from lightning_sae.architectures.peaks import MixtureThreshold, PeakThreshold
-from lightning_sae.functional.codes import Code
 from lightning_sae.functional.orthogonality import orthogonality
-from lightning_sae.functional.patterns import DensePattern
+from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.sparse.patterns import DensePattern
 
 
 class WithOrthogonality(SparseAutoencoder):

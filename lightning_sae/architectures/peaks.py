@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sae.functional.codes import Code
 from lightning_sae.functional.peaks import counts_by_height, maxima, two_peaks
+from lightning_sae.functional.sparse.code import Code
 
 Reduce = Callable[..., Tensor]
 """Reduces a tensor over ranks, in place or not, as `reduce` of a trainer's strategy does."""

@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sae.architectures.checks import require_not_negative
+from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.orthogonality import WithOrthogonality
-from lightning_sae.architectures.steps import Step
-from lightning_sae.functional.codes import Code
-from lightning_sae.functional.errors import squared_errors
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
-from lightning_sae.functional.selection import Above
+from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.sparse.selection import Above
+from lightning_sae.functional.squared_error import squared_errors
 
 
 class ReLUSAE(WithOrthogonality):

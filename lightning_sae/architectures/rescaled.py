@@ -1,55 +1,239 @@
-"""The ablations of the gated SAE: a plain ReLU encoder whose shrinkage is undone afterwards."""
+"""A trained SAE with a scale for each latent, fine-tuned without a sparsity penalty."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.architectures.gated import GatedSAE
-from lightning_sae.functional.codes import Code
+from lightning_sae.architectures.checks import require_one_of
+from lightning_sae.architectures.objective import Step
+from lightning_sae.architectures.relu import ReLUSAE
+from lightning_sae.architectures.tied import TiedSAE
+from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.sparse.selection import Above
+from lightning_sae.functional.squared_error import squared_errors
+
+Method = Literal[
+    "scale", "decoder", "unrotated_decoder", "encoder", "unrotated_encoder", "unrotated_all"
+]
+
+TRAINED: dict[str, tuple[str, ...]] = {
+    "scale": ("scale",),
+    "decoder": ("scale", "W_dec", "b_dec"),
+    "unrotated_decoder": ("scale", "b_dec"),
+    "encoder": ("scale", "W_enc", "b_enc"),
+    "unrotated_encoder": ("scale", "b_enc"),
+    "unrotated_all": ("scale", "b_enc", "b_dec"),
+}
+"""The weights that each method trains."""
+
+TAKEN_OVER = ("lr", "betas", "clip_grad_norm", "dead_after", "chunk_rows")
+"""Arguments of a trained SAE with which its copy is fine-tuned."""
+
+Rescaled = TypeVar("Rescaled", bound="RescaledSAE")
 
 
-class RescaleAndShiftSAE(GatedSAE):
-    r"""A ReLU encoder, and a scale and shift of what it lets through: no step function.
+class RescaledSAE(SparseAutoencoder):
+    r"""A trained ReLU SAE whose suppressed latents are brought back, by a scale of each.
 
     .. math::
-        \pi &= (x - b_{dec}) W_{enc} + b_{enc}, \quad
-        f = [\pi > 0]\, (e^{r_{mag}} \pi + b_{mag}) \\
-        L &= \|x - \hat x(f)\|^2 + \lambda \sum_j \mathrm{ReLU}(\pi_j)
-        + \|x - \hat x_{frozen}(\mathrm{ReLU}(\pi))\|^2 \quad \text{(mean over the batch)}
+        f_s = s \odot \mathrm{ReLU}((x - o) W_{enc} + b_{enc}), \quad
+        \hat x = f_s W_{dec} + b_{dec}, \quad
+        L = \|x - \hat x\|^2 \quad \text{(mean over the batch)}
 
-    The loss is that of `GatedSAE`. There the strength of a latent does not know the gate's bias,
-    which the penalty pulls down; here it does. Source: Rajamanoharan et al., Improving dictionary
-    learning with gated sparse autoencoders (2024), "rescale and shift". With `use_b_mag=False` it
-    is the variant without the Heaviside step of its discussion: :math:`f = t\,\mathrm{ReLU}(\pi)`.
+    An L1 penalty shrinks latents, by lambda/2 for one binary feature. Without a penalty and with
+    the scales s, from 1 on, a part of the weights is trained on; which part is the `method`:
+
+    - `scale`: s;
+    - `decoder`: s, `W_dec`, `b_dec`;
+    - `unrotated_decoder`: s, `b_dec`;
+    - `encoder`: s, `W_enc`, `b_enc`;
+    - `unrotated_encoder`: s, `b_enc`;
+    - `unrotated_all`: s, `b_enc`, `b_dec`.
+
+    The first three leave the encoder alone: which latents fire does not change. For this the
+    encoder's origin o, `b_dec` as it was when the SAE was taken or 0 where that is not subtracted,
+    is a constant. Latents are f_s. The source says nothing of the norms of decoder rows while they
+    are trained; here they are free, for there is no penalty to escape from, and what a latent is
+    scaled by is s times the growth of its row. With `decoder_norm="unit"` and the callback
+    `DecoderNormProjection` rows turn only. Source: Wright and Sharkey, Addressing feature
+    suppression in SAEs (2024). Its seventh method, the baseline, is the plain SAE trained on.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents.
-        l1_coefficient: Weight lambda of the penalty.
-        kwargs: Arguments of `GatedSAE` and `SparseAutoencoder`.
+        method: What is trained.
+        sae: Folder of the trained SAE, as `save_pretrained` writes it; in Python `of` takes an SAE.
+        decoder_norm: `free`, or `unit` for decoder rows that only turn.
+        kwargs: Arguments of `SparseAutoencoder`; `apply_b_dec_to_input` and `b_dec_init` have no
+            meaning here, and `revive` is refused.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the SAE is not one of ReLU latents or of
+            other sizes; when training starts, if there is no trained SAE to begin with.
+
+    Example:
+        >>> sae = RescaledSAE.of(ReLUSAE(4, 8), "scale", lr=1e-3)
+        >>> [name for name, weight in sae.named_parameters() if weight.requires_grad]
+        ['scale']
     """
 
-    def __init__(self, d_in: int, d_sae: int, l1_coefficient: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(d_in, d_sae, l1_coefficient, **kwargs)
+    scale: Float[Tensor, " d_sae"]
+    origin: Float[Tensor, " d_in"]
+    input_units = ("b_dec", "origin")
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        method: Method = "decoder",
+        sae: str | Path | None = None,
+        decoder_norm: Literal["unit", "free"] = "free",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, decoder_norm=decoder_norm, **kwargs)
         self.save_hyperparameters()
+        self.hparams.pop("sae", None)  # whoever loads this SAE may not have that one
+        require_one_of(tuple(TRAINED), method=method)
+        require_one_of(("none",), revive=self.revive)
+        self.method = method
+        self.apply_b_dec_to_input = True  # in the form of `origin`
+        self.scale = nn.Parameter(torch.ones(d_sae))
+        self.register_buffer("origin", torch.zeros(d_in))
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(name in TRAINED[method])
+        if sae is not None:
+            from lightning_sae.saving import load  # it knows all architectures
+
+            self._take(load(sae))
+
+    @classmethod
+    def of(
+        cls: type[Rescaled],
+        sae: SparseAutoencoder,
+        method: Method = "decoder",
+        **arguments: Any,
+    ) -> Rescaled:
+        """A copy of a trained SAE, to be fine-tuned; as yet the same function.
+
+        Args:
+            sae: A `ReLUSAE`, or a `TiedSAE` without thresholds, whose copy is not tied.
+            method: What is trained.
+            arguments: Of `SparseAutoencoder`; by default learning rate, `betas`, clipping and the
+                like are those of `sae`, without its warm-up and decay.
+
+        Raises:
+            ValueError: If `sae` has other latents, or an argument is out of range.
+        """
+        kept = {name: getattr(sae, name) for name in TAKEN_OVER}
+        found = cls(sae.d_in, sae.d_sae, method, **{**kept, **arguments})
+        found._take(sae)
+        return found.to(sae.W_dec)
+
+    @torch.no_grad()
+    def _take(self, sae: SparseAutoencoder) -> None:
+        _require_relu(sae)
+        if (sae.d_in, sae.d_sae) != (self.d_in, self.d_sae):
+            raise ValueError(
+                f"Expected arguments `d_in` and `d_sae` to be {sae.d_in} and {sae.d_sae}, those of "
+                f"the trained SAE, but got {self.d_in} and {self.d_sae}: set them so."
+            )
+        self.to(sae.W_dec.dtype)
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec", "input_mean", "input_scale"):
+            getattr(self, name).copy_(getattr(sae, name))
+        if sae.apply_b_dec_to_input:
+            self.origin.copy_(sae.b_dec)
+        self.source, self.is_trained = dict(sae.source), True
+
+    @override
+    def encoder_origin(self) -> Float[Tensor, " d_in"]:
+        """A constant, so that `b_dec` can be trained without the encoder seeing it."""
+        return self.origin
 
     @override
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
-        """Positive pre-activations, rescaled and shifted."""
-        return (self.r_mag.exp() * pre + self.b_mag) * (pre > 0)
+        """The positive part, scaled."""
+        return pre.relu() * self.scale
 
     @override
-    def magnitudes(self, gate: Code) -> Code:
-        """The same of a code."""
-        return gate.with_values(gate.at(self.r_mag.exp()) * gate.values + gate.at(self.b_mag))
+    def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
+        """The positive pre-activations, scaled."""
+        f = self.code(x, Above(0.0))
+        return f.with_values(f.values * f.at(self.scale))
 
     @override
-    def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
-        """Shift the encoder's bias; strengths are of pre-activations and follow."""
-        SparseAutoencoder.shift_pre_activations(self, state, by)
+    def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        """The squared error alone, on centred and scaled activations."""
+        f = self.latents(x)
+        x_hat = self.rebuilt(f)
+        errors = squared_errors(x, x_hat)
+        return Step({"squared_error": errors.mean()}, f, x_hat, errors)
+
+    @override
+    def on_train_start(self) -> None:
+        """Refuse to fine-tune random weights."""
+        if not self.is_trained:
+            raise ValueError(
+                "Expected `RescaledSAE` to begin with a trained SAE but it has random weights: "
+                "build it with `RescaledSAE.of(sae, method)`, or give the argument `sae`."
+            )
+        super().on_train_start()
+
+    @torch.no_grad()
+    def folded(self, into: Literal["decoder", "encoder"] = "decoder") -> ReLUSAE:
+        """A plain `ReLUSAE` with the same reconstructions, the scales worked into its weights.
+
+        Args:
+            into: `decoder`: rows of `W_dec` are multiplied, and latents are those before the
+                scales, as strong as the trained SAE had them. `encoder`: columns of `W_enc` and
+                `b_enc` are, and latents are those of this SAE; all scales have to be positive.
+
+        Raises:
+            ValueError: If a scale is not positive that is to go into the encoder.
+        """
+        require_one_of(("decoder", "encoder"), into=into)
+        W_enc, b_enc, W_dec = self.W_enc, self.b_enc, self.W_dec
+        if into == "decoder":
+            W_dec = self.scale.unsqueeze(-1) * W_dec
+        else:
+            _require_positive(self.scale)
+            W_enc, b_enc = W_enc * self.scale, b_enc * self.scale
+        kept = {name: getattr(self, name) for name in TAKEN_OVER}
+        centred = torch.equal(self.origin, self.b_dec)  # else the bias can stand for the origin
+        found = ReLUSAE(
+            self.d_in, self.d_sae, 0.0, decoder_norm="free", apply_b_dec_to_input=centred, **kept
+        ).to(self.W_dec)
+        weights = {
+            "W_enc": W_enc,
+            "b_enc": b_enc if centred else b_enc - self.origin @ W_enc,
+            "W_dec": W_dec,
+            "b_dec": self.b_dec,
+            "input_mean": self.input_mean,
+            "input_scale": self.input_scale,
+        }
+        for name, values in weights.items():
+            getattr(found, name).copy_(values)
+        found.source, found.is_trained = dict(self.source), True
+        return found.train(self.training)
+
+
+def _require_relu(sae: SparseAutoencoder) -> None:
+    plain = type(sae).activate in (ReLUSAE.activate, TiedSAE.activate)
+    if not plain or getattr(sae, "threshold", None) is not None:
+        raise ValueError(
+            "Expected argument `sae` to have ReLU latents but got a "
+            f"{type(sae).__name__}: give a `ReLUSAE`, or a `TiedSAE` without thresholds."
+        )
+
+
+def _require_positive(scale: Float[Tensor, " d_sae"]) -> None:
+    n = int((scale <= 0).sum())
+    if n:
+        raise ValueError(
+            f"Expected all scales to be positive, to go into the encoder, but {n} of {len(scale)} "
+            "are not, and a ReLU gives no such latents: fold into the decoder."
+        )

@@ -10,8 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.architectures.checks import compare_sources, require_matching
-from lightning_sae.functional.codes import Layout
 from lightning_sae.functional.penalties import plain_arguments
+from lightning_sae.functional.sparse.code import Layout
 
 S = TypeVar("S", bound="Saved")
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sae.architectures.checks import require_not_negative, require_positive
+from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.relu import ReLUSAE
-from lightning_sae.architectures.steps import Step
-from lightning_sae.functional.codes import Code
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.jumprelu import jumprelu
-from lightning_sae.functional.selection import Above
+from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.sparse.selection import Above
 
 
 class TiedSAE(ReLUSAE):

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.checks import require_k
-from lightning_sae.architectures.steps import Step
-from lightning_sae.functional.codes import Code
-from lightning_sae.functional.errors import squared_errors
-from lightning_sae.functional.selection import TopK, row_top_k
+from lightning_sae.architectures.objective import Step
+from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.sparse.selection import TopK, row_top_k
+from lightning_sae.functional.squared_error import squared_errors
 
 
 class TopKSAE(SparseAutoencoder):

@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lightning_sae.functional.codes import Code
 from lightning_sae.functional.geometry import unit_rows
-from lightning_sae.functional.patterns import DensePattern
+from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.sparse.patterns import DensePattern
 
 Side = Literal["low", "high"]
 

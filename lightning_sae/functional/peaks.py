@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lightning_sae.functional.codes import Code
-from lightning_sae.functional.patterns import DensePattern, SparsePattern
+from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern
 
 LEAST_COUNT = 100.0  # activations in a histogram from which components can be fitted
 LEAST_SHARE = 0.05  # of a component: less may be outliers, and no peak

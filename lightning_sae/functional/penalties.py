@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sae.functional.codes import Code
+from lightning_sae.functional.sparse.code import Code
 
 
 class Penalty(ABC):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sae.agreement import require_agreement
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.architectures.ranks import AmongRanks
-from lightning_sae.functional.workspace import Workspace
+from lightning_sae.distributed import require_agreement
+from lightning_sae.functional.sparse.memory import Workspace
 from lightning_sae.side_by_side.checks import require_hook, require_supported
 from lightning_sae.side_by_side.descriptions import build_members, named
 from lightning_sae.side_by_side.member import Member

@@ -5,13 +5,13 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from lightning_sae.studies.broken_latents import broken_latents
-from lightning_sae.studies.ground_truth import ground_truth
-from lightning_sae.studies.language.gated import gated
-from lightning_sae.studies.language.low_activations import low_activations
-from lightning_sae.studies.language.penalties import penalties
-from lightning_sae.studies.language.replication import replication
-from lightning_sae.studies.language.suppression import suppression
+from lightning_sae.studies.broken_latents.study import broken_latents
+from lightning_sae.studies.gated.study import gated
+from lightning_sae.studies.ground_truth.study import ground_truth
+from lightning_sae.studies.low_activations.study import low_activations
+from lightning_sae.studies.penalties.study import penalties
+from lightning_sae.studies.replication.study import replication
+from lightning_sae.studies.suppression.study import suppression
 
 STUDIES: dict[str, Any] = {
     "broken-latents": broken_latents,

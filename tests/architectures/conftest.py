@@ -27,7 +27,7 @@ class Evaluated(NamedTuple):
 @pytest.fixture
 def evaluate() -> Callable[..., Evaluated]:
     """Evaluates a copy of an SAE in one of the layouts, wholly or one term of its loss."""
-    from lightning_sae.functional.codes import Layout
+    from lightning_sae.functional.sparse.code import Layout
 
     def evaluate(sae: Any, x: Tensor, dense: bool = True, term: str | None = None) -> Evaluated:
         sae = copy.deepcopy(sae)

@@ -33,9 +33,9 @@ from lightning_sae.callbacks import (
     L1Warmup,
     RunCheckpoint,
 )
-from lightning_sae.functional.codes import Layout
 from lightning_sae.functional.penalties import Sqrt, Tanh
 from lightning_sae.functional.revival import auxk, ghost_gradients
+from lightning_sae.functional.sparse.code import Layout
 
 D_IN, D_SAE = 5, 24
 

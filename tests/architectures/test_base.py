@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import ReLUSAE
-from lightning_sae.architectures.optimisation import warmup_stable_decay
-from lightning_sae.architectures.steps import Step
+from lightning_sae.architectures.objective import Step
+from lightning_sae.architectures.optimizer import warmup_stable_decay
 from lightning_sae.callbacks import L1Warmup, RunCheckpoint
 from lightning_sae.data.scaling import Scaling
-from lightning_sae.functional.codes import Layout
+from lightning_sae.functional.sparse.code import Layout
 from lightning_sae.saving import folded_state
-from lightning_sae.studies.training import quiet
+from lightning_sae.studies.shared.toy_training import quiet
 
 
 class Activations(LightningDataModule):
@@ -423,7 +423,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 from lightning_sae import ReLUSAE
-from lightning_sae.functional.codes import Layout
+from lightning_sae.functional.sparse.code import Layout
 
 folder, rank = sys.argv[1], int(os.environ["LOCAL_RANK"])
 for name, given in torch.load(f"{folder}/given.pt").items():

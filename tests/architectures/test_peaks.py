@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from lightning_sae.architectures.peaks import MixtureThreshold, PeakThreshold
-from lightning_sae.functional.codes import Code
+from lightning_sae.functional.sparse.code import Code
 
 D_SAE, WINDOW = 3, 4
 

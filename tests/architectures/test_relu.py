@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sae import ReLUSAE
 from lightning_sae.callbacks import DecoderNormProjection
-from lightning_sae.studies.training import quiet
+from lightning_sae.studies.shared.toy_training import quiet
 
 
 def naive_loss(sae: ReLUSAE, x: Tensor) -> float:

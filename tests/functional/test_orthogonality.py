@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lightning_sae import ReLUSAE, TiedSAE
 from lightning_sae.functional import orthogonality as module
-from lightning_sae.functional.codes import Code, Layout, encode
 from lightning_sae.functional.orthogonality import Side, orthogonality
-from lightning_sae.functional.selection import Above
+from lightning_sae.functional.sparse.code import Code, Layout, encode
+from lightning_sae.functional.sparse.selection import Above
 
 BATCH, D_IN, D_SAE = 9, 4, 13
 SIDES: tuple[Side, ...] = ("low", "high")

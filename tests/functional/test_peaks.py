@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sae.functional.codes import Code, Layout, encode
 from lightning_sae.functional.peaks import (
     LEAST_COUNT,
     counts_by_height,
@@ -12,7 +11,8 @@ from lightning_sae.functional.peaks import (
     otsu_split,
     two_peaks,
 )
-from lightning_sae.functional.selection import Above
+from lightning_sae.functional.sparse.code import Code, Layout, encode
+from lightning_sae.functional.sparse.selection import Above
 
 BINS = 64
 

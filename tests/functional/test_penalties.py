@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sae.functional.codes import Code, Layout, encode
 from lightning_sae.functional.penalties import (
     L1,
     Log,
@@ -18,7 +17,8 @@ from lightning_sae.functional.penalties import (
     from_description,
     plain_arguments,
 )
-from lightning_sae.functional.selection import Above
+from lightning_sae.functional.sparse.code import Code, Layout, encode
+from lightning_sae.functional.sparse.selection import Above
 
 ALL = [
     L1(),

@@ -1,0 +1,132 @@
+"""What is measured of every library: an SAE with the trainer that the library gives it."""
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks.measure import Watch
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training.
+
+    Attributes:
+        architecture: `relu`, `gated`, `jumprelu`, `topk` or `batchtopk`.
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        batch_size: Activations in a batch.
+        n_steps: Optimiser steps.
+        l0: Latents that are to be active on average, where a threshold decides.
+        k: Latents that are active, where a number decides.
+        lr: Learning rate.
+        l1_coefficient: Weight of the penalty against a squared error summed over `d_in`.
+        seed: Seed of the weights.
+        variant: A setting of the library that is measured beside its plain one.
+    """
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    batch_size: int
+    n_steps: int
+    l0: int = 64
+    k: int = 32
+    lr: float = 1e-9  # so small that the density set beforehand stays
+    l1_coefficient: float = 1.0
+    seed: int = 0
+    variant: str = ""
+
+
+class Contender(ABC):
+    """An SAE of one library and its training loop.
+
+    Args:
+        task: The training.
+    """
+
+    @abstractmethod
+    def __init__(self, task: Task) -> None: ...
+
+    @abstractmethod
+    def train(self, watch: Watch) -> None:
+        """Train by the library's own loop on what the watch serves, until it stops."""
+
+    @property
+    @abstractmethod
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        """The encoder."""
+
+    @abstractmethod
+    def set_threshold(self, threshold: float) -> None:
+        """Let latents be active where `x @ W_enc` is above `threshold`."""
+
+    @abstractmethod
+    def l0(self, x: Float[Tensor, "batch d_in"]) -> float:
+        """Active latents of an activation, on average, as in training."""
+
+    def latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """Latent activations."""
+        raise NotImplementedError
+
+    def decode(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
+        """Reconstruction from latent activations."""
+        raise NotImplementedError
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        """The decoder."""
+        raise NotImplementedError
+
+    def note(self) -> str:
+        """What a reader of the figures should know."""
+        return ""
+
+
+class Library(NamedTuple):
+    """Where a library's contender is, and what it can train.
+
+    Attributes:
+        module: Module of the class `Trained`, a `Contender`.
+        distribution: Name on the package index.
+        architectures: What it has.
+        variants: Settings measured for an architecture; by default the plain one alone.
+    """
+
+    module: str
+    distribution: str
+    architectures: tuple[str, ...]
+    variants: dict[str, tuple[str, ...]] = {}  # noqa: RUF012  (never changed)
+
+    def load(self) -> type[Contender]:
+        """The contender's class, the library imported with it."""
+        trained: type[Contender] = importlib.import_module(self.module).Trained
+        return trained
+
+
+ALL = ("relu", "topk", "gated", "jumprelu", "batchtopk")
+OURS = "lightning-sae"
+LIBRARIES = {
+    OURS: Library("benchmarks.libraries.ours", "lightning-sae", ALL),
+    "SAELens": Library("benchmarks.libraries.saelens", "sae-lens", ALL),
+    "dictionary_learning": Library(
+        "benchmarks.libraries.dictionary_learning_", "dictionary-learning", ALL
+    ),
+    "sparsify": Library(
+        "benchmarks.libraries.sparsify_", "eai-sparsify", ("topk",), {"topk": ("adam", "signum")}
+    ),
+}
+
+
+@torch.no_grad()
+def calibrate(contender: Contender, task: Task, x: Float[Tensor, "batch d_in"]) -> None:
+    """Set the threshold so that `task.l0` latents are active, where a threshold decides."""
+    if task.architecture in ("topk", "batchtopk"):
+        return
+    products = (x @ contender.W_enc).flatten()
+    contender.set_threshold(products.topk(task.l0 * len(x) + 1).values.min().item())

@@ -1,0 +1,111 @@
+"""sparsify, trained by its `Trainer.fit` on a model whose one layer gives the activations."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from sparsify import SparseCoderConfig, TrainConfig, Trainer
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from typing_extensions import override
+
+from benchmarks.libraries.base import Contender, Task
+from benchmarks.measure import Watch
+
+
+class Activations(nn.Module):
+    """A model by name: its "tokens" are ignored, its layer gives the batch set beforehand."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(num_hidden_layers=1)
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+        self.present = torch.zeros(task.batch_size, task.d_in)
+        self.dummy_inputs = {"input_ids": torch.zeros(1, task.batch_size, dtype=torch.long)}
+
+    @property
+    def base_model(self) -> nn.Module:
+        """Itself."""
+        return self
+
+    @override
+    def forward(self, input_ids: Int[Tensor, "1 batch"]) -> Float[Tensor, "1 batch d_in"]:
+        return self.layer(self.present.unsqueeze(0))
+
+
+class Served(IterableDataset[dict[str, Tensor]]):
+    """The watch as a data set of one sequence per batch."""
+
+    def __init__(self, watch: Watch, model: Activations) -> None:
+        self.watch = watch
+        self.model = model
+
+    def __len__(self) -> int:
+        return len(self.watch)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.watch:
+            self.model.present = batch
+            yield {"input_ids": torch.zeros(len(batch), dtype=torch.long)}
+
+
+class Unsaved(Trainer):
+    """Its trainer, that writes nothing at the end."""
+
+    def save(self) -> None:
+        """Nothing."""
+
+
+class Trained(Contender):
+    """A sparse coder; the variant is the optimiser, `adam` or `signum`, which is its default."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.model = Activations(task)
+        config = TrainConfig(
+            SparseCoderConfig(num_latents=task.d_sae, k=task.k),
+            batch_size=1,
+            optimizer=task.variant or "signum",
+            lr=task.lr,
+            hookpoints=["layer"],
+            init_seeds=[task.seed],
+            log_to_wandb=False,
+        )
+        self.trainer = Unsaved(config, _Sized(task.n_steps + 1), self.model)
+        self.coder: Any = self.trainer.saes["layer"]
+
+    @override
+    def train(self, watch: Watch) -> None:
+        self.trainer.dataset = Served(watch, self.model)
+        self.trainer.fit()
+
+    @property
+    @override
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        return self.coder.encoder.weight.T
+
+    @override
+    def set_threshold(self, threshold: float) -> None:
+        """Nothing: k decides."""
+
+    @override
+    def l0(self, x: Float[Tensor, "batch d_in"]) -> float:
+        return self.coder.encode(x).top_acts.count_nonzero().item() / len(x)
+
+    @override
+    def note(self) -> str:
+        return self.task.variant
+
+
+class _Sized:
+    """Stands for the data set while the trainer is built, which asks for its length alone."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length

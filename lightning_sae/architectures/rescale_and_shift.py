@@ -1,0 +1,55 @@
+"""The ablations of the gated SAE: a plain ReLU encoder whose shrinkage is undone afterwards."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sae.architectures.base import SparseAutoencoder
+from lightning_sae.architectures.gated import GatedSAE
+from lightning_sae.functional.sparse.code import Code
+
+
+class RescaleAndShiftSAE(GatedSAE):
+    r"""A ReLU encoder, and a scale and shift of what it lets through: no step function.
+
+    .. math::
+        \pi &= (x - b_{dec}) W_{enc} + b_{enc}, \quad
+        f = [\pi > 0]\, (e^{r_{mag}} \pi + b_{mag}) \\
+        L &= \|x - \hat x(f)\|^2 + \lambda \sum_j \mathrm{ReLU}(\pi_j)
+        + \|x - \hat x_{frozen}(\mathrm{ReLU}(\pi))\|^2 \quad \text{(mean over the batch)}
+
+    The loss is that of `GatedSAE`. There the strength of a latent does not know the gate's bias,
+    which the penalty pulls down; here it does. Source: Rajamanoharan et al., Improving dictionary
+    learning with gated sparse autoencoders (2024), "rescale and shift". With `use_b_mag=False` it
+    is the variant without the Heaviside step of its discussion: :math:`f = t\,\mathrm{ReLU}(\pi)`.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        l1_coefficient: Weight lambda of the penalty.
+        kwargs: Arguments of `GatedSAE` and `SparseAutoencoder`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, l1_coefficient: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(d_in, d_sae, l1_coefficient, **kwargs)
+        self.save_hyperparameters()
+
+    @override
+    def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
+        """Positive pre-activations, rescaled and shifted."""
+        return (self.r_mag.exp() * pre + self.b_mag) * (pre > 0)
+
+    @override
+    def magnitudes(self, gate: Code) -> Code:
+        """The same of a code."""
+        return gate.with_values(gate.at(self.r_mag.exp()) * gate.values + gate.at(self.b_mag))
+
+    @override
+    def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
+        """Shift the encoder's bias; strengths are of pre-activations and follow."""
+        SparseAutoencoder.shift_pre_activations(self, state, by)

@@ -1,0 +1,208 @@
+r"""Which features of a toy world fire, drawn as a matrix or, where few do, as a list.
+
+Feature :math:`i` fires by itself where a standard normal :math:`z_i` is at least
+:math:`-\Phi^{-1}(p_i)`, so with probability :math:`p_i`. Normals of one group share a factor,
+
+.. math:: z_i = \sqrt\rho\, g + \sqrt{1 - \rho}\, e_i,
+
+and so have correlation :math:`\rho`: a Gaussian copula of one factor. Given the factor, features
+are independent and fire with probability
+
+.. math:: p_i(g) = \Phi\left(\frac{\Phi^{-1}(p_i) + \sqrt\rho\, g}{\sqrt{1 - \rho}}\right).
+
+Both ways of drawing are exact. Rules of parents and children come after.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.special import log_ndtr, ndtr, ndtri
+
+from lightning_sae.data.toy.rules import Rules
+from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern
+
+Pattern = DensePattern | SparsePattern
+
+SPARSE_BELOW = 0.05
+"""Mean probability below which many features are drawn as a list."""
+MANY = 128
+"""Number of features from which on that is worth while."""
+CERTAIN = 40.0
+"""Rate of a feature that always fires: it stays silent once in 2e17 draws."""
+
+
+@runtime_checkable
+class Firing(Protocol):
+    """Draws where features fire."""
+
+    def draw(self, samples: int, generator: torch.Generator) -> Pattern:
+        """Where features fire in independent samples; shape [samples, n_features]."""
+        ...
+
+
+class Factors:
+    """The shared factors of correlated features.
+
+    Args:
+        probabilities: With which each feature fires.
+        correlation: Correlation of two normals of one group, from 0 to below 1.
+        groups: Number of groups, feature `i` being in group `i % groups`; or the groups as lists,
+            a feature in none of which is independent.
+
+    Raises:
+        ValueError: If the correlation or a group is out of range.
+    """
+
+    def __init__(
+        self,
+        probabilities: Float[Tensor, " n_features"],
+        correlation: float,
+        groups: int | Sequence[Sequence[int]],
+    ) -> None:
+        if not 0 <= correlation < 1:
+            raise ValueError(
+                "Expected argument `correlation` to be at least 0 and below 1 but got "
+                f"{correlation}."
+            )
+        n = len(probabilities)
+        members = _members(groups, n)
+        self.n_groups = len(members)
+        self.group = torch.zeros(n, dtype=torch.int64)
+        self.loading = torch.zeros(n)
+        for number, features in enumerate(members):
+            self.group[list(features)] = number
+            self.loading[list(features)] = correlation**0.5
+        self.normal = ndtri(probabilities.double()).float()
+        self.active = correlation > 0
+
+    def draw(self, samples: int, generator: torch.Generator) -> Float[Tensor, "groups samples"]:
+        """One factor for each group and sample."""
+        return torch.randn(self.n_groups, samples, generator=generator)
+
+    def scores(
+        self, factors: Float[Tensor, "..."], features: Tensor | slice = slice(None)
+    ) -> Float[Tensor, "..."]:
+        """The argument of the normal distribution function in p(g); one factor per feature."""
+        across = (...,) + (None,) * (factors.ndim - 1)
+        normal, loading = self.normal[features][across], self.loading[features][across]
+        return (normal + loading * factors) / (1 - loading.square()).sqrt()
+
+
+def _members(groups: int | Sequence[Sequence[int]], n: int) -> Sequence[Sequence[int]]:
+    if isinstance(groups, int):
+        if not 1 <= groups <= n:
+            raise ValueError(
+                "Expected argument `correlation_groups` to be between 1 and the number of "
+                f"features, {n}, but got {groups}."
+            )
+        return [range(first, n, groups) for first in range(groups)]
+    named = sorted(feature for group in groups for feature in group)
+    if not named or len({*named}) < len(named) or not 0 <= named[0] <= named[-1] < n:
+        raise ValueError(
+            "Expected argument `correlation_groups` to name features from 0 to "
+            f"{n - 1} (`n_features`={n}), each at most once, but got {[*map(list, groups)]}."
+        )
+    return groups
+
+
+class DenseFiring:
+    """Draws a number for each feature and sample: for few features, or such as fire often.
+
+    Args:
+        probabilities: With which each feature fires by itself.
+        rules: Parents and children.
+        factors: Correlations.
+    """
+
+    def __init__(
+        self, probabilities: Float[Tensor, " n_features"], rules: Rules, factors: Factors
+    ) -> None:
+        self.probabilities = probabilities
+        self.rules = rules
+        self.factors = factors
+
+    def draw(self, samples: int, generator: torch.Generator) -> Pattern:
+        """Where features fire; the mask lies in memory feature by feature."""
+        chance = self.probabilities.unsqueeze(-1)
+        if self.factors.active:
+            factors = self.factors.draw(samples, generator)
+            chance = ndtr(self.factors.scores(factors[self.factors.group]))
+        uniform = torch.rand(len(chance), samples, generator=generator)
+        return DensePattern(self.rules.settle_matrix(uniform < chance).T)
+
+
+class SparseFiring:
+    r"""Draws firings alone: the work grows with those, and not with features times samples.
+
+    Points are scattered over the samples of feature i at the rate
+    :math:`\lambda_i = -\log(1 - p_i)`; a sample with at least one point fires, which it does with
+    probability :math:`1 - e^{-\lambda_i} = p_i`, independently of all others.
+
+    With correlation the rate depends on the sample's factor. Samples are sorted by it and cut into
+    strips; points come at the rate of a strip's largest factor, and each stays with the
+    probability by which its own sample's rate is smaller.
+
+    Args:
+        probabilities: With which each feature fires by itself.
+        rules: Parents and children.
+        factors: Correlations.
+        strips: Strips that the samples are cut into, where there is correlation.
+    """
+
+    def __init__(
+        self,
+        probabilities: Float[Tensor, " n_features"],
+        rules: Rules,
+        factors: Factors,
+        strips: int = 16,
+    ) -> None:
+        self.n = len(probabilities)
+        self.rate = -torch.log1p(-probabilities.double()).clamp_min(-CERTAIN).float()
+        self.rules = rules
+        self.factors = factors
+        self.strips = strips
+
+    def draw(self, samples: int, generator: torch.Generator) -> Pattern:
+        """Where features fire, sample by sample."""
+        points = self._correlated if self.factors.active else self._independent
+        rows, features = points(samples, generator)
+        keys = self.rules.settle_keys((rows * self.n + features).unique())
+        return SparsePattern.from_flat(keys, (samples, self.n))
+
+    def _independent(self, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        counts = torch.poisson(self.rate * samples, generator).long()
+        features = torch.arange(self.n).repeat_interleave(counts)
+        rows = torch.randint(samples, features.shape, generator=generator)
+        return rows, features
+
+    def _correlated(self, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        factors, order = self.factors.draw(samples, generator).sort(dim=1)
+        strips = min(self.strips, samples)
+        edges = torch.arange(strips + 1) * samples // strips
+        widths = edges.diff()
+        largest = self._rates(factors[:, edges[1:] - 1][self.factors.group])
+        counts = torch.poisson(largest * widths, generator).long().flatten()
+        cells = torch.arange(self.n * strips).repeat_interleave(counts)
+        features, strip = cells // strips, cells % strips
+        group = self.factors.group[features]
+        within = torch.randint(2**62, cells.shape, generator=generator) % widths[strip]
+        place = edges[strip] + within
+        own = self._rates(factors[group, place], features)
+        uniform = torch.rand(cells.shape, generator=generator)
+        kept = uniform * largest.flatten()[cells] < own
+        return order[group, place][kept], features[kept]
+
+    def _rates(self, factors: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
+        return -log_ndtr(-self.factors.scores(factors, features)).clamp_min(-CERTAIN)
+
+
+def choose_firing(
+    probabilities: Float[Tensor, " n_features"], rules: Rules, factors: Factors
+) -> Firing:
+    """The faster way to draw."""
+    few = probabilities.mean().item() < SPARSE_BELOW
+    sparse = few and len(probabilities) >= MANY
+    return (SparseFiring if sparse else DenseFiring)(probabilities, rules, factors)

@@ -1,0 +1,204 @@
+r"""Sparse codes: one product with the dictionary, then work on the active latents alone.
+
+A step of training needs x W_enc for all latents, to see which are active. What follows needs only
+those. Let S be the set of active pairs (i, j) of a row and a latent:
+
+.. math::
+    v_{ij} &= x_i \cdot W_{enc,j} + b_{enc,j} \text{ on } S
+        & \text{the dense product, of which } S \text{ is kept} \\
+    \hat x_i &= \sum_j f_{ij} W_{dec,j}
+        & \text{a sparse product} \\
+    df_{ij} &= d\hat x_i \cdot W_{dec,j} \text{ on } S
+        & \text{a product sampled on } S \\
+    dW_{dec,j} &= \sum_i f_{ij}\, d\hat x_i
+        & \text{a transposed sparse product} \\
+    dW_{enc,j} &= \sum_i dv_{ij}\, x_i, \quad dx_i = \sum_j dv_{ij} W_{enc,j}
+        & \text{the same two for } dv
+
+All sums run over S. The first line defines v; f is an elementwise function of v and of numbers
+that belong to the latent. The reconstruction is linear in f, and f is the constant 0 outside S: so
+the chain rule gives the other lines and nothing is left out. They are exact. As to biases, `b_enc`
+gets db, the sum of dv over rows; a `b_dec` that is subtracted from the encoder's input gets
+-W_enc db, which is the sum of -dx, beside its part as the decoder's.
+
+While very many latents are active, as in the first steps under an L1 penalty, dense products are
+faster: `Code` is then a matrix with zeros, and answers the same calls. `Layout` says when.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_sae.functional.sparse.memory import Workspace
+from lightning_sae.functional.sparse.patterns import DensePattern, EncodeOnPattern, SparsePattern
+from lightning_sae.functional.sparse.selection import Rule
+
+# Shares of active latents between which neither layout is worth a switch. On two CPU cores the two
+# are equally fast at .12 (d 64) to .19 (d 512; F 1024 and 8192). Other devices have faster dense
+# products; theirs is not measured here, but where other libraries' kernels change over.
+SWITCH = {"cpu": (0.13, 0.18)}
+SWITCH_ELSEWHERE = (0.004, 0.006)
+
+
+@dataclass
+class Layout:
+    """Which layout the next batch's code has, from the share of latents active in earlier ones.
+
+    Attributes:
+        dense: Whether codes are matrices. A run starts with it, for half of all latents are on.
+        thresholds: Shares of active latents: below the first a matrix becomes a sparse code, above
+            the second a sparse code becomes a matrix. They lie apart, so that a density between
+            them does not switch to and fro. By default those of the device.
+        workspace: Memory that a step leaves to the next.
+    """
+
+    dense: bool = True
+    thresholds: tuple[float, float] | None = None
+    workspace: Workspace = field(default_factory=Workspace, repr=False, compare=False)
+
+    def see(self, density: float, device: str = "cpu") -> None:
+        """Take note of a batch."""
+        below, above = self.thresholds or SWITCH.get(device, SWITCH_ELSEWHERE)
+        self.dense = density > (below if self.dense else above)
+
+
+@dataclass(frozen=True)
+class Code:
+    """Latents of a batch: a value for each active entry, and where these are.
+
+    Terms of a loss are written once, elementwise on `values` and with the methods below, and hold
+    for both layouts, as long as they are zero for a value of zero.
+
+    Attributes:
+        values: [nnz] in the sparse layout, [batch, d_sae] in the dense one.
+        pattern: Where they are.
+    """
+
+    values: Float[Tensor, "..."]
+    pattern: SparsePattern | DensePattern
+
+    @classmethod
+    def of_matrix(cls, f: Float[Tensor, "batch d_sae"]) -> "Code":
+        """The code of latents that somebody has as a matrix."""
+        return cls(f, DensePattern(f != 0))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and latents in all."""
+        return self.pattern.shape
+
+    def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " ..."]:
+        """A vector of the latents, in a shape to be combined with `values`."""
+        return self.pattern.at(per_latent)
+
+    def with_values(self, values: Float[Tensor, "..."]) -> "Code":
+        """The same entries with other values, made from `values` elementwise."""
+        return Code(self.pattern.only(values), self.pattern)
+
+    def where(self, kept: Bool[Tensor, "..."]) -> "Code":
+        """The entries for which `kept`, of the shape of `values`, is true."""
+        return Code(self.pattern.taken(self.values, kept), self.pattern.narrowed(kept))
+
+    def decode(self, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
+        """Reconstruction, without a bias."""
+        return self.pattern.decode(self.values, W_dec)
+
+    def row_sums(self) -> Float[Tensor, " batch"]:
+        """Sum of each row's values."""
+        return self.pattern.row_sums(self.values)
+
+    def mean_sum(self, terms: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+        """A term for each entry, summed over latents and averaged over the batch."""
+        return self.pattern.only(terms).sum() / self.shape[0]
+
+    def firings(self) -> Int[Tensor, " d_sae"]:
+        """On how many rows each latent's value is not zero."""
+        return self.pattern.firings(self.values)
+
+    def to_dense(self) -> Float[Tensor, "batch d_sae"]:
+        """The latents as a matrix."""
+        return self.pattern.to_dense(self.values)
+
+
+def encode(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    rule: Rule,
+    layout: Layout | None = None,
+    chunk_rows: int | None = None,
+    origin: Float[Tensor, " d_in"] | None = None,
+) -> Code:
+    """Pre-activations `(x - origin) @ W_enc + b_enc` of the latents that a rule selects.
+
+    Args:
+        x: Activations.
+        W_enc: Encoder. Faster if it lies in memory latent by latent.
+        b_enc: Its bias.
+        rule: Which entries are active. Its choice is a constant to the gradient.
+        layout: Chooses the layout and is told the density; without one the code is sparse.
+        chunk_rows: Rows whose pre-activations exist at one time, in the sparse layout; by default
+            `default_chunk_rows`.
+        origin: What the encoder sees as zero, `b_dec` or nothing.
+
+    Returns:
+        The code, exact in its gradients with respect to all tensors. Under autocast
+        the product alone has the lower precision.
+    """
+    found: SparsePattern | DensePattern
+    with torch.no_grad():
+        seen = x if origin is None else x - origin
+        if layout is not None and layout.dense:
+            values, found = _dense(seen, W_enc, b_enc, rule)
+        else:
+            workspace = Workspace() if layout is None else layout.workspace
+            chunks = _pre_activation_chunks(seen, W_enc, b_enc, workspace, chunk_rows)
+            indices, values = rule.select(chunks)
+            found = SparsePattern.from_flat(indices, (len(x), len(b_enc)), workspace)
+        if layout is not None:
+            layout.see(found.count() / max(1, len(x) * len(b_enc)), x.device.type)
+    return Code(EncodeOnPattern.apply(values, seen, x, W_enc, b_enc, origin, found), found)
+
+
+def _dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, rule: Rule) -> tuple[Tensor, DensePattern]:
+    pre = pre_activations(x, W_enc, b_enc)
+    found = DensePattern(rule.mask(pre))
+    return pre.mul_(found.mask), found
+
+
+def pre_activations(
+    x: Float[Tensor, "... d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    out: Float[Tensor, "... d_sae"] | None = None,
+) -> Float[Tensor, "... d_sae"]:
+    """`x @ W_enc + b_enc`, the sum in the precision of the bias where autocast lowers products."""
+    if torch.is_autocast_enabled(x.device.type) or x.ndim != 2:
+        return torch.add(x @ W_enc, b_enc, out=out)
+    return torch.addmm(b_enc, x, W_enc, out=out)
+
+
+def default_chunk_rows(d_sae: int, device: str = "cpu", dense: bool = False) -> int:
+    """Rows of pre-activations at one time: 64 MiB of float32, but at least 512 rows.
+
+    Fewer slow the product, and more bring nothing but need. In the dense layout 16 MiB: there are
+    several such matrices, and the system lets no larger ones be used again. On other devices 1 GiB.
+
+    Example:
+        >>> default_chunk_rows(2048), default_chunk_rows(65536)
+        (8192, 512)
+    """
+    on_cpu = 2**22 if dense else 2**24
+    return max(512, (on_cpu if device == "cpu" else 2**28) // d_sae)
+
+
+def _pre_activation_chunks(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, workspace: Workspace, chunk_rows: int | None
+) -> Iterator[tuple[int, Tensor]]:
+    rows = chunk_rows or default_chunk_rows(len(b_enc), x.device.type)
+    scratch = workspace.scratch(min(rows, len(x)), len(b_enc), x)
+    for i, chunk in enumerate(x.split(rows)):
+        yield i * rows, pre_activations(chunk, W_enc, b_enc, out=scratch[: len(chunk)])

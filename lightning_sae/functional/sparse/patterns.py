@@ -1,0 +1,295 @@
+"""Where a batch's latents are active, and what is computed there: a sparse layout and a dense one.
+
+Both answer the same calls. `values` is one number for each entry of the pattern: [nnz] in the
+sparse layout, [batch, d_sae] with zeros between in the dense one.
+"""
+
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lightning_sae.functional.sparse.memory import Workspace, sums_into_memory
+
+with warnings.catch_warnings():  # torch says once per process that CSR tensors are in beta
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
+
+
+@dataclass(frozen=True)
+class SparsePattern:
+    """Active entries as a list.
+
+    Attributes:
+        rows: Row of each entry, never falling.
+        latents: Latent of each entry.
+        shape: Rows and latents in all.
+        workspace: Where gradients find memory.
+    """
+
+    rows: Int[Tensor, " nnz"]
+    latents: Int[Tensor, " nnz"]
+    shape: tuple[int, int]
+    workspace: Workspace = field(default_factory=Workspace, repr=False, compare=False)
+
+    @classmethod
+    def from_flat(
+        cls,
+        indices: Int[Tensor, " nnz"],
+        shape: tuple[int, int],
+        workspace: Workspace | None = None,
+    ) -> "SparsePattern":
+        """The pattern of flat indices `row * d_sae + latent`, which come row by row."""
+        kind = torch.int32 if max(*shape, len(indices)) < 2**31 else torch.int64
+        rows = indices.div(shape[1], rounding_mode="floor")
+        latents = indices - rows * shape[1]
+        return cls(rows.to(kind), latents.to(kind), shape, workspace or Workspace())
+
+    @cached_property
+    def row_starts(self) -> Int[Tensor, " rows_and_end"]:
+        """Where each row's entries start, and where the last one's end."""
+        return _starts(self.rows, self.shape[0])
+
+    @cached_property
+    def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " latents_and_end"]]:
+        """The order of entries latent by latent, and where each latent's entries start in it."""
+        return self.latents.argsort(stable=True), _starts(self.latents, self.shape[1])
+
+    # What a code asks of its pattern.
+
+    def count(self) -> int:
+        """Number of entries."""
+        return len(self.latents)
+
+    def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
+        """Each entry's share of a vector of the latents."""
+        return per_latent.index_select(0, self.latents)
+
+    def only(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+        """Values with zeros outside the pattern: there is no outside."""
+        return values
+
+    def narrowed(self, kept: Bool[Tensor, " nnz"]) -> "SparsePattern":
+        """The pattern of some of the entries."""
+        return replace(self, rows=self.rows[kept], latents=self.latents[kept])
+
+    def taken(
+        self, values: Float[Tensor, " nnz"], kept: Bool[Tensor, " nnz"]
+    ) -> Float[Tensor, " kept"]:
+        """Values of those entries."""
+        return values[kept]
+
+    def decode(
+        self, values: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d"]
+    ) -> Float[Tensor, "batch d"]:
+        """Sum of the active latents' decoder rows, by their values."""
+        return _Decode.apply(values, W_dec, self)
+
+    def row_sums(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " batch"]:
+        """Sum of each row's values."""
+        return _sums(values, self.rows, self.shape[0])
+
+    def latent_sums(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+        """Sum of each latent's values."""
+        return _sums(values, self.latents, self.shape[1])
+
+    def firings(self, values: Float[Tensor, " nnz"]) -> Int[Tensor, " d_sae"]:
+        """On how many rows each latent's value is not zero."""
+        return torch.bincount(self.latents[values != 0], minlength=self.shape[1])
+
+    def to_dense(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, "batch d_sae"]:
+        """The values as a matrix."""
+        places = (self.rows.long(), self.latents.long())
+        return values.new_zeros(self.shape).index_put(places, values, accumulate=True)
+
+    # Products that touch active entries alone.
+
+    def sum_for_rows(
+        self, weights: Float[Tensor, " nnz"], vectors: Float[Tensor, "d_sae d"]
+    ) -> Float[Tensor, "batch d"]:
+        """For each row, the weighted sum of its latents' vectors."""
+        return _sum_of_picked(vectors, self.latents, weights, self.row_starts)
+
+    def sum_for_latents(
+        self, weights: Float[Tensor, " nnz"], vectors: Float[Tensor, "batch d"]
+    ) -> Float[Tensor, "d_sae d"]:
+        """For each latent, the weighted sum of the vectors of the rows it is active on."""
+        order, starts = self.by_latent
+        rows, weights = self.rows[order], weights[order]
+        if not sums_into_memory(vectors):
+            return _sum_of_picked(vectors, rows, weights, starts)
+        entries = _compressed(starts, rows, weights, self.shape[::-1])
+        out = self.workspace.matrix(self.shape[1], vectors.shape[1], vectors)
+        return torch.addmm(out, entries, vectors, beta=0.0, out=out)
+
+    def sampled_product(
+        self, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"]
+    ) -> Float[Tensor, " nnz"]:
+        """Inner product of each entry's row of `left` and latent of `right`."""
+        wide = _at_least_float32(left.dtype)  # torch has this product in no lower precision
+        blank = left.new_zeros(len(self.latents), dtype=wide)
+        entries = _compressed(self.row_starts, self.latents, blank, self.shape)
+        found = torch.sparse.sampled_addmm(entries, left.to(wide), right.to(wide).T, beta=0.0)
+        return found.values().to(left.dtype)
+
+
+@dataclass(frozen=True)
+class DensePattern:
+    """Active entries as a mask.
+
+    Attributes:
+        mask: Whether each latent is active on each row.
+    """
+
+    mask: Bool[Tensor, "batch d_sae"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and latents in all."""
+        return self.mask.shape[0], self.mask.shape[1]
+
+    def count(self) -> int:
+        """Number of entries."""
+        return int(self.mask.count_nonzero())
+
+    def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        """A vector of the latents as it is: it broadcasts over rows."""
+        return per_latent
+
+    def only(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """Values with zeros outside the pattern."""
+        return values * self.mask  # on a CPU many times faster than `torch.where`
+
+    def narrowed(self, kept: Bool[Tensor, "batch d_sae"]) -> "DensePattern":
+        """The pattern of some of the entries."""
+        return DensePattern(self.mask & kept)
+
+    def taken(
+        self, values: Float[Tensor, "batch d_sae"], kept: Bool[Tensor, "batch d_sae"]
+    ) -> Float[Tensor, "batch d_sae"]:
+        """Values of those entries."""
+        return values * kept  # outside of the pattern they are zero already
+
+    def decode(
+        self, values: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d"]
+    ) -> Float[Tensor, "batch d"]:
+        """Sum of all latents' decoder rows, by their values."""
+        return values @ W_dec
+
+    def row_sums(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
+        """Sum of each row's values."""
+        return values.sum(-1)
+
+    def latent_sums(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
+        """Sum of each latent's values."""
+        return values.sum(0)
+
+    def firings(self, values: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " d_sae"]:
+        """On how many rows each latent's value is not zero."""
+        fires = (values != 0).view(torch.uint8)  # which is summed many times faster
+        return fires.sum(0, dtype=torch.int32).long()
+
+    def to_dense(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """The values, a matrix already."""
+        return values
+
+    def sum_for_rows(
+        self, weights: Float[Tensor, "batch d_sae"], vectors: Float[Tensor, "d_sae d"]
+    ) -> Float[Tensor, "batch d"]:
+        """For each row, the weighted sum of its latents' vectors."""
+        return weights @ vectors
+
+    def sum_for_latents(
+        self, weights: Float[Tensor, "batch d_sae"], vectors: Float[Tensor, "batch d"]
+    ) -> Float[Tensor, "d_sae d"]:
+        """For each latent, the weighted sum of the vectors of the rows it is active on."""
+        return weights.T @ vectors
+
+
+class EncodeOnPattern(Function):
+    """Gradients of pre-activations found on a pattern: `values` are v, known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        seen: Tensor,
+        _x: Tensor,
+        W_enc: Tensor,
+        _b_enc: Tensor,
+        _origin: Tensor | None,
+        on: SparsePattern | DensePattern,
+    ) -> Tensor:
+        """The pre-activations as they are; `seen` is `x` less `origin`."""
+        ctx.save_for_backward(seen, W_enc)
+        ctx.on = on
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
+        """The lines for `dW_enc` and `dx`, and the biases."""
+        seen, W_enc = ctx.saved_tensors
+        on: SparsePattern | DensePattern = ctx.on
+        _, _, needs_x, needs_W, _, needs_origin, _ = ctx.needs_input_grad
+        dv = on.only(dv)
+        db = on.latent_sums(dv)
+        dx = on.sum_for_rows(dv, W_enc.T) if needs_x else None
+        dW = on.sum_for_latents(dv, seen).T if needs_W else None
+        return None, None, dx, dW, db, -(W_enc @ db) if needs_origin else None, None
+
+
+class _Decode(Function):
+    """The sparse product and its two gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, on: SparsePattern) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.on = on
+        return on.sum_for_rows(values, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_hat: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec = ctx.saved_tensors
+        on: SparsePattern = ctx.on
+        df = on.sampled_product(dx_hat, W_dec) if ctx.needs_input_grad[0] else None
+        dW = on.sum_for_latents(values, dx_hat) if ctx.needs_input_grad[1] else None
+        return df, dW, None
+
+
+def _compressed(starts: Tensor, picks: Tensor, weights: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(starts, picks, weights, shape, check_invariants=False)
+
+
+def _starts(keys: Int[Tensor, " nnz"], n: int) -> Int[Tensor, " n_and_end"]:
+    counts = torch.bincount(keys, minlength=n)
+    return F.pad(counts.cumsum(0), (1, 0)).to(keys.dtype)
+
+
+def _sums(values: Float[Tensor, " nnz"], keys: Int[Tensor, " nnz"], n: int) -> Float[Tensor, " n"]:
+    addends = values.to(_at_least_float32(values.dtype))  # a sum in bfloat16 stops growing early
+    return addends.new_zeros(n).index_add(0, keys, addends).to(values.dtype)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _sum_of_picked(vectors: Tensor, picks: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    # Detached, for what requires a gradient takes a path of torch that prepares for one.
+    return F.embedding_bag(
+        picks,
+        vectors.detach(),
+        starts,
+        mode="sum",
+        per_sample_weights=weights.detach(),
+        include_last_offset=True,
+    )

@@ -1,0 +1,1 @@
+"""The study of broken latents: when does a latent mix features?"""

@@ -1,0 +1,103 @@
+"""What Lightning costs: steps by its Trainer, beside the same steps in a plain loop."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from typing_extensions import override
+
+from lightning_sae.architectures import ReLUSAE
+from lightning_sae.architectures.checks import require_finite
+from lightning_sae.architectures.objective import at_once
+from lightning_sae.architectures.optimizer import MemoryOrderAdam, clip_norm
+from lightning_sae.callbacks import DecoderNormProjection
+from lightning_sae.data import ToyDataModule
+from lightning_sae.studies.broken_latents.experiments import BATCH_SIZE, TIED, Variant
+from lightning_sae.studies.shared.toy_training import Run, fit
+
+UNTIMED = 50  # first steps, in which memory is allocated and threads start
+
+
+def overhead(run: Run, steps: int = 200, rounds: int = 5) -> dict[str, float]:
+    """Processor time of a step by the Trainer and in a plain loop, in microseconds.
+
+    Both draw the same activations and do all the work of a step: objective, check of the loss,
+    counts of silent latents, gradient, projection, clipping, Adam, rows back to norm 1. What the
+    Trainer takes beyond that is Lightning's.
+
+    Args:
+        run: Whose world and size it is; the SAE is a tied one without the auxiliary loss.
+        steps: Steps that are timed in each round.
+        rounds: Times that each way is taken in turn; its figure is the least of their means, for
+            what else a machine does can only add to it.
+
+    Returns:
+        `trainer_microseconds`, `plain_microseconds`, and `share_of_lightning`, which is one less
+        their quotient.
+    """
+    plainly = Variant(TIED, reported="", checks=())
+    short = replace(run, variant=plainly, samples=(UNTIMED + steps) * BATCH_SIZE)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as runs have it
+    try:
+        times = [
+            [_microseconds(way, short) for way in (by_trainer, in_plain_loop)]
+            for _ in range(rounds)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    ours, plain = (min(of_one) for of_one in zip(*times, strict=True))
+    return {
+        "trainer_microseconds": round(ours),
+        "plain_microseconds": round(plain),
+        "share_of_lightning": round(1 - plain / ours, 3),
+    }
+
+
+def _microseconds(way: Callable[[Run, ReLUSAE, ToyDataModule], list[float]], run: Run) -> float:
+    world = run.world()
+    times = way(run, run.sae(world.d_in), world)
+    return 1e6 * (times[-1] - times[UNTIMED - 1]) / (len(times) - UNTIMED)
+
+
+class _Clock(Callback):
+    """Notes the processor time at the end of each step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.times.append(time.process_time())
+
+
+def by_trainer(run: Run, sae: ReLUSAE, world: ToyDataModule) -> list[float]:
+    """Train by a Trainer; the processor time at the end of each step, in seconds."""
+    clock = _Clock()
+    fit(run, sae, world, [clock])
+    return clock.times
+
+
+def in_plain_loop(run: Run, sae: ReLUSAE, world: ToyDataModule) -> list[float]:
+    """The same without one."""
+    optimizer = MemoryOrderAdam(sae.parameters(), lr=sae.lr, betas=sae.betas, fused=True)
+    projection = DecoderNormProjection()
+    stream, times = world.train_dataloader(), []
+    for step in range(run.steps):
+        batch = next(stream)
+        outcome = at_once(sae.objective, sae.scaled(batch))
+        require_finite(outcome.loss, batch, step)
+        sae.count_silence(outcome.fired, len(batch))
+        optimizer.zero_grad()
+        outcome.loss.backward()
+        assert sae.W_dec.grad is not None
+        projection.project(sae.W_dec.grad, sae.W_dec)
+        clip_norm(optimizer, sae.clip_grad_norm or math.inf)
+        optimizer.step()
+        projection.renormalise(sae.W_dec)
+        times.append(time.process_time())
+    return times

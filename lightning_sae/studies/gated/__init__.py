@@ -1,0 +1,1 @@
+"""The study of gating: do gated SAEs need fewer latents, and do they shrink less?"""

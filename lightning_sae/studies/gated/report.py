@@ -1,0 +1,178 @@
+"""What the study of gating says and draws."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from lightning_sae.studies.shared.frontier import Curve, common_levels
+from lightning_sae.studies.shared.page import Page, Section, Table, with_spread
+from lightning_sae.studies.shared.plots import curves, panels, save
+from lightning_sae.studies.shared.sweep import Answers, Swept, over_seeds
+
+LEVEL = "loss_recovered_mean"
+"""What is held equal. Against zero ablation it is the same but for scale, so the L0 are too."""
+
+BIAS = "relative_reconstruction_bias"
+
+FIGURES = {
+    "l0": ("L0", ".1f"),
+    "loss_recovered_zero": ("loss recovered, zero", ".4f"),
+    "loss_recovered_mean": ("loss recovered, mean", ".4f"),
+    "ce_spliced": ("CE", ".3f"),
+    "fvu": ("FVU", ".3f"),
+    BIAS: ("gamma", ".3f"),
+    "l2_ratio": ("L2 ratio", ".3f"),
+    "dead_fraction": ("dead", ".3f"),
+}
+"""Headings and formats of the table of all SAEs."""
+
+
+def draw(swept: Swept, path: Path) -> Path:
+    """All figures against L0, with their spread."""
+    figure, axes = panels(3, 2)
+    words = {
+        "loss_recovered_zero": "loss recovered (zero ablation)",
+        "loss_recovered_mean": "loss recovered (mean ablation)",
+        "fvu": "fraction of variance unexplained",
+        BIAS: "relative reconstruction bias gamma",
+        "l2_ratio": "L2 ratio",
+        "dead_fraction": "share of dead latents",
+    }
+    for panel, (name, y) in zip(axes, words.items(), strict=True):
+        means, spreads = swept.points(name)
+        curves(panel, means, x="L0 (active latents)", y=y, spread=spreads, logarithmic=True)
+        if name in (BIAS, "l2_ratio"):
+            panel.axhline(1.0, color="#5b6673", linewidth=0.8, linestyle=":")
+    return save(figure, path)
+
+
+def equal_loss(swept: Swept, n_levels: int = 5) -> Table | None:
+    """L0 of each family at levels of loss recovered that the baseline and some family reach."""
+    found = [
+        [swept.curve(family, seed, LEVEL) for seed in range(swept.seeds)]
+        for family in swept.families
+    ]
+    first = [curve for curve in found[0] if curve is not None]
+    others = [curve for of in found[1:] for curve in of if curve is not None]
+    spans = [common_levels([*first, other]) for other in others] if first else []
+    known = [span for span in spans if span is not None]
+    if not known:
+        return None
+    low, high = min(span[0] for span in known), max(span[1] for span in known)
+    rows = []
+    for i in range(n_levels):
+        level = low + (high - low) * i / (n_levels - 1)
+        rows.append([f"{level:.3f}", *(_l0_at(of, level) for of in found)])
+    headings = ["loss recovered, mean", *swept.labels.values()]
+    note = "L0, straight over log L0; none where some repetition does not reach it."
+    return Table(headings, rows, note)
+
+
+def _l0_at(of_seeds: Sequence[Curve | None], level: float) -> str:
+    logs = [None if curve is None else curve.log_l0_at(level) for curve in of_seeds]
+    known = [math.exp(log) for log in logs if log is not None]
+    return with_spread(known, ".1f") if len(known) == len(logs) else "none"
+
+
+def report(
+    swept: Swept, answers: Mapping[str, Answers], picture: Path, settings: Mapping[str, Any]
+) -> Page:
+    """The study's page."""
+    tables = [_against(swept, answers)]
+    levels = equal_loss(swept)
+    if levels is not None:
+        tables.append(levels)
+    text = [in_words(family.label, answers[family.name]) for family in swept.families[1:]]
+    caption = (
+        f"Means over {swept.seeds} seeds against L0; bars are standard deviations of both. Dotted: "
+        "no shrinkage."
+    )
+    return Page(
+        "Gated SAEs",
+        "Do gated SAEs rebuild as well with fewer latents, and do they shrink less?",
+        METHOD,
+        settings,
+        [
+            Section("At equal loss recovered", text, tables, {picture: caption}),
+            swept.section("All SAEs", FIGURES),
+            swept.tuned.section(swept.labels),
+        ],
+        comparison(answers),
+        "Rajamanoharan et al., Improving Dictionary Learning with Gated Sparse Autoencoders "
+        "(2024), and its discussion",
+    )
+
+
+METHOD = (
+    "Each family is swept over the weight of its penalty. All SAEs of a seed see the same batches, "
+    "from one pass of the language model; all figures are of held-out text. Learning rates are "
+    "each family's own, chosen on a seed of its own by the family's objective on held-out text.",
+    "At equal loss recovered, L0 is read off each family's curve, straight between measured points "
+    "over log L0, and the ratio to the baseline is the geometric mean over all levels that both "
+    "reach; nothing is extrapolated. Loss recovered against zero and against mean ablation are "
+    "linear in the cross-entropy, so the ratio is the same for both. gamma is E‖x̂‖² / E[x·x̂], 1 "
+    "without shrinkage: a mean over the log L0 that a family and the baseline both have.",
+)
+
+
+def _against(swept: Swept, answers: Mapping[str, Answers]) -> Table:
+    rows = [
+        [
+            family.label,
+            over_seeds(answers[family.name]["l0_ratio"]),
+            over_seeds(answers[family.name]["gamma"], ".3f"),
+            over_seeds(answers[family.name]["gamma_of_baseline"], ".3f"),
+        ]
+        for family in swept.families
+    ]
+    headings = ["", "L0 at equal loss, baseline = 1", "gamma", "gamma of baseline there"]
+    return Table(headings, rows)
+
+
+def in_words(label: str, answers: Answers) -> str:
+    """The answer for one family, as its numbers have it."""
+    ratios = [ratio for ratio in answers["l0_ratio"] if ratio is not None]
+    if not ratios:
+        return f"{label}: no loss recovered that both it and the baseline reach."
+    need = f"{label} needs {mean(ratios):.2f} of the baseline's L0 for the same loss recovered"
+    if max(ratios) < 1:
+        verdict = "less in every repetition"
+    elif min(ratios) > 1:
+        verdict = "more in every repetition"
+    else:
+        verdict = "less or more by repetition"
+    return f"{need}: {verdict}."
+
+
+def comparison(answers: Mapping[str, Answers]) -> list[tuple[str, str, str]]:
+    """Rows of the document's statements and what is seen here."""
+
+    def seen(name: str, what: str, form: str = ".2f") -> str:
+        return over_seeds(answers[name][what], form) if name in answers else "not trained"
+
+    return [
+        (
+            "L0 of gated over that of the baseline, at equal loss recovered",
+            "about one half",
+            seen("gated", "l0_ratio"),
+        ),
+        ("gamma of gated", "about 1", seen("gated", "gamma", ".3f")),
+        ("gamma of the baseline", "clearly below 1", seen("gated", "gamma_of_baseline", ".3f")),
+        (
+            "gamma of rescaled and shifted ReLU",
+            "about 1: enough against shrinkage",
+            seen("rescale-shift", "gamma", ".3f"),
+        ),
+        (
+            "L0 of rescaled and shifted ReLU over that of the baseline",
+            "not all of what gating gives",
+            seen("rescale-shift", "l0_ratio"),
+        ),
+        (
+            "L0 of gated with norms in the penalty over that of the baseline",
+            "slightly more than gated",
+            seen("gated-norms", "l0_ratio"),
+        ),
+    ]

@@ -1,1 +1,0 @@
-"""Experiments on the activations of a language model."""

@@ -1,0 +1,1 @@
+"""The study of low activations: what does it cost to remove them?"""

@@ -1,0 +1,117 @@
+"""What it costs to halve L0, and whether removing from a dense SAE beats training a sparse one."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from lightning_sae.studies.low_activations.removing import WAYS, WHOLE, Point
+from lightning_sae.studies.shared.frontier import Curve
+
+FIGURES = ("ce", "kl", "mse", "fvu")
+
+Row = dict[str, Any]
+
+
+def of_way(points: Sequence[Point], sae: str, way: str) -> list[Point]:
+    """The points of one SAE and way, the whole SAE first."""
+    return [point for point in points if point["sae"] == sae and point["way"] in (WHOLE, way)]
+
+
+def names(points: Sequence[Point]) -> list[str]:
+    """The SAEs, densest first."""
+    whole = [point for point in points if point["way"] == WHOLE]
+    return list(dict.fromkeys(p["sae"] for p in sorted(whole, key=lambda p: -p["l0"])))
+
+
+def value_at(points: Sequence[Point], figure: str, l0: float) -> float | None:
+    """A figure at some L0, between measured points straight over log L0; None outside of them."""
+    curve = Curve.of([(point["l0"], point[figure]) for point in points])
+    if curve is None or not curve.log_l0[0] <= math.log(l0) <= curve.log_l0[-1]:
+        return None
+    return curve.at(math.log(l0))
+
+
+def halving(points: Sequence[Point]) -> list[Row]:
+    """For each SAE and way, by how much each figure rises when half of L0 is removed.
+
+    Returns:
+        Rows with `sae`, `way`, the whole SAE's `l0`, `ce`, `kl`, `mse` and `fvu`, and the rises
+        `ce_rise` and so on, None where no level removes so much.
+    """
+    rows = []
+    for sae in names(points):
+        for way in WAYS:
+            own = of_way(points, sae, way)
+            whole = own[0]
+            row = {"sae": sae, "way": way, "l0": whole["l0"]}
+            for figure in FIGURES:
+                there = value_at(own, figure, whole["l0"] / 2)
+                row[figure] = whole[figure]
+                row[f"{figure}_rise"] = None if there is None else there - whole[figure]
+            rows.append(row)
+    return rows
+
+
+def frontier(
+    points: Sequence[Point], families: Mapping[str, str], way: str = "global"
+) -> list[Row]:
+    """Each SAE beside denser ones of its family, from which is removed until they have its L0.
+
+    Args:
+        points: Of one seed.
+        families: Of each SAE; those of others are not compared.
+        way: The way of removing.
+
+    Returns:
+        Rows with `trained`, its `l0`, `ce` and `fvu`; `removed_from`, and `ce_removed` and
+        `fvu_removed` of that.
+    """
+    return list(_pairs(points, families, way))
+
+
+def _pairs(points: Sequence[Point], families: Mapping[str, str], way: str) -> Iterator[Row]:
+    order = names(points)
+    for place, sparse in enumerate(order):
+        whole = of_way(points, sparse, WHOLE)[0]
+        for dense in order[:place]:
+            own = of_way(points, dense, way)
+            ce, fvu = (value_at(own, figure, whole["l0"]) for figure in ("ce", "fvu"))
+            if families[dense] == families[sparse] and ce is not None:
+                yield {
+                    "trained": sparse,
+                    "l0": whole["l0"],
+                    "ce": whole["ce"],
+                    "fvu": whole["fvu"],
+                    "removed_from": dense,
+                    "ce_removed": ce,
+                    "fvu_removed": fvu,
+                }
+
+
+def first_places(rows: Sequence[Row]) -> dict[str, int]:
+    """For how many SAEs and seeds each way pays the least cross-entropy to halve L0.
+
+    Args:
+        rows: Of `halving`, of all seeds, with `seed`; SAEs that not all ways can halve are left
+            out.
+    """
+    found = dict.fromkeys(WAYS, 0)
+    for rises in _rises_of_all_ways(rows):
+        found[min(rises, key=rises.__getitem__)] += 1
+    return found
+
+
+def mean_rises(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean rise of cross-entropy by way, over SAEs and seeds that all ways can halve."""
+    cases = _rises_of_all_ways(rows)
+    return {way: mean(rises[way] for rises in cases) for way in WAYS} if cases else {}
+
+
+def _rises_of_all_ways(rows: Sequence[Row]) -> list[dict[str, float]]:
+    cases: dict[tuple[Any, str], dict[str, float]] = {}
+    for row in rows:
+        if row["ce_rise"] is not None:
+            case = cases.setdefault((row.get("seed"), row["sae"]), {})
+            case[row["way"]] = row["ce_rise"]
+    return [case for case in cases.values() if len(case) == len(WAYS)]

@@ -1,0 +1,166 @@
+"""Files and the page of the study of replication."""
+
+import json
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from lightning_sae.studies.replication.plots import (
+    CONSTRAINED,
+    LABELS,
+    PLAIN,
+    RARE,
+    WORDS,
+    Results,
+    draw_cosines,
+    draw_frequencies,
+    draw_over_time,
+    draw_shares,
+    members,
+)
+from lightning_sae.studies.replication.tables import (
+    Row,
+    comparison,
+    figures_table,
+    frequency_table,
+    hooks_text,
+    rare_table,
+    rare_text,
+    time_text,
+)
+from lightning_sae.studies.shared.folder import SETTINGS, write_csv, write_json
+from lightning_sae.studies.shared.page import Page, Section
+
+SOURCE = (
+    "Neel Nanda, Open Source Replication & Commentary on Anthropic's Dictionary Learning Paper "
+    "(2023)"
+)
+
+
+def report(folder: Path, results: Results) -> tuple[Page, list[Path]]:
+    """Write everything the study makes.
+
+    Args:
+        folder: The study's.
+        results: Of each seed.
+
+    Returns:
+        The page, and all files.
+    """
+    settings = json.loads((folder / SETTINGS).read_text())
+    rows = list(_rows(results))
+    across = {name: across_seeds(results, name) for name in (PLAIN, CONSTRAINED)}
+    pictures = {
+        "time": {
+            draw_over_time(results, folder / "over_time.png"): "How many latents fire how often, "
+            "in the first seed, on the activations of the last windows up to each step. Dashed: "
+            "1e-4 and 1e-5. The lowest row never fired.",
+            draw_shares(results, folder / "shares.png"): "Shares of rare latents over training; "
+            "means over seeds, bars one standard deviation.",
+        },
+        "end": {
+            draw_frequencies(results, folder / "frequencies.png"): "Frequencies at the end of "
+            "training, mean over seeds; the vertical axis is logarithmic above 10."
+        },
+        "cosines": {
+            draw_cosines(results, folder / "cosines.png"): "Of rare latents and the others, all "
+            "seeds together: cosines with the mean direction of the rare, and of encoder with "
+            "decoder."
+        },
+    }
+    page = Page(
+        title="Replication on an MLP layer",
+        question="What do SAEs on MLP activations recover, what does resampling do to latents that "
+        "do not fire, and are ultra-rare latents all the same?",
+        method=_method(results),
+        settings={**settings, "seeds": len(results)},
+        sections=[
+            Section("Reconstruction", [hooks_text(rows)], [figures_table(rows)]),
+            Section("Frequencies", [time_text(rows)], [frequency_table(rows)], pictures["end"]),
+            Section("Over training", [], [], pictures["time"]),
+            Section(
+                "The rare latents",
+                [rare_text(rows)],
+                [rare_table(rows, across)],
+                pictures["cosines"],
+            ),
+        ],
+        comparison=list(comparison(rows, across)),
+        source=SOURCE,
+    )
+    plain = [{k: each[k] for k in ("figures", "latents", "rare")} for each in results]
+    everything = {"settings": settings, "seeds": plain, "rare_mean_across_seeds": across}
+    made = [
+        write_json(folder / "results.json", everything),
+        write_csv(folder / "members.csv", rows),
+        write_csv(folder / "frequencies.csv", list(_frequency_rows(results))),
+        *(path for each in pictures.values() for path in each),
+        page.write(folder / "report.html"),
+    ]
+    return page, made
+
+
+def _method(results: Results) -> list[str]:
+    counted = results[0]["latents"][PLAIN]["activations_counted"]
+    return [
+        "ReLU SAEs with an L1 penalty are trained side by side on the activations of one MLP: "
+        "without resampling, with rare latents re-initialised at random, and with dead latents set "
+        "to inputs drawn by their squared loss; and one on the MLP's output. Decoder rows are kept "
+        "at norm 1 by projecting their gradient and by resetting their norm.",
+        f"A latent is rare if it fires on less than {WORDS[RARE]} of the last {counted:,.0f} "
+        f"training activations{_too_few(counted)}. Where there are rare latents without "
+        "resampling, another SAE is trained on the same activations, its encoder and decoder rows "
+        "kept orthogonal to the mean of their encoder rows.",
+        "Loss recovered is given against zero and mean ablation, on held-out text.",
+    ]
+
+
+def _too_few(counted: float) -> str:
+    """What a frequency means if it is too low to be seen."""
+    unseen = [words for level, words in WORDS.items() if level * counted <= 1]
+    return f"; of so few, below {' and below '.join(unseen)} means never" if unseen else ""
+
+
+def across_seeds(results: Results, name: str) -> list[float]:
+    """Cosine of the rare latents' mean encoder directions, for each pair of seeds."""
+    directions = [
+        np.array(each["per_latent"][name]["rare_direction"])
+        for each in results
+        if name in each["per_latent"] and any(each["per_latent"][name]["rare"])
+    ]
+    return [float(one @ other) for one, other in combinations(directions, 2)]
+
+
+def _rows(results: Results) -> Iterator[Row]:
+    """All figures of each SAE and seed; what an SAE does not have is left out."""
+    for seed, each in enumerate(results):
+        for name in LABELS:
+            if name in each["figures"]:
+                figures = dict(each["figures"][name])
+                scale = figures["ce_zero_ablation"] - figures["ce_clean"]
+                kept = figures["ce_zero_ablation"] - figures["ce_mean_ablation"]
+                figures["mean_ablation_recovers"] = kept / scale if scale else None
+                latents, rare = each["latents"].get(name, {}), each["rare"].get(name, {})
+                yield {"seed": seed, "sae": name, **figures, **latents, **rare}
+
+
+def _frequency_rows(results: Results) -> Iterator[Row]:
+    for seed, each in enumerate(results):
+        for name in members([each]):
+            snapshots = each["snapshots"][name]
+            for step, n, counts in zip(
+                snapshots.steps.tolist(), snapshots.n.tolist(), snapshots.counts, strict=True
+            ):
+                quartiles = np.quantile(counts.numpy() / n, (0.25, 0.5, 0.75))
+                yield {
+                    "seed": seed,
+                    "sae": name,
+                    "step": step,
+                    "activations": n,
+                    "never": float((counts == 0).double().mean()),
+                    "lower_quartile": quartiles[0],
+                    "median": quartiles[1],
+                    "upper_quartile": quartiles[2],
+                }

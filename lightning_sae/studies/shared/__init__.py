@@ -1,0 +1,1 @@
+"""What several studies use: settings, sweeps, tuning, frontiers, pages and plots."""

@@ -1,0 +1,109 @@
+"""Families of SAEs that differ in the weight of their penalty alone, and how users choose them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lightning_sae.architectures.checks import require_positive
+from lightning_sae.studies.shared.setting import Setting
+
+CALLBACKS = "lightning_sae.callbacks"
+
+
+@dataclass(frozen=True)
+class Family:
+    """SAEs that differ in the weight of their penalty alone.
+
+    Attributes:
+        name: For files and arguments.
+        label: For tables and pictures.
+        architecture: `class_path` of the SAE.
+        coefficients: Weights of the penalty, rising.
+        arguments: `init_args` of the SAE beside those of all.
+    """
+
+    name: str
+    label: str
+    architecture: str
+    coefficients: tuple[float, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def middle(self) -> float:
+        """The coefficient in the middle of the sweep."""
+        return self.coefficients[len(self.coefficients) // 2]
+
+    def member(self, setting: Setting, name: str, coefficient: float, lr: float) -> dict[str, Any]:
+        """The description of an SAE for `SideBySide`.
+
+        The penalty comes into force over the first tenth of the run; decoder rows are kept at norm
+        1 unless the SAE weights its penalty by their norms.
+        """
+        own = {**self.arguments, "l1_coefficient": coefficient, "lr": lr}
+        warmup = {"n_steps": max(1, setting.share(0.1))}
+        callbacks: list[dict[str, Any]] = [
+            {"class_path": f"{CALLBACKS}.L1Warmup", "init_args": warmup}
+        ]
+        if self.arguments.get("decoder_norm") != "free":
+            callbacks.append({"class_path": f"{CALLBACKS}.DecoderNormProjection"})
+        sae = {"class_path": self.architecture, "init_args": setting.arguments(**own)}
+        return {"name": name, "sae": sae, "callbacks": callbacks}
+
+
+def chosen(
+    families: Sequence[Family],
+    names: str,
+    coefficients: Mapping[str, Sequence[float]] | None,
+    argument: str,
+) -> list[Family]:
+    """Families by name, with coefficients of their own where some are given.
+
+    Args:
+        families: All there are; the first is what others are compared with, and is always there.
+        names: Which, with commas between them.
+        coefficients: By name; those of the family by default.
+        argument: How the user calls `names`.
+
+    Raises:
+        ValueError: If a name or a coefficient is none.
+    """
+    known = {family.name: family for family in families}
+    wanted = [name.strip() for name in names.split(",")]
+    first = families[0].name
+    if not {first} <= {*wanted} <= {*known} or len({*wanted}) < len(wanted) or len(wanted) < 2:
+        raise ValueError(
+            f"Expected argument `{argument}` to be `{first}` and different ones of "
+            f"{', '.join(name for name in known if name != first)} with commas between them but "
+            f"got {names!r}."
+        )
+    given = dict(coefficients or {})
+    if not {*given} <= {*wanted}:
+        raise ValueError(
+            f"Expected argument `coefficients` to be lists for {', '.join(wanted)} but got some "
+            f"for {', '.join(sorted({*given} - {*wanted}))}."
+        )
+    return [
+        replace(known[name], coefficients=_rising(name, given[name]))
+        if name in given
+        else known[name]
+        for name in sorted(wanted, key=list(known).index)
+    ]
+
+
+def _rising(name: str, coefficients: Sequence[float]) -> tuple[float, ...]:
+    if len({*coefficients}) < max(2, len(coefficients)) or min(coefficients) <= 0:
+        raise ValueError(
+            f"Expected argument `coefficients` to have at least two different positive numbers for "
+            f"`{name}` but got {list(coefficients)}."
+        )
+    return tuple(sorted(map(float, coefficients)))
+
+
+def require_rates(learning_rates: Sequence[float], tuning_steps: int) -> None:
+    """Raise a ValueError if there is nothing to tune with."""
+    require_positive(tuning_steps=tuning_steps)
+    if len({*learning_rates}) < max(1, len(learning_rates)) or min(learning_rates) <= 0:
+        raise ValueError(
+            "Expected argument `learning_rates` to be different positive numbers but got "
+            f"{list(learning_rates)}."
+        )
