@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 PEERS ?= .venv-benchmark
 BENCHMARK ?= all
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -25,9 +26,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-# ruff and mypy run inside pytest (tests/test_lint.py), so pytest's closing line speaks for all checks.
+# A worker for each of WORKERS cores; tests that share what is slow to make stay on one. mypy runs
+# beside them and speaks only if it finds something, so on success pytest's closing line is the last.
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & mypy=$$!; \
+	echo "$(BIN)/pytest -n $(WORKERS) --dist loadgroup"; \
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup; tests=$$?; \
+	wait $$mypy || { echo "$(BIN)/mypy"; cat $(VENV)/mypy.log; exit 1; }; \
+	exit $$tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check
