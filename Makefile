@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make quickstart   train and evaluate an SAE on the embedded language model, into RUN=$(RUN)"
-	@echo "make test         every check: ruff, mypy, tests and doctests"
+	@echo "make test         every check: ruff, mypy, tests and doctests, on WORKERS=$(WORKERS) cores"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make benchmark    step time, memory and whole runs beside other libraries, into docs/benchmark.md"
 	@echo "make setup        the pinned environment alone, in $(VENV)"
