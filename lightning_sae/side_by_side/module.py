@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.architectures.ranks import AmongRanks
-from lightning_sae.distributed import require_agreement
+from lightning_sae.distributed import require_agreement, take_part
 from lightning_sae.functional.sparse.memory import Workspace
 from lightning_sae.side_by_side.checks import require_hook, require_supported
 from lightning_sae.side_by_side.descriptions import build_members, named
@@ -23,7 +22,7 @@ from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
 from lightning_sae.side_by_side.passed_on import PassesOn
 
 
-class SideBySide(PassesOn, AmongRanks):
+class SideBySide(PassesOn):
     """SAEs that are trained side by side on the same batches, each as if it were alone.
 
     Each member has its own weights, optimiser, schedule, callbacks, logs and count of steps. Its
@@ -263,8 +262,6 @@ class SideBySide(PassesOn, AmongRanks):
                 member.load_state_dict({**own, "state_dict": its, "global_step": 0})
 
     def _take_part(self, checkpoint: dict[str, Any]) -> None:
-        from lightning_sae.rank_parts import take_part  # it saves, and saving knows all SAEs
-
         among = self.trainer.global_rank, self.trainer.world_size
         if self.trainer.state.fn == "fit" and among[0] > 0 and checkpoint.get("ranks") == among[1]:
             take_part(Path(self.trainer.ckpt_path), among[0], checkpoint)  # type: ignore[arg-type]

@@ -13,7 +13,6 @@ from lightning_sae.callbacks import DeadFeatureResampling, DecoderNormProjection
 from lightning_sae.callbacks.orthogonal_to import span
 
 # Some of these runs let the norms drift, to see what this callback does alone.
-pytestmark = pytest.mark.filterwarnings("ignore:`decoder_norm` is `unit` but nothing keeps it so")
 
 D_IN, D_SAE, LR = 7, 7, 0.02  # as many latents as dimensions: an axis mistaken would not show up
 
