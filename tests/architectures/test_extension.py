@@ -31,7 +31,7 @@ def halved(self: SparseAutoencoder, pre: Tensor) -> Tensor:
 def test_training_and_encode_both_use_the_activate_of_a_subclass(
     base: type[SparseAutoencoder],
 ) -> None:
-    sae = type("Halved", (base,), {"activate": halved})(4, 8)
+    sae = type("Halved", (base,), {"activate": halved})(4, 32)
     x = torch.randn(16, 4)
     trained = sae.objective(x).f
     torch.testing.assert_close(trained.to_dense(), sae.encode(x))
@@ -48,7 +48,7 @@ def test_activate_alone_is_refused_where_training_has_another_rule(
 @pytest.mark.parametrize("base", OTHERS)
 def test_a_subclass_that_says_how_it_trains_is_accepted(base: type[SparseAutoencoder]) -> None:
     methods = {"activate": halved, "objective": ReLUSAE.objective}
-    assert type("Halved", (base,), methods)(4, 8).d_sae == 8
+    assert type("Halved", (base,), methods)(4, 32).d_sae == 32
 
 
 @pytest.mark.parametrize("base", [*ROWWISE, GatedSAE, JumpReLUSAE])
@@ -58,10 +58,10 @@ def test_rows_of_a_new_objective_are_not_taken_to_be_independent(
     def objective(self: SparseAutoencoder, x: Float[Tensor, "batch d_in"]) -> Step:
         raise AssertionError("only looked at")
 
-    assert base(4, 8).rows_are_independent
-    assert not type("Own", (base,), {"objective": objective})(4, 8).rows_are_independent
+    assert base(4, 32).rows_are_independent
+    assert not type("Own", (base,), {"objective": objective})(4, 32).rows_are_independent
     said = {"objective": objective, "rows_are_independent": True}
-    assert type("Own", (ReLUSAE,), said)(4, 8).rows_are_independent
+    assert type("Own", (ReLUSAE,), said)(4, 32).rows_are_independent
 
 
 def test_a_rule_over_the_batch_sees_the_whole_batch_though_it_is_large() -> None:
