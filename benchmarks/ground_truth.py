@@ -1,21 +1,20 @@
-"""Our trainers and SAELens' on the same known activations: `python -m benchmarks.ground_truth`."""
+"""Compare with SAELens on activations with known features: `python -m benchmarks.ground_truth`."""
 
 import argparse
 import json
 import math
-import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.known import THEIRS, save_activations
+from benchmarks.command_line import say
+from benchmarks.formatting import Row, table
+from benchmarks.ground_truth_worker import THEIRS, save_activations
 from benchmarks.libraries.base import OURS
 from benchmarks.machine import surroundings
 from benchmarks.measure import run_process
-from benchmarks.sections import say
-from benchmarks.words import Row, table
 from lightning_sae.studies.ground_truth.league import ARCHITECTURES, RECIPE, World
 
 PEER = "SAELens"
@@ -42,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world = World(asked.n_features, asked.d_in)
     output = Path(asked.output).with_suffix(".json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    about = surroundings(asked.threads)
-    about["command"] = f"`{shlex.join(['python', '-m', 'benchmarks.ground_truth', *sys.argv[1:]])}`"
+    about = surroundings(asked.threads, "benchmarks.ground_truth")
     results: Row = {"surroundings": about, "plan": vars(asked), "recipe": RECIPE, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(asked.seeds):
@@ -93,13 +91,13 @@ def _measured(job: Row, limits: Row) -> Row:
     label = {key: job[key] for key in ("library", "architecture", "seed", "d_sae")}
     say(f"{job['library']} {job['architecture']}, seed {job['seed']}")
     call = json.dumps({**job, "threads": limits["threads"]})
-    answer = run_process([sys.executable, "-m", "benchmarks.known", call], **limits)
+    answer = run_process([sys.executable, "-m", "benchmarks.ground_truth_worker", call], **limits)
     say(f"    {outline(answer)}")
     return {**label, "trainings": 1, **answer}
 
 
 def outline(answer: Row) -> str:
-    """A few words on what a job returned."""
+    """A short summary of what a job returned."""
     if "error" in answer:
         return f"failed: {answer['error']}"
     figures = answer["ours"]
