@@ -18,7 +18,7 @@ from benchmarks.measure import run_process
 from lightning_sae.studies.ground_truth.league import ARCHITECTURES, RECIPE, World
 
 PEER = "SAELens"
-CLOSE = 0.05  # relative distance to the wished L0 at which the search for a coefficient ends
+CLOSE = 0.05  # relative distance to the target L0 at which the search for a coefficient ends
 ATTEMPTS = 4  # trainings of the search
 STEEPEST = 4.0  # factor by which the search changes a coefficient at most
 FIGURES = {
@@ -105,10 +105,10 @@ def outline(answer: Row) -> str:
 
 
 def _matched(job: Row, coefficient: float | None, l0: int, limits: Row) -> Row:
-    """SAELens' training whose L0 is closest to the wished one.
+    """Train SAELens' SAE, up to `ATTEMPTS` times, and return the one with L0 closest to `l0`.
 
-    A penalty's coefficient is sought for, from the one that ours ended with: by the slope of log L0
-    over log coefficient between the last two trainings, and before there are two, by minus one.
+    The search for the penalty's coefficient starts from the one that ours ended with. It follows the
+    slope of log L0 over log coefficient between the last two trainings, at first taken as -1.
     """
     tried: list[Row] = []
     for _ in range(ATTEMPTS):
@@ -125,7 +125,7 @@ def _error(row: Row, l0: int) -> float:
 
 
 def _change(tried: Sequence[Row], l0: int) -> float:
-    """By how much the log of the coefficient is to change."""
+    """Change of the log of the coefficient for the next training."""
     slope = -1.0
     if len(tried) > 1:
         before, last = tried[-2:]
@@ -144,7 +144,7 @@ def _write(results: Row, output: Path) -> None:
 
 
 def page(results: Row) -> str:
-    """The comparison in Markdown."""
+    """The page of the comparison in Markdown."""
     plan, recipe = results["plan"], results["recipe"]
     lines = [
         "# Ground truth: beside SAELens",
@@ -165,7 +165,7 @@ def page(results: Row) -> str:
 
 
 def _rules(plan: Row, recipe: Row) -> list[str]:
-    """What is the same for both libraries, and what is not."""
+    """Settings that both libraries share, and those that differ."""
     shared = ", ".join(f"{name} {value:g}" for name, value in recipe.items() if name != "auxk")
     return [
         f"- **The same for both**: {shared}, where warm-ups, decay and `dead_after` are shares of "

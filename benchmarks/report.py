@@ -9,7 +9,7 @@ from benchmarks.libraries.base import OURS
 
 
 class Target(NamedTuple):
-    """What is aimed at: so many times faster than the best peer, at most so many floors."""
+    """Targets of a step: how much faster than the best peer, and how many floors at most."""
 
     peer: float
     floor: float
@@ -36,7 +36,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def page(results: Row) -> str:
-    """The whole page, in Markdown, of the sections that there are."""
+    """The whole page in Markdown, with the sections that were measured."""
     lines = [
         "# Benchmark",
         "",
@@ -52,7 +52,7 @@ def page(results: Row) -> str:
 
 
 def _surroundings(results: Row) -> list[str]:
-    """Where, when and with what: once for all sections of a run."""
+    """Machine, versions and date, once for all sections of a run."""
     lines = ["## Where and with what"]
     runs = [results[name]["surroundings"] for name in WRITERS if name in results]
     for run in [run for at, run in enumerate(runs) if run not in runs[:at]]:

@@ -1,10 +1,10 @@
-"""Many SAEs in one run against as many runs: `python -m benchmarks.side_by_side`.
+"""Compare many SAEs in one run with as many runs: `python -m benchmarks.side_by_side`.
 
 Trains SAEs side by side in one run, then each in a run of its own, one after another, and times the
 language model alone on as many tokens as a run reads. A run is timed from the call of `fit` until
-it returns: so the first filling of the shuffling buffer, the estimate of centre and scale, reading
-ahead and all steps count, and loading the language model and opening the text do not. Nothing is
-logged or saved. Needs no other library than the package's own.
+it returns. This includes the first filling of the shuffling buffer, the estimate of mean and scale,
+reading ahead and all steps, but not loading the language model and opening the text. Nothing is
+logged or saved. No other SAE library is needed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ABOUT = ("date", "processor", "system", "with", "commit", "command")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, write `side_by_side.json` and `.md` to a folder, and print the latter."""
+    """Measure, write `side_by_side.json` and `.md` to a folder, and print the page."""
     asked = vars(parser().parse_args(arguments))
     threads, timeout = asked.pop("threads"), asked.pop("timeout")
     folder = Path(asked.pop("output"))
@@ -88,7 +88,7 @@ def measured(plan: Plan, threads: int, timeout: float) -> Row:
 
 
 def page(results: Row) -> str:
-    """The figures in Markdown."""
+    """The page of the comparison in Markdown."""
     plan, together, alone = results["plan"], results["together"], results["alone"]
     n, model = len(alone), results["language_model"]
     runs = sum(run["wall"] for run in alone)
