@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 PEERS ?= .venv-benchmark
 BENCHMARK ?= all
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make quickstart   train and evaluate an SAE on the embedded language model, into RUN=$(RUN)"
-	@echo "make test         every check: ruff, mypy, tests and doctests"
+	@echo "make test         every check: ruff, mypy, tests and doctests, on WORKERS=$(WORKERS) cores"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make benchmark    step time, memory and whole runs beside other libraries, into docs/benchmark.md"
 	@echo "make setup        the pinned environment alone, in $(VENV)"
@@ -25,9 +26,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-# ruff and mypy run inside pytest (tests/test_lint.py), so pytest's closing line speaks for all checks.
+# A worker for each of WORKERS cores; tests that share what is slow to make stay on one. mypy runs
+# beside them and speaks only if it finds something, so on success pytest's closing line is the last.
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & mypy=$$!; \
+	echo "$(BIN)/pytest -n $(WORKERS) --dist loadgroup"; \
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup; tests=$$?; \
+	wait $$mypy || { echo "$(BIN)/mypy"; cat $(VENV)/mypy.log; exit 1; }; \
+	exit $$tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@ imported here would go unchecked.
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,30 @@ from pathlib import Path
 # Before any Hugging Face import, which reads them once: no test reaches for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before torch, which reads it once, here and in each process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import jaxtyping
 import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)  # the same sums in the same order on every machine
+# The same sums in the same order on every machine. What is so small gains nothing by a second
+# thread, and `make test` has a worker on each core.
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests of a file that share a fixture on one worker, so that it is made once."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        if not isinstance(item, pytest.Function) or item.get_closest_marker("xdist_group"):
+            continue
+        found = item._fixtureinfo.name2fixturedefs.values()
+        if any(each.scope == "module" for definitions in found for each in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +53,14 @@ def _clean_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     os.environ.update(before)
     if torch.distributed.is_initialized():  # a strategy of several processes in one
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Python's own handler of SIGINT, which a script's background jobs start without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -90,6 +90,7 @@ def run_and_kill(root: Path, at: int, signal_name: str) -> int:
     command = [sys.executable, "-m", "lightning_sae", "fit", "--config", write_config(root, killer)]
     repository = Path(__file__).resolve().parent.parent
     environment = {"PYTHONPATH": f"{repository}:{root.parent}", "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = "1"  # as here, for the same sums
     return subprocess.run(
         command, cwd=root.parent, env=environment, capture_output=True, check=False
     ).returncode
