@@ -103,7 +103,7 @@ class SideBySide(PassesOn):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """One that tells the members' callbacks what Lightning does not tell a module."""
-        return [_TellOfExceptions()]
+        return [_CallbacksOnly()]
 
     @override
     def setup(self, stage: str) -> None:
@@ -195,12 +195,12 @@ class SideBySide(PassesOn):
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         for member in self.active:
-            member.sae.validation_step(member.rows(batch), batch_idx)
+            member.evaluate("validation", batch, batch_idx)
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
         for member in self.active:
-            member.sae.test_step(member.rows(batch), batch_idx)
+            member.evaluate("test", batch, batch_idx)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -208,9 +208,7 @@ class SideBySide(PassesOn):
         found: dict[str, Tensor] = {}
         kept = self.trainer.predict_loop.return_predictions
         for member in self.active:
-            rows = member.rows(batch)
-            latents = member.sae.predict_step(rows, batch_idx)
-            member.call_callbacks("on_predict_batch_end", latents, rows, batch_idx)
+            latents = member.evaluate("predict", batch, batch_idx)
             found |= {member.name: latents} if kept else {}  # or there is one at a time
         return found
 
@@ -267,15 +265,29 @@ class SideBySide(PassesOn):
             take_part(Path(self.trainer.ckpt_path), among[0], checkpoint)  # type: ignore[arg-type]
 
 
-class _TellOfExceptions(Callback):
+class _CallbacksOnly(Callback):
+    """Passes on the hooks that Lightning calls of callbacks and not of modules."""
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pass_on(pl_module, "on_sanity_check_start")
+
+    @override
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pass_on(pl_module, "on_sanity_check_end")
+
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self._pass_on(pl_module, "on_exception", exception)
+
+    @staticmethod
+    def _pass_on(pl_module: LightningModule, hook: str, *args: Any) -> None:
         assert isinstance(pl_module, SideBySide)
         for member in pl_module.active:
-            if hasattr(member, "trainer"):
-                member.call_callbacks("on_exception", exception)
+            if hasattr(member, "trainer"):  # not before it is set up
+                member.call_callbacks(hook, *args)
 
 
 def _share_workspaces(members: list[Member]) -> None:
