@@ -107,8 +107,8 @@ def outline(answer: Row) -> str:
 def _matched(job: Row, coefficient: float | None, l0: int, limits: Row) -> Row:
     """Train SAELens' SAE, up to `ATTEMPTS` times, and return the one with L0 closest to `l0`.
 
-    The search for the penalty's coefficient starts from the one that ours ended with. It follows the
-    slope of log L0 over log coefficient between the last two trainings, at first taken as -1.
+    The search for the penalty's coefficient starts from the one that ours ended with. It follows
+    the slope of log L0 over log coefficient between the last two trainings, at first taken as -1.
     """
     tried: list[Row] = []
     for _ in range(ATTEMPTS):
