@@ -86,8 +86,8 @@ def test_norms_can_be_the_same_for_all(name: str, norm: str) -> None:
 
 
 def test_norms_asked_for_are_those_of_the_study(tmp_path: Path) -> None:
-    study(tmp_path, "--l0", "2", "--seeds", "1", "--architectures", "topk")
-    free = json.loads((tmp_path / "results.json").read_text())["runs"][0]
+    study(tmp_path / "free", "--l0", "2", "--seeds", "1", "--architectures", "topk")
+    free = json.loads((tmp_path / "free" / "results.json").read_text())["runs"][0]
     arguments = ("--l0", "2", "--seeds", "1", "--architectures", "topk", "--decoder_norm", "unit")
     study(tmp_path / "unit", *arguments)
     unit = json.loads((tmp_path / "unit" / "results.json").read_text())
