@@ -1,4 +1,4 @@
-"""Measure and write the page: `python -m benchmarks [SECTION ...]`, by default every section."""
+"""Measure and write the page: `python -m benchmarks [SECTION ...]`, by default all sections."""
 
 import argparse
 import json
@@ -8,25 +8,26 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figure import draw
+from benchmarks.command_line import add_option, say
+from benchmarks.language_model_source import Source, absolute, layer_of
 from benchmarks.libraries.base import LIBRARIES
 from benchmarks.machine import surroundings
+from benchmarks.plot import draw
 from benchmarks.report import page
-from benchmarks.sections import SECTIONS, Plan, say
-from benchmarks.source import Source, absolute, layer_of
+from benchmarks.sections import SECTIONS, Plan
 
 CHOICES = [*SECTIONS, "report", "all"]
 PLANNED = {field.name for field in fields(Plan)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the sections asked for, one after another, and renew the page after each."""
+    """Measure the given sections one after another, and write the page after each."""
     asked = parser().parse_args(arguments)
     plan, sections = plan_of(asked), sections_of(asked.sections)
     output = Path(asked.output).with_suffix(".json")
     output.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-    about = {"surroundings": surroundings(plan.threads), "plan": asdict(plan)}
+    about = {"surroundings": surroundings(plan.threads, "benchmarks"), "plan": asdict(plan)}
     for name in sections:
         results[name] = about | SECTIONS[name](plan)
         write(results, output)
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write(results: dict[str, Any], output: Path) -> None:
-    """The figures, the page and the picture."""
+    """Write the figures, the page and the plot."""
     output.write_text(json.dumps(results, indent=1) + "\n")
     output.with_suffix(".md").write_text(page(results))
     if "growth" in results:
@@ -57,18 +58,6 @@ def parser() -> argparse.ArgumentParser:
         if field.name not in ("libraries", "source"):
             add_option(found, field.name, field.default)
     return found
-
-
-def add_option(found: argparse.ArgumentParser, name: str, default: Any) -> None:
-    """An option named after a field of `Plan`, of the type of its default."""
-    several = isinstance(default, tuple)
-    found.add_argument(
-        f"--{name.replace('_', '-')}",
-        type=type(default[0] if several else default),
-        nargs="+" if several else None,
-        default=default,
-        help="%(default)s",
-    )
 
 
 def plan_of(asked: argparse.Namespace) -> Plan:

@@ -1,25 +1,24 @@
-"""Our trainers and SAELens' on the same known activations: `python -m benchmarks.ground_truth`."""
+"""Compare with SAELens on activations with known features: `python -m benchmarks.ground_truth`."""
 
 import argparse
 import json
 import math
-import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.known import THEIRS, save_activations
+from benchmarks.command_line import say
+from benchmarks.formatting import Row, table
+from benchmarks.ground_truth_worker import THEIRS, save_activations
 from benchmarks.libraries.base import OURS
 from benchmarks.machine import surroundings
 from benchmarks.measure import run_process
-from benchmarks.sections import say
-from benchmarks.words import Row, table
 from lightning_sae.studies.ground_truth.league import ARCHITECTURES, RECIPE, World
 
 PEER = "SAELens"
-CLOSE = 0.05  # relative distance to the wished L0 at which the search for a coefficient ends
+CLOSE = 0.05  # relative distance to the target L0 at which the search for a coefficient ends
 ATTEMPTS = 4  # trainings of the search
 STEEPEST = 4.0  # factor by which the search changes a coefficient at most
 FIGURES = {
@@ -42,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world = World(asked.n_features, asked.d_in)
     output = Path(asked.output).with_suffix(".json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    about = surroundings(asked.threads)
-    about["command"] = f"`{shlex.join(['python', '-m', 'benchmarks.ground_truth', *sys.argv[1:]])}`"
+    about = surroundings(asked.threads, "benchmarks.ground_truth")
     results: Row = {"surroundings": about, "plan": vars(asked), "recipe": RECIPE, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(asked.seeds):
@@ -93,13 +91,13 @@ def _measured(job: Row, limits: Row) -> Row:
     label = {key: job[key] for key in ("library", "architecture", "seed", "d_sae")}
     say(f"{job['library']} {job['architecture']}, seed {job['seed']}")
     call = json.dumps({**job, "threads": limits["threads"]})
-    answer = run_process([sys.executable, "-m", "benchmarks.known", call], **limits)
+    answer = run_process([sys.executable, "-m", "benchmarks.ground_truth_worker", call], **limits)
     say(f"    {outline(answer)}")
     return {**label, "trainings": 1, **answer}
 
 
 def outline(answer: Row) -> str:
-    """A few words on what a job returned."""
+    """A short summary of what a job returned."""
     if "error" in answer:
         return f"failed: {answer['error']}"
     figures = answer["ours"]
@@ -107,10 +105,10 @@ def outline(answer: Row) -> str:
 
 
 def _matched(job: Row, coefficient: float | None, l0: int, limits: Row) -> Row:
-    """SAELens' training whose L0 is closest to the wished one.
+    """Train SAELens' SAE, up to `ATTEMPTS` times, and return the one with L0 closest to `l0`.
 
-    A penalty's coefficient is sought for, from the one that ours ended with: by the slope of log L0
-    over log coefficient between the last two trainings, and before there are two, by minus one.
+    The search for the penalty's coefficient starts from the one that ours ended with. It follows
+    the slope of log L0 over log coefficient between the last two trainings, at first taken as -1.
     """
     tried: list[Row] = []
     for _ in range(ATTEMPTS):
@@ -127,7 +125,7 @@ def _error(row: Row, l0: int) -> float:
 
 
 def _change(tried: Sequence[Row], l0: int) -> float:
-    """By how much the log of the coefficient is to change."""
+    """Change of the log of the coefficient for the next training."""
     slope = -1.0
     if len(tried) > 1:
         before, last = tried[-2:]
@@ -146,7 +144,7 @@ def _write(results: Row, output: Path) -> None:
 
 
 def page(results: Row) -> str:
-    """The comparison in Markdown."""
+    """The page of the comparison in Markdown."""
     plan, recipe = results["plan"], results["recipe"]
     lines = [
         "# Ground truth: beside SAELens",
@@ -167,7 +165,7 @@ def page(results: Row) -> str:
 
 
 def _rules(plan: Row, recipe: Row) -> list[str]:
-    """What is the same for both libraries, and what is not."""
+    """Settings that both libraries share, and those that differ."""
     shared = ", ".join(f"{name} {value:g}" for name, value in recipe.items() if name != "auxk")
     return [
         f"- **The same for both**: {shared}, where warm-ups, decay and `dead_after` are shares of "

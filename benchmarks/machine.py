@@ -1,4 +1,4 @@
-"""Where and with what the figures were measured."""
+"""Describe the machine, the versions and the command with which figures were measured."""
 
 import os
 import platform
@@ -16,11 +16,11 @@ from benchmarks.measure import ROOT
 PACKAGES = ("torch", "lightning", "transformers", "transformer-lens")
 
 
-def surroundings(threads: int) -> dict[str, str]:
-    """Machine, versions, date and command, in the words of the page."""
+def surroundings(threads: int, module: str) -> dict[str, str]:
+    """Date, command (`python -m module ...`), machine and versions, as the page shows them."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": "`" + shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]) + "`",
+        "command": "`" + shlex.join(["python", "-m", module, *sys.argv[1:]]) + "`",
         "processor": f"{_processor()}; {os.cpu_count()} cores, {threads} used",
         "memory": f"{_memory_gib():.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

@@ -1,4 +1,4 @@
-"""Time and memory, each job in a process of its own."""
+"""Measure step times from outside a trainer, memory, and jobs in processes of their own."""
 
 import contextlib
 import json
@@ -23,17 +23,17 @@ LOOK_EVERY = 0.1  # seconds between two looks at a process's memory
 
 
 class Watch(Iterator[Tensor]):
-    """Batches, and when each was asked for.
+    """Serve batches to a trainer, and record when it asked for each.
 
-    From one request to the next lies a whole step, with all that its trainer does around it: every
-    library is measured by the same rule, from outside.
+    The time from one request to the next is a whole step, with everything that its trainer does
+    around it. So every library is measured in the same way, without hooks into its loop.
 
     Args:
-        batches: Served over and over.
-        n_steps: Steps to serve batches for.
+        batches: Batches to serve, repeated as needed.
+        n_steps: Number of steps.
         budget: Seconds after which no more batches are served, once there were `at_least`.
-        at_least: Steps that are made whatever the budget.
-        look: Called before a step with the number of steps made; its time does not count.
+        at_least: Steps that are made even over the budget.
+        look: Called before each step with the number of steps made; its time is not counted.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Watch(Iterator[Tensor]):
         self._paused = 0.0
 
     def __len__(self) -> int:
-        """One more than there are, so that every trainer asks once more after its last step."""
+        """One more than `n_steps`, so that every trainer asks once more after its last step."""
         return self.n_steps + 1
 
     def __next__(self) -> Float[Tensor, "batch d_in"]:
@@ -69,12 +69,12 @@ class Watch(Iterator[Tensor]):
         return self.batches[made % len(self.batches)]
 
     def now(self) -> float:
-        """Seconds on a clock that stands still while `look` looks."""
+        """Seconds on a clock that is paused while `look` runs."""
         return time.perf_counter() - self._paused
 
     @property
     def seconds(self) -> list[float]:
-        """Length of each step."""
+        """Seconds of each step."""
         return [after - before for before, after in zip(self.asked, self.asked[1:], strict=False)]
 
 
@@ -95,18 +95,18 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def resident_bytes() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process, in bytes."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """Most bytes that this process had in memory since `forget_peak`, or since it began."""
+    """Largest resident memory since `forget_peak`, or since the process started, in bytes."""
     peak = _status("VmHWM")
     return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def forget_peak() -> None:
-    """Let `peak_bytes` begin anew, where the system can."""
+    """Reset `peak_bytes`, if the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -123,7 +123,7 @@ def _status(field: str, process: int | str = "self") -> int:
 
 
 def run_job(job: str, arguments: dict[str, Any], threads: int, **limits: float) -> dict[str, Any]:
-    """Run a function of `benchmarks.jobs` in a fresh process.
+    """Run a function of `benchmarks.worker` in a fresh process.
 
     Args:
         job: Its name.
@@ -135,7 +135,7 @@ def run_job(job: str, arguments: dict[str, Any], threads: int, **limits: float) 
         What the job returned, or `{"error": why it did not}`.
     """
     call = json.dumps({"job": job, "arguments": arguments, "threads": threads})
-    return run_process([sys.executable, "-m", "benchmarks.jobs", call], threads, **limits)
+    return run_process([sys.executable, "-m", "benchmarks.worker", call], threads, **limits)
 
 
 def run_process(
@@ -179,7 +179,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float, memory: float) -> str | None:
-    """Wait until the process ends, or has to; the reason, if it has to."""
+    """Wait until the process ends or exceeds a limit; returns the limit it exceeded, if any."""
     end = time.monotonic() + timeout
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,15 +1,15 @@
-"""The figures as a page."""
+"""Write the page of the benchmark in Markdown, with tables and targets."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from benchmarks import words
+from benchmarks import formatting
+from benchmarks.formatting import Row
 from benchmarks.libraries.base import OURS
-from benchmarks.words import Row
 
 
 class Target(NamedTuple):
-    """What is aimed at: so many times faster than the best peer, at most so many floors."""
+    """Targets of a step: how much faster than the best peer, and how many floors at most."""
 
     peer: float
     floor: float
@@ -36,7 +36,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def page(results: Row) -> str:
-    """The whole page, in Markdown, of the sections that there are."""
+    """The whole page in Markdown, with the sections that were measured."""
     lines = [
         "# Benchmark",
         "",
@@ -52,7 +52,7 @@ def page(results: Row) -> str:
 
 
 def _surroundings(results: Row) -> list[str]:
-    """Where, when and with what: once for all sections of a run."""
+    """Machine, versions and date, once for all sections of a run."""
     lines = ["## Where and with what"]
     runs = [results[name]["surroundings"] for name in WRITERS if name in results]
     for run in [run for at, run in enumerate(runs) if run not in runs[:at]]:
@@ -88,26 +88,26 @@ def _of(architecture: str, section: Row) -> list[Row]:
 
 
 def _step_table(architecture: str, rows: Sequence[Row], floor: Row) -> list[str]:
-    mine = words.ours(rows)
-    ours = None if mine is None else words.median(mine)
-    least = words.median(floor)
+    mine = formatting.ours(rows)
+    ours = None if mine is None else formatting.median(mine)
+    least = formatting.median(floor)
     table = [_step_row(row, ours, least) for row in rows]
-    last = words.quotient(least, ours)
-    table.append(["the floor", words.milliseconds(floor), last, "1", "", ""])
+    last = formatting.quotient(least, ours)
+    table.append(["the floor", formatting.milliseconds(floor), last, "1", "", ""])
     head = ["", "ms", "of ours", "of the floor", "memory, MiB", "L0"]
     verdicts = _verdicts(architecture, rows, ours, least)
-    return [f"### {NAMES[architecture]}", "", *words.table(head, table), "", *verdicts]
+    return [f"### {NAMES[architecture]}", "", *formatting.table(head, table), "", *verdicts]
 
 
 def _step_row(row: Row, ours: float | None, least: float | None) -> list[str]:
-    time = words.median(row)
+    time = formatting.median(row)
     if time is None:
-        return [words.name(row), words.trouble(row), "", "", "", ""]
+        return [formatting.name(row), formatting.trouble(row), "", "", "", ""]
     return [
-        words.name(row),
-        words.milliseconds(row),
-        words.quotient(time, ours),
-        words.quotient(time, least),
+        formatting.name(row),
+        formatting.milliseconds(row),
+        formatting.quotient(time, ours),
+        formatting.quotient(time, least),
         f"{row['peak_bytes'] / MIB:,.0f}",
         f"{row['l0']:.1f}",
     ]
@@ -116,15 +116,15 @@ def _step_row(row: Row, ours: float | None, least: float | None) -> list[str]:
 def _verdicts(
     architecture: str, rows: Sequence[Row], ours: float | None, least: float | None
 ) -> list[str]:
-    target, others = TARGETS[architecture], words.peers(rows)
+    target, others = TARGETS[architecture], formatting.peers(rows)
     lines = []
     if ours and others:
         best = min(others, key=lambda row: row["seconds"]["median"])
         times = best["seconds"]["median"] / ours
-        what = f"Time of the best peer ({words.name(best)}) over ours"
-        lines.append(words.at_least(what, times, target.peer))
+        what = f"Time of the best peer ({formatting.name(best)}) over ours"
+        lines.append(formatting.at_least(what, times, target.peer))
     if ours and least:
-        lines.append(words.at_most("Our time over the floor", ours / least, target.floor))
+        lines.append(formatting.at_most("Our time over the floor", ours / least, target.floor))
     return lines
 
 
@@ -151,20 +151,20 @@ def _growth(section: Row) -> list[str]:
 
 
 def _growth_table(rows: Sequence[Row], floors: Sequence[Row]) -> list[str]:
-    names = list(dict.fromkeys(words.name(row) for row in rows))
+    names = list(dict.fromkeys(formatting.name(row) for row in rows))
     table = []
     for floor in floors:
-        cells = {words.name(row): _cell(row) for row in rows if row["d_sae"] == floor["d_sae"]}
-        product = words.seconds({"seconds": floor["product"]} if "product" in floor else floor)
+        cells = {formatting.name(row): _cell(row) for row in rows if row["d_sae"] == floor["d_sae"]}
+        product = formatting.seconds({"seconds": floor["product"]} if "product" in floor else floor)
         others = [cells.get(name, "") for name in names]
-        table.append([f"{floor['d_sae']:,}", product, words.seconds(floor), *others])
-    return words.table(["latents", "encoder's product", "the floor", *names], table)
+        table.append([f"{floor['d_sae']:,}", product, formatting.seconds(floor), *others])
+    return formatting.table(["latents", "encoder's product", "the floor", *names], table)
 
 
 def _cell(row: Row) -> str:
     if "seconds" not in row:
-        return words.trouble(row)
-    return f"{words.seconds(row)} ({row['peak_bytes'] / GIB:.2f})"
+        return formatting.trouble(row)
+    return f"{formatting.seconds(row)} ({row['peak_bytes'] / GIB:.2f})"
 
 
 # A whole run.
@@ -186,18 +186,18 @@ def _run(section: Row) -> list[str]:
         "rows, by one formula for all. `dense` is our SAE with its latents kept as a matrix, from "
         f"the same seed; the goal is its last loss, within {SPARSE_LIMIT:.0%}.",
         "",
-        *words.table(head, [_run_row(row, goal) for row in rows]),
+        *formatting.table(head, [_run_row(row, goal) for row in rows]),
         "",
-        *_sparse_against_dense(words.ours(measured), dense),
+        *_sparse_against_dense(formatting.ours(measured), dense),
     ]
 
 
 def _run_row(row: Row, goal: float | None) -> list[str]:
     if "loss" not in row:
-        return [words.name(row), "", words.trouble(row), *[""] * 5]
+        return [formatting.name(row), "", formatting.trouble(row), *[""] * 5]
     there = [look["seconds"] for look in row["looks"] if goal is not None and look["loss"] <= goal]
     return [
-        words.name(row),
+        formatting.name(row),
         str(row["steps"]),
         f"{row['wall']:.1f}",
         f"{there[0]:.1f}" if there else "not reached",
@@ -227,7 +227,7 @@ def _stream(section: Row) -> list[str]:
     bare, *ours = section["rows"]
     full = bare.get("rate")
     table = [
-        [row["what"], words.rate(row), f"{row['rate'] / full:.1%}" if _both(row, bare) else ""]
+        [row["what"], formatting.rate(row), f"{row['rate'] / full:.1%}" if _both(row, bare) else ""]
         for row in section["rows"]
     ]
     lines = [
@@ -236,7 +236,7 @@ def _stream(section: Row) -> list[str]:
         f"{_source(section)}. The bare `transformers` model gets the same blocks and stops behind "
         "the same layer; the stream also reads text, makes tokens, drops BOS and shuffles.",
         "",
-        *words.table(["", "activations/s", "of the bare model"], table),
+        *formatting.table(["", "activations/s", "of the bare model"], table),
         "",
     ]
     shares = [row["rate"] / full for row in ours if _both(row, bare)]
@@ -267,14 +267,14 @@ def _fit(section: Row) -> list[str]:
 
 
 def _fit_table(d_sae: int, rows: Sequence[Row]) -> list[str]:
-    table = [[words.name(row), words.rate(row), *_quality(row)] for row in rows]
-    lines = words.table(["", "activations/s", "L0", "variance left"], table)
-    ours, others = words.ours(rows), words.peers(rows)
+    table = [[formatting.name(row), formatting.rate(row), *_quality(row)] for row in rows]
+    lines = formatting.table(["", "activations/s", "L0", "variance left"], table)
+    ours, others = formatting.ours(rows), formatting.peers(rows)
     if ours and others:
         best = max(others, key=lambda row: row["rate"])
-        what = f"Our rate over the best peer's ({words.name(best)})"
+        what = f"Our rate over the best peer's ({formatting.name(best)})"
         times = ours["rate"] / best["rate"]
-        lines += ["", words.at_least(what, times, FIT_TARGETS.get(d_sae))]
+        lines += ["", formatting.at_least(what, times, FIT_TARGETS.get(d_sae))]
     return lines
 
 

@@ -1,13 +1,13 @@
-"""The parts of the benchmark: which jobs each has, and how far they are."""
+"""The sections of the benchmark, and the jobs that each of them runs."""
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from benchmarks.command_line import say
+from benchmarks.language_model_source import Source
 from benchmarks.libraries.base import LIBRARIES, OURS, Task
 from benchmarks.measure import run_job
-from benchmarks.source import Source
 
 Row = dict[str, Any]
 
@@ -71,7 +71,7 @@ class Plan:
     fit_steps: int = 500
 
     def measured(self, job: str, arguments: Row, label: Row) -> Row:
-        """The answer of a job in a process of its own, with what tells it from others."""
+        """Run a job in a process of its own; returns its answer together with `label`."""
         say(f"{job}: {' '.join(str(value) for value in label.values() if value != '')}")
         limits = {"timeout": self.timeout, "memory": self.memory_gib * 2**30}
         answer = run_job(job, arguments, self.threads, **limits)
@@ -79,14 +79,14 @@ class Plan:
         return label | answer
 
     def contenders(self, architecture: str) -> Iterator[tuple[str, str]]:
-        """Libraries that have the architecture, with the variants to be measured."""
+        """Libraries that have the architecture, each with its variants."""
         for name in self.libraries:
             if architecture in LIBRARIES[name].architectures:
                 for variant in LIBRARIES[name].variants.get(architecture, ("",)):
                     yield name, variant
 
     def step(self, library: str, variant: str, architecture: str, d_sae: int, budget: float) -> Row:
-        """One contender's step."""
+        """Measure a step of one contender."""
         task = Task(
             architecture,
             self.d_in,
@@ -113,7 +113,7 @@ class Plan:
         return self.measured("step", arguments, label)
 
     def floor(self, d_sae: int) -> Row:
-        """What no step can do without."""
+        """Measure the least that any step must do."""
         arguments = {
             "d_in": self.d_in,
             "d_sae": d_sae,
@@ -125,7 +125,7 @@ class Plan:
 
 
 def steps(plan: Plan) -> Row:
-    """One optimiser step of every architecture and library, timed as often as was asked for."""
+    """Time one optimiser step of every architecture and library, without a budget."""
     rows = [
         plan.step(library, variant, architecture, plan.d_sae, budget=plan.timeout)
         for architecture in plan.architectures
@@ -135,7 +135,7 @@ def steps(plan: Plan) -> Row:
 
 
 def growth(plan: Plan) -> Row:
-    """A step at several numbers of latents; who is slow makes fewer of them."""
+    """Time a step at several numbers of latents; slow contenders make fewer steps."""
     rows = [
         plan.step(library, variant, architecture, d_sae, plan.budget)
         for architecture in ("relu", "topk")
@@ -146,7 +146,7 @@ def growth(plan: Plan) -> Row:
 
 
 def run(plan: Plan) -> Row:
-    """A training from its start: ours, ours with dense latents, and the others."""
+    """Measure a whole training run: ours, ours with dense latents, and the peers."""
     task = Task(
         "relu",
         plan.run_d_in,
@@ -178,7 +178,7 @@ def run(plan: Plan) -> Row:
 
 
 def stream(plan: Plan) -> Row:
-    """Our stream of activations beside the bare model."""
+    """Measure our activation stream, and the bare model to compare it with."""
     arguments = {"source": plan.source, "n_refills": plan.stream_refills}
     bare = plan.measured("plain", arguments, {"what": "the bare model"})
     rows = [
@@ -193,7 +193,7 @@ def stream(plan: Plan) -> Row:
 
 
 def fit(plan: Plan) -> Row:
-    """Whole runs on a language model, ours and SAELens'."""
+    """Measure whole runs on a language model, ours and SAELens'."""
     contenders = ((OURS, ""), ("SAELens", ""), ("SAELens", "defaults"))
     arguments = {"source": plan.source, "n_steps": plan.fit_steps}
     rows = [
@@ -219,7 +219,7 @@ SECTIONS: dict[str, Callable[[Plan], Row]] = {
 
 
 def outline(answer: Row) -> str:
-    """A few words on what a job returned."""
+    """A short summary of what a job returned."""
     if "error" in answer:
         return f"failed: {answer['error']}"
     if "rate" in answer:
@@ -227,9 +227,3 @@ def outline(answer: Row) -> str:
     if "wall" in answer:
         return f"{answer['wall']:.1f} s, loss {answer['loss']:.4g}"
     return f"{1000 * answer['seconds']['median']:.1f} ms"
-
-
-def say(line: str) -> None:
-    """Write a line for who waits."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

@@ -1,32 +1,31 @@
-"""Many SAEs in one run against as many runs: `python -m benchmarks.side_by_side`.
+"""Compare many SAEs in one run with as many runs: `python -m benchmarks.side_by_side`.
 
 Trains SAEs side by side in one run, then each in a run of its own, one after another, and times the
 language model alone on as many tokens as a run reads. A run is timed from the call of `fit` until
-it returns: so the first filling of the shuffling buffer, the estimate of centre and scale, reading
-ahead and all steps count, and loading the language model and opening the text do not. Nothing is
-logged or saved. Needs no other library than the package's own.
+it returns. This includes the first filling of the shuffling buffer, the estimate of mean and scale,
+reading ahead and all steps, but not loading the language model and opening the text. Nothing is
+logged or saved. No other SAE library is needed.
 """
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import add_option, say
+from benchmarks.formatting import table
+from benchmarks.language_model_source import absolute
 from benchmarks.machine import surroundings
 from benchmarks.measure import run_process
-from benchmarks.members import Plan, Row
-from benchmarks.sections import say
-from benchmarks.source import absolute
-from benchmarks.words import table
+from benchmarks.side_by_side_worker import Plan, Row
 
 ABOUT = ("date", "processor", "system", "with", "commit", "command")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, write `side_by_side.json` and `.md` to a folder, and print the latter."""
+    """Measure, write `side_by_side.json` and `.md` to a folder, and print the page."""
     asked = vars(parser().parse_args(arguments))
     threads, timeout = asked.pop("threads"), asked.pop("timeout")
     folder = Path(asked.pop("output"))
@@ -49,28 +48,21 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=2, help="%(default)s")
     found.add_argument("--timeout", type=float, default=1800, help="seconds of a process")
     for name, default in Plan._field_defaults.items():
-        several = isinstance(default, tuple)
-        found.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(default[0] if several else default),
-            nargs="+" if several else None,
-            default=default,
-            help="%(default)s",
-        )
+        add_option(found, name, default)
     return found
 
 
 def measured(plan: Plan, threads: int, timeout: float) -> Row:
-    """All that is measured, each part in a process of its own.
+    """Run every measurement, each in a process of its own.
 
     Raises:
-        RuntimeError: If a part fails.
+        RuntimeError: If a measurement fails.
     """
 
     def answer(job: str, **arguments: Any) -> Row:
         say(f"{job} {' '.join(map(str, arguments.values()))}")
         call = {"job": job, "plan": plan._asdict(), "arguments": arguments, "threads": threads}
-        command = [sys.executable, "-m", "benchmarks.members", json.dumps(call)]
+        command = [sys.executable, "-m", "benchmarks.side_by_side_worker", json.dumps(call)]
         found = run_process(command, threads, timeout)
         if "error" in found:
             raise RuntimeError(f"{job} failed: {found['error']}")
@@ -81,10 +73,8 @@ def measured(plan: Plan, threads: int, timeout: float) -> Row:
     together = answer("together")
     groups = [(architecture, hook) for architecture in plan.architectures for hook in plan.hooks]
     alone = [answer("alone", architecture=one, hook=hook) for one, hook in groups]
-    about = surroundings(threads)
-    command = shlex.join(["python", "-m", "benchmarks.side_by_side", *sys.argv[1:]])
     return {
-        "surroundings": about | {"command": f"`{command}`"},
+        "surroundings": surroundings(threads, "benchmarks.side_by_side"),
         "plan": plan._asdict(),
         "together": together,
         "alone": [
@@ -98,7 +88,7 @@ def measured(plan: Plan, threads: int, timeout: float) -> Row:
 
 
 def page(results: Row) -> str:
-    """The figures in Markdown."""
+    """The page of the comparison in Markdown."""
     plan, together, alone = results["plan"], results["together"], results["alone"]
     n, model = len(alone), results["language_model"]
     runs = sum(run["wall"] for run in alone)

@@ -3,9 +3,9 @@
 if __name__ != "lightning_sae.callbacks":
     raise ImportError(f"import lightning_sae.callbacks, not {__name__}")
 
+from lightning_sae.architectures.decoder_norm import DecoderNormProjection as DecoderNormProjection
 from lightning_sae.callbacks.aux_threshold_warmup import AuxThresholdWarmup as AuxThresholdWarmup
 from lightning_sae.callbacks.checkpoint import RunCheckpoint as RunCheckpoint
-from lightning_sae.callbacks.decoder_norm import DecoderNormProjection as DecoderNormProjection
 from lightning_sae.callbacks.l1_warmup import L1Warmup as L1Warmup
 from lightning_sae.callbacks.orthogonal_to import OrthogonalTo as OrthogonalTo
 from lightning_sae.callbacks.progress import SAEProgressBar as SAEProgressBar

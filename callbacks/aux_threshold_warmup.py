@@ -3,8 +3,8 @@
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_sae.callbacks.checks import expect
 from lightning_sae.callbacks.schedule import ScheduledScale
+from lightning_sae.checks import expect
 
 
 class AuxThresholdWarmup(ScheduledScale):

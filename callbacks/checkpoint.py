@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_prefixed_message
 from typing_extensions import override
 
-from lightning_sae.rank_parts import remove_other_parts, write_part
+from lightning_sae.distributed import remove_other_parts, write_part
 
 log = logging.getLogger("lightning.pytorch")
 
@@ -28,7 +28,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
     behind the failing batch.
 
     With several ranks, each saves its own buffer and place in the text beside `last.ckpt`, see
-    `lightning_sae.rank_parts`. If one of them fails or is killed, `last.ckpt` is where to go on:
+    `lightning_sae.distributed`. If one of them fails or is killed, `last.ckpt` is where to go on:
     the others cannot tell what became of it, and save nothing.
 
     Args:

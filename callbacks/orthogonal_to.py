@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.callbacks.checks import expect, refuse_second
-from lightning_sae.callbacks.decoder_norm import DecoderNormProjection
+from lightning_sae.architectures.decoder_norm import DecoderNormProjection
+from lightning_sae.checks import expect, refuse_second
 
 
 class OrthogonalTo(Callback):

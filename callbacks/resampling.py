@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.callbacks.checks import expect, refuse_second
 from lightning_sae.callbacks.moments import reset_moments
+from lightning_sae.checks import expect, refuse_second
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.resampling import dead_latents, mean_norm, sample_directions
 

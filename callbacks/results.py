@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.analysis import evaluate_in_model
-from lightning_sae.saving import write_atomically
+from lightning_sae.files import write_atomically
 
 
 class ExportSAE(Callback):

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sae.callbacks.checks import refuse_second
+from lightning_sae.checks import refuse_second
 
 
 class ScheduledScale(Callback):

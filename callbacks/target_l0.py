@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.callbacks.checks import expect, refuse_second
+from lightning_sae.checks import expect, refuse_second
 
 
 class TargetL0(Callback):

@@ -13,7 +13,7 @@ from lightning_sae.architectures import (
     TopKSAE,
 )
 from lightning_sae.data import ActivationDataModule, ToyDataModule
-from lightning_sae.saving import load
+from lightning_sae.loading import load
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.version import __version__
 

@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 from typing_extensions import override
 
-from lightning_sae.architectures.ranks import AmongRanks
 from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
     ExportSAE,
@@ -33,7 +32,7 @@ from lightning_sae.callbacks import (
 from lightning_sae.callbacks.checkpoint import require_new_run
 from lightning_sae.callbacks.results import unused
 from lightning_sae.distributed import require_agreement
-from lightning_sae.saving import AtomicCheckpointIO
+from lightning_sae.files import AtomicCheckpointIO
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.results import after_fit, after_predict, after_test, after_validate
 
@@ -271,7 +270,7 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         The command line with its model, data and trainer.
     """
     return SAECLI(
-        AmongRanks,  # an SAE, or several side by side
+        LightningModule,  # an SAE, or several side by side
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -1,11 +1,104 @@
-"""Ranks of one run have one configuration."""
+"""What the ranks of a run find out together: one configuration, means, and files of their own.
+
+Each rank evaluates the objective on its own batch, and Lightning's strategy averages gradients.
+That is the gradient of all batches together for every term that is a mean over rows. What is not a
+mean over rows (a selection among all rows, a ratio of sums, the square of a mean) asks the other
+ranks through `Ranks`. Ranks have batches of equal size.
+
+They also have equally many. The data modules of this package never end. With other loaders an epoch
+ends for all ranks with the shortest; validation loaders must have one length.
+"""
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from jaxtyping import Float
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_sae.files import write_atomically
+
+
+class Ranks:
+    """The copies of a module that are being trained, one on each rank.
+
+    All ranks must call these methods in the same order. Outside of training, and on one rank, each
+    method returns its argument.
+
+    Args:
+        module: This rank's copy.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+
+    @property
+    def n(self) -> int:
+        """Copies that are being trained."""
+        trainer = self._module._trainer
+        return 1 if trainer is None or not trainer.training else trainer.world_size
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all ranks, a constant to the gradient."""
+        return self._reduced(value, "mean")
+
+    def least(self, value: Tensor) -> Tensor:
+        """The least of all ranks, elementwise."""
+        return self._reduced(value, "min")
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        return self._reduced(value, "sum")
+
+    def _reduced(self, value: Tensor, operation: str) -> Tensor:
+        if self.n == 1:
+            return value
+        # On a copy, for `reduce` works in place.
+        value = value.detach().to(self._module.device, copy=True)
+        return self._module.trainer.strategy.reduce(value, reduce_op=operation)
+
+    def mean_with_gradient(self, value: Tensor) -> Tensor:
+        """The mean over all ranks, whose gradient is that of this rank's share of it.
+
+        Of a function of this mean each rank has its own share of the gradient, and the mean over
+        ranks, which the strategy takes, is the whole gradient.
+        """
+        return value if self.n == 1 else value + (self.mean(value) - value.detach())
+
+    def gathered(self, values: Float[Tensor, " n"]) -> Float[Tensor, "ranks n"]:
+        """The vectors of all ranks, in the order of the ranks."""
+        if self.n == 1:
+            return values.unsqueeze(0)
+        return self._module.trainer.strategy.all_gather(values)
+
+    def shorten_epoch(self) -> bool:
+        """Have all ranks train on as many batches as the shortest loader has, where that is known.
+
+        Without this, the ranks with more batches wait for ever for the gradients of the others.
+
+        Returns:
+            Whether a length is not known: then call `end_with_the_first` with each batch.
+        """
+        if self.n == 1:
+            return False
+        loop, share = self._module.trainer.fit_loop, self._module.trainer.val_check_interval
+        own = torch.tensor(float(loop.max_batches))
+        least, most = self.least(own), -self.least(-own)
+        if least != most and not most.isinf():
+            loop.max_batches = int(least)
+            if isinstance(share, float):
+                self._module.trainer.val_check_batch = max(1, int(share * loop.max_batches))
+        return bool(most.isinf())
+
+    def end_with_the_first(self) -> None:
+        """End the epoch on all ranks with the last batch of the first rank to end."""
+        progress = self._module.trainer.fit_loop.epoch_loop.batch_progress
+        is_last = self.sum(torch.tensor(float(progress.is_last_batch)))
+        # What Lightning reads to step with accumulated gradients, to validate and to end.
+        progress.is_last_batch = bool(is_last > 0)
 
 
 def require_agreement(trainer: Trainer, settings: Mapping[str, Any]) -> None:
@@ -51,3 +144,40 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             # Without addresses, for these belong to a process.
             found[f"{prefix}{name}"] = re.sub(" at 0x[0-9a-f]+", "", str(value))
     return found
+
+
+# What only one rank knows of a run, in a file beside the checkpoint. Rank 0 writes the checkpoint:
+# weights, moments and schedules, which are the same on all ranks, and what rank 0 alone has, such
+# as its buffer and its place in the text. Each other rank writes its own of these beside it,
+# `last.ckpt` having `last.ckpt.step-400.rank-1`. All parts are complete before the checkpoint
+# replaces an earlier one, and parts of earlier steps are removed only after it: whenever a run is
+# killed, the checkpoint's own parts are there.
+
+SHARED = {"state_dict", "optimizer_states", "lr_schedulers", "hyper_parameters"}
+"""Entries of a checkpoint that are the same on all ranks."""
+
+
+def part_of(path: Path, step: int, rank: int) -> Path:
+    """The file of a rank beside the checkpoint of some step."""
+    return path.with_name(f"{path.name}.step-{step}.rank-{rank}")
+
+
+def write_part(path: Path, rank: int, checkpoint: dict[str, Any]) -> None:
+    """Write what a rank's own checkpoint holds beyond the one of rank 0 at `path`."""
+    own = {name: value for name, value in checkpoint.items() if name not in SHARED}
+    part = part_of(path, checkpoint["global_step"], rank)
+    write_atomically(part, lambda temporary: torch.save(own, temporary))
+
+
+def take_part(path: Path, rank: int, checkpoint: dict[str, Any]) -> None:
+    """Put a rank's own entries into the checkpoint that was read from `path`, if it has any."""
+    part = part_of(path, checkpoint["global_step"], rank)
+    if part.is_file():
+        checkpoint.update(torch.load(part, map_location="cpu", weights_only=True))
+
+
+def remove_other_parts(path: Path, step: int) -> None:
+    """Remove what was written beside earlier checkpoints at `path`."""
+    for part in path.parent.glob(f"{path.name}.step-*.rank-*"):
+        if not part.name.startswith(f"{path.name}.step-{step}."):
+            part.unlink(missing_ok=True)

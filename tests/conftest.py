@@ -4,6 +4,7 @@ This file loads before the hook that makes jaxtyping check the package's annotat
 imported here would go unchecked.
 """
 
+import logging
 import os
 import random
 import signal
@@ -40,6 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
+LOGGERS = ("lightning", "lightning.pytorch")
+
+
 @pytest.fixture(autouse=True)
 def _clean_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs each test in an empty folder, as a program without arguments, environment restored."""
@@ -48,7 +52,10 @@ def _clean_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["lightning-sae"])
     before = dict(os.environ)  # Lightning leaves PL_GLOBAL_SEED and the like behind
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}  # studies quieten them
     yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     os.environ.clear()
     os.environ.update(before)
     if torch.distributed.is_initialized():  # a strategy of several processes in one

@@ -1,1 +1,1 @@
-"""The libraries that are measured, one file each."""
+"""How each library trains an SAE, one file per library, behind the interface in `base`."""

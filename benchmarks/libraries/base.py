@@ -1,4 +1,4 @@
-"""What is measured of every library: an SAE with the trainer that the library gives it."""
+"""The interface that every library is measured through, and the list of libraries."""
 
 import importlib
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from benchmarks.measure import Watch
 
 @dataclass(frozen=True)
 class Task:
-    """One training.
+    """Settings of one training run.
 
     Attributes:
         architecture: `relu`, `gated`, `jumprelu`, `topk` or `batchtopk`.
@@ -22,12 +22,12 @@ class Task:
         d_sae: Number of latents.
         batch_size: Activations in a batch.
         n_steps: Optimiser steps.
-        l0: Latents that are to be active on average, where a threshold decides.
-        k: Latents that are active, where a number decides.
+        l0: Target of active latents on average, for architectures with a threshold.
+        k: Number of active latents, for the TopK family.
         lr: Learning rate.
         l1_coefficient: Weight of the penalty against a squared error summed over `d_in`.
         seed: Seed of the weights.
-        variant: A setting of the library that is measured beside its plain one.
+        variant: Name of a setting of the library that differs from its default.
     """
 
     architecture: str
@@ -55,7 +55,7 @@ class Contender(ABC):
 
     @abstractmethod
     def train(self, watch: Watch) -> None:
-        """Train by the library's own loop on what the watch serves, until it stops."""
+        """Train by the library's own loop on the batches of `watch`, until there are no more."""
 
     @property
     @abstractmethod
@@ -64,11 +64,11 @@ class Contender(ABC):
 
     @abstractmethod
     def set_threshold(self, threshold: float) -> None:
-        """Let latents be active where `x @ W_enc` is above `threshold`."""
+        """Make latents active where `x @ W_enc` is above `threshold`."""
 
     @abstractmethod
     def l0(self, x: Float[Tensor, "batch d_in"]) -> float:
-        """Active latents of an activation, on average, as in training."""
+        """Mean number of active latents, as in training."""
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Latent activations."""
@@ -84,18 +84,18 @@ class Contender(ABC):
         raise NotImplementedError
 
     def note(self) -> str:
-        """What a reader of the figures should know."""
+        """A remark to show with the figures."""
         return ""
 
 
 class Library(NamedTuple):
-    """Where a library's contender is, and what it can train.
+    """Where a library's `Contender` is defined, and what it can train.
 
     Attributes:
         module: Module of the class `Trained`, a `Contender`.
         distribution: Name on the package index.
-        architectures: What it has.
-        variants: Settings measured for an architecture; by default the plain one alone.
+        architectures: Architectures that it has.
+        variants: Variants to measure by architecture; by default only the plain one.
     """
 
     module: str
@@ -104,7 +104,7 @@ class Library(NamedTuple):
     variants: dict[str, tuple[str, ...]] = {}  # noqa: RUF012  (never changed)
 
     def load(self) -> type[Contender]:
-        """The contender's class, the library imported with it."""
+        """Import the library and return its `Contender`."""
         trained: type[Contender] = importlib.import_module(self.module).Trained
         return trained
 
@@ -125,7 +125,7 @@ LIBRARIES = {
 
 @torch.no_grad()
 def calibrate(contender: Contender, task: Task, x: Float[Tensor, "batch d_in"]) -> None:
-    """Set the threshold so that `task.l0` latents are active, where a threshold decides."""
+    """Set the threshold so that `task.l0` latents are active, except in the TopK family."""
     if task.architecture in ("topk", "batchtopk"):
         return
     products = (x @ contender.W_enc).flatten()

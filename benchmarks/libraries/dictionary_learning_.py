@@ -25,7 +25,7 @@ TRAINERS = {
 
 
 class Trained(Contender):
-    """A trainer with the library's defaults but for warm-ups: unit decoder columns."""
+    """A trainer with the library's defaults except warm-ups; decoder columns have norm 1."""
 
     def __init__(self, task: Task) -> None:
         torch.manual_seed(task.seed)

@@ -27,7 +27,7 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-"""Arguments of a Trainer: nothing is written, as with the other libraries."""
+"""Trainer arguments with which nothing is logged or saved, as with the other libraries."""
 
 
 class Trained(Contender):

@@ -15,13 +15,12 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from typing_extensions import override
 
-from benchmarks.language import L1_COEFFICIENT, LR, layer_name
+from benchmarks.language_model_source import L1_COEFFICIENT, LR, Source, layer_name
 from benchmarks.libraries.base import Contender, Task
 from benchmarks.measure import Watch
-from benchmarks.source import Source
 from lightning_sae import ActivationDataModule
 
-NAMES = {"relu": "standard"}  # where they are not ours
+NAMES = {"relu": "standard"}  # architectures that SAELens names differently
 
 
 class Trained(Contender):
@@ -87,10 +86,10 @@ def _settings(task: Task) -> dict[str, Any]:
 def language_model_run(
     source: Source, data: ActivationDataModule, d_sae: int, n_steps: int, variant: str
 ) -> Callable[[], Any]:
-    """A run of `LanguageModelSAETrainingRunner` on the blocks that our stream reads.
+    """Prepare a run of `LanguageModelSAETrainingRunner` on the blocks that our stream reads.
 
-    They are given to it as tokens, so it is spared the tokenizer. The variant `defaults` has its
-    own buffer of 20 blocks and no prefetch; otherwise both are as ours.
+    The blocks are passed as tokens, so SAELens does not tokenize. The variant `defaults` uses
+    SAELens' buffer of 20 blocks without prefetch; otherwise both settings are ours.
     """
     sae = StandardTrainingSAEConfig(
         d_in=data.d_in,

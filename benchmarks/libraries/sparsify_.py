@@ -1,4 +1,4 @@
-"""sparsify, trained by its `Trainer.fit` on a model whose one layer gives the activations."""
+"""sparsify, trained by its `Trainer.fit` on a stand-in model that returns given activations."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from benchmarks.measure import Watch
 
 
 class Activations(nn.Module):
-    """A model by name: its "tokens" are ignored, its layer gives the batch set beforehand."""
+    """Stand-in for a language model: ignores its tokens, its one layer returns `present`."""
 
     device = torch.device("cpu")
     config = SimpleNamespace(num_hidden_layers=1)
@@ -29,7 +29,7 @@ class Activations(nn.Module):
 
     @property
     def base_model(self) -> nn.Module:
-        """Itself."""
+        """The model itself, as `transformers` models have it."""
         return self
 
     @override
@@ -38,7 +38,7 @@ class Activations(nn.Module):
 
 
 class Served(IterableDataset[dict[str, Tensor]]):
-    """The watch as a data set of one sequence per batch."""
+    """The batches of a `Watch` as a data set with one sequence per batch."""
 
     def __init__(self, watch: Watch, model: Activations) -> None:
         self.watch = watch
@@ -54,10 +54,10 @@ class Served(IterableDataset[dict[str, Tensor]]):
 
 
 class Unsaved(Trainer):
-    """Its trainer, that writes nothing at the end."""
+    """sparsify's trainer, without saving at the end."""
 
     def save(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Trained(Contender):
@@ -90,7 +90,7 @@ class Trained(Contender):
 
     @override
     def set_threshold(self, threshold: float) -> None:
-        """Nothing: k decides."""
+        """Do nothing: k sets the L0."""
 
     @override
     def l0(self, x: Float[Tensor, "batch d_in"]) -> float:
@@ -102,7 +102,7 @@ class Trained(Contender):
 
 
 class _Sized:
-    """Stands for the data set while the trainer is built, which asks for its length alone."""
+    """Stand-in for the data set while the trainer is built, which only reads its length."""
 
     def __init__(self, length: int) -> None:
         self.length = length

@@ -1,38 +1,43 @@
 """What every sparse autoencoder shares: weights, scaling, and a training step."""
 
-import warnings
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from lightning_sae.architectures.checks import (
+from lightning_sae.architectures import portable
+from lightning_sae.architectures.decoder_norm import DecoderNormProjection
+from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
+from lightning_sae.architectures.optimizer import adam_with_schedule, clip_gradients
+from lightning_sae.checks import (
+    compare_sources,
     require_finite,
+    require_matching,
     require_one_of,
     require_positive,
     require_width,
 )
-from lightning_sae.architectures.evaluation import EvaluatedOnHeldOut
-from lightning_sae.architectures.lean import Lean
-from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
-from lightning_sae.architectures.optimised import Optimised
-from lightning_sae.architectures.ranks import AmongRanks
-from lightning_sae.architectures.saved import Saved
-from lightning_sae.distributed import require_agreement
+from lightning_sae.distributed import Ranks, require_agreement, take_part
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.functional.revival import auxk, ghost_gradients, variance
 from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_rows, encode
+from lightning_sae.functional.sparse.memory import keep_freed_blocks
 from lightning_sae.functional.sparse.selection import Rule
-from lightning_sae.memory import keep_freed_blocks
 from lightning_sae.metrics import held_out_metrics
 
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
 
-class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
+class SparseAutoencoder(LightningModule):
     """Base of all architectures; a subclass says how it activates and what it minimises.
 
     Training may work on centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`,
@@ -59,8 +64,14 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
             need less memory. By default see `default_chunk_rows` of
             `lightning_sae.functional.sparse.code`.
 
+    A subclass gives `activate` and `objective`, and `latents` for a sparse training step; what it
+    may rely on is listed in `docs/extending.md`.
+
     Attributes:
         layout: Whether the latents of the next batch are a matrix or a sparse code.
+        metrics: The held-out metrics, in raw space.
+        held_out_frequency: Of each latent at the last evaluation.
+        held_out_count: Activations of the evaluation in progress, over all ranks.
 
     Raises:
         ValueError: If a size, a rate or a length is out of range.
@@ -74,11 +85,39 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
     input_scale: Float[Tensor, ""]
     silent_for: Int[Tensor, " d_sae"]
 
-    rows_are_independent = True  # whether a row's latents and losses are those it has alone
+    metrics: MetricCollection
+    held_out_frequency: Float[Tensor, " d_sae"] | None = None
+    held_out_count: int = 0
+
+    # Whether a row's latents and losses are those it has alone, so that a batch may be evaluated in
+    # chunks of rows. Never inherited by a class that gives `activate`, `latents` or `objective`.
+    rows_are_independent = False
+    latents_follow_activate = True  # whether training uses the `activate` of a subclass
     tied = False  # whether `W_enc` is a view of `W_dec`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
     latent_units: tuple[str, ...] = ("b_enc",)  # weights in the units of the latents
     input_units: tuple[str, ...] = ("b_dec",)  # points in the space of the activations
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class whose training would not use its `activate`.
+
+        Raises:
+            TypeError: If a class gives `activate` and inherits a training step with another rule.
+        """
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if own.keys() & {"activate", "latents", "objective"}:
+            cls.rows_are_independent = own.get("rows_are_independent", False)
+        if "latents" in own:
+            cls.latents_follow_activate = own.get("latents_follow_activate", False)
+        says_how_to_train = own.keys() & {"latents", "objective", "latents_follow_activate"}
+        if "activate" in own and not says_how_to_train and not cls.latents_follow_activate:
+            raise TypeError(
+                f"`{cls.__name__}` gives `activate`, which `encode` uses, but inherits a training "
+                "step with another rule: give `latents` and `objective` too, or derive it from "
+                "`SparseAutoencoder`, `ReLUSAE`, `TiedSAE` or `TopKSAE`, which train with what "
+                "`activate` says."
+            )
 
     def __init__(
         self,
@@ -126,6 +165,7 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         self.is_trained = False
         self.penalty_scale = 1.0  # share of the penalty in force; `L1Warmup` moves it
         self.penalty_factor = 1.0  # what `TargetL0` multiplies the coefficient by
+        self._lengths_are_unknown = False
         self._create_weights()
         self.metrics = held_out_metrics(d_in, d_sae)
 
@@ -195,9 +235,10 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         origin = self.encoder_origin()
         return encode(x, self.W_enc, self.b_enc, rule, self.layout, self.chunk_rows, origin)
 
-    def rebuilt(self, f: Code) -> Float[Tensor, "batch d_in"]:
-        """The decoder, on a code."""
-        return f.decode(self.W_dec) + self.b_dec
+    @property
+    def ranks(self) -> Ranks:
+        """The copies of this SAE on all ranks, in training."""
+        return Ranks(self)
 
     def weight_of_penalty(self) -> float:
         """The penalty's coefficient, as far as it is in force."""
@@ -221,11 +262,11 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         seen, residual = self.encoder_input(x).detach(), (x - x_hat).detach()
         pre = seen @ self.W_enc.T[dead].T + self.b_enc[dead]
         if self.revive == "auxk":
-            share = auxk(residual, pre, self.W_dec[dead], self.k_aux, self.mean_of_ranks)
+            share = auxk(residual, pre, self.W_dec[dead], self.k_aux, self.ranks.mean)
             # The source adds it to a squared error that is relative too, to the variance of x.
-            loss = variance(x.detach(), self.mean_of_ranks) * share
+            loss = variance(x.detach(), self.ranks.mean) * share
         else:
-            loss = ghost_gradients(residual, pre, self.W_dec[dead], self.mean_of_ranks)
+            loss = ghost_gradients(residual, pre, self.W_dec[dead], self.ranks.mean)
         return {self.revive: self.revive_coefficient * loss}
 
     def fresh_latent(self) -> dict[str, float]:
@@ -245,9 +286,10 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         origin = self.encoder_origin()
         return x if origin is None else x - origin
 
-    def reconstruct(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
-        """The decoder."""
-        return f @ self.W_dec + self.b_dec
+    def reconstruct(self, f: Code | Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
+        """The decoder, on a code or on a matrix of latents."""
+        product = f.decode(self.W_dec) if isinstance(f, Code) else f @ self.W_dec
+        return product + self.b_dec
 
     # Training.
 
@@ -268,17 +310,19 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         require_agreement(self.trainer, {**own, **run})
 
     @override
-    def on_train_start(self) -> None:
-        """Warn where nothing keeps the decoder's norm, for a penalty is then no penalty."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        kept = any(getattr(c, "constrains_decoder_norm", False) for c in callbacks)
-        if self.decoder_norm == "unit" and not kept:
-            warnings.warn(
-                "`decoder_norm` is `unit` but nothing keeps it so: latents shrink and decoder rows "
-                "grow without cost. Add the callback `DecoderNormProjection`, or set "
-                "`decoder_norm='free'`, which weights the penalty by the norms.",
-                stacklevel=2,
-            )
+    def configure_callbacks(self) -> list[Callback]:
+        """What keeps decoder rows at norm 1, where they shall be and no callback given does so.
+
+        Without it latents shrink and decoder rows grow at no cost: a penalty is then no penalty.
+        """
+        given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore
+        kept = any(getattr(callback, "constrains_decoder_norm", False) for callback in given)
+        return [] if kept or self.decoder_norm == "free" else [DecoderNormProjection()]
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        """Have all ranks train on equally many batches, as far as lengths are known."""
+        self._lengths_are_unknown = self.ranks.shorten_epoch()
 
     @override
     def on_train_batch_start(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
@@ -286,7 +330,8 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
 
         An SAE that is trained already stays the function it is, in the space of the data.
         """
-        self.end_with_the_first()
+        if self._lengths_are_unknown:
+            self.ranks.end_with_the_first()
         if not self.is_trained:
             require_width(batch, self.d_in)
             self._start_from(batch)
@@ -303,13 +348,13 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
             self.input_mean.copy_(scaling[0])
             self.input_scale.copy_(scaling[1])
         if self.b_dec_init == "mean":
-            self.b_dec.copy_(self.mean_of_ranks(self.scaled(batch).mean(0)))
+            self.b_dec.copy_(self.ranks.mean(self.scaled(batch).mean(0)))
 
     def _scaling_of_data(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]] | None:
         scaling = getattr(getattr(self.trainer, "datamodule", None), "scaling", None)
         if scaling is None:
             return None
-        return self.mean_of_ranks(scaling.mean), self.mean_of_ranks(scaling.scale)
+        return self.ranks.mean(scaling.mean), self.ranks.mean(scaling.scale)
 
     @override
     def training_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> dict[str, Any]:
@@ -326,8 +371,8 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         """
         require_width(batch, self.d_in)
         outcome = self._evaluate(self.scaled(batch))
-        together, n = self._of_all_ranks(outcome), len(batch) * self.n_ranks
-        require_finite(together.loss, batch, self.trainer.global_step, self.sum_of_ranks)
+        together, n = self._of_all_ranks(outcome), len(batch) * self.ranks.n
+        require_finite(together.loss, batch, self.trainer.global_step, self.ranks.sum)
         self.count_silence(together.fired, n)
         self._log_step(together, together.fired.sum() / n)
         return {
@@ -346,14 +391,14 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         return at_once(self.objective, x)
 
     def _of_all_ranks(self, outcome: Outcome) -> Outcome:
-        if self.n_ranks == 1:
+        if self.ranks.n == 1:
             return outcome
         losses = torch.stack([outcome.loss, *outcome.losses.values()])
-        loss, *terms = self.mean_of_ranks(losses).unbind()
+        loss, *terms = self.ranks.mean(losses).unbind()
         return outcome._replace(
             loss=loss,
             losses=dict(zip(outcome.losses, terms, strict=True)),
-            fired=self.sum_of_ranks(outcome.fired),
+            fired=self.ranks.sum(outcome.fired),
         )
 
     def count_silence(self, fired: Int[Tensor, " d_sae"], n: int) -> None:
@@ -374,3 +419,191 @@ class SparseAutoencoder(Lean, Optimised, Saved, AmongRanks, EvaluatedOnHeldOut):
         self.log("dead", dead, prog_bar=True, logger=False)
         rows = {f"train/{name}": value for name, value in outcome.losses.items()}
         self.log_dict({**rows, "train/loss": loss, "train/l0": l0, "train/dead": dead})
+
+    # The optimizer.
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, in groups that may have a learning rate of their own."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Fused Adam with warm-up and decay of the learning rate."""
+        return adam_with_schedule(
+            self.parameter_groups(),
+            lr=self.lr,
+            betas=self.betas,
+            warmup=0 if self.trainer.fast_dev_run else self.lr_warmup_steps,  # type: ignore
+            decay=0 if self.trainer.fast_dev_run else self.lr_decay_steps,  # type: ignore
+            total=self.trainer.max_steps,
+            # A fused step unscales fp16 gradients itself, which Lightning cannot clip.
+            fused=self.trainer.precision != "16-mixed",
+        )
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the trainer's own setting where it has one, else by `clip_grad_norm`.
+
+        Done here, for Lightning refuses to clip for a fused optimiser under any mixed precision,
+        though only fp16's scaled gradients are in its way, and there Adam is not fused.
+        """
+        value = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
+        clip_gradients(optimizer, value, gradient_clip_algorithm)
+
+    @override
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Drop the gradients, and reuse their memory for the next ones.
+
+        A callback that needs a gradient beyond its step has to copy it.
+        """
+        # Only sparse steps take it, and several ranks may have it in the buckets they exchange.
+        if not self.layout.dense and self.trainer.world_size == 1:
+            self.layout.workspace.recycle(parameter.grad for parameter in self.parameters())
+        optimizer.zero_grad()
+
+    # Evaluation on held-out activations.
+
+    @override
+    def validation_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
+        """Add a batch of held-out activations to the metrics, in raw space."""
+        f = self.encode(batch)
+        self.metrics.update(x=batch, x_hat=self.decode(f), f=f)
+        self.held_out_count += len(batch) * self.trainer.world_size
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Count anew."""
+        self.held_out_count = 0
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out metrics as `val/...`."""
+        self._log_metrics("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        """Count anew."""
+        self.held_out_count = 0
+
+    @override
+    def test_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
+        """Add a batch of held-out activations to the metrics, in raw space."""
+        self.validation_step(batch, batch_idx)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Log the held-out metrics as `test/...`."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        values = self.metrics.compute()
+        self.held_out_frequency = values.pop("frequency")
+        named = {f"{stage}/{name}": value.float() for name, value in values.items()}
+        # The same on all ranks already, as Lightning cannot see.
+        self.log_dict(named, sync_dist=True)
+        self.metrics.reset()
+
+    @override
+    def predict_step(
+        self, batch: Float[Tensor, "batch d_in"], batch_idx: int
+    ) -> Float[Tensor, "batch d_sae"]:
+        """Latent activations of a batch."""
+        return self.encode(batch)
+
+    # Portable folders and checkpoints.
+
+    def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
+        """Change biases in a folded state so that all pre-activations change by so much."""
+        state["b_enc"] = state["b_enc"] + by
+
+    def adopt_scaling(self, mean: Float[Tensor, " d_in"], scale: Float[Tensor, ""]) -> None:
+        """See inputs as `(x - mean) * scale`, and stay the same function of raw activations.
+
+        So an SAE that was loaded is trained on in the space in which others are trained. Where
+        `activate` is one that a scale would change, the SAE is left as it is.
+        """
+        portable.adopt_scaling(self, mean, scale)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the SAE to a new folder as safetensors and JSON, acting on raw activations.
+
+        Centring and scaling are folded into the weights.
+
+        Raises:
+            ValueError: If `folder` exists and is not empty.
+        """
+        return portable.save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls: type[SAE], folder: str | Path) -> SAE:
+        """Read what `save_pretrained` wrote; for subclasses that `lightning_sae.load` cannot know.
+
+        Raises:
+            ValueError: If `folder` holds no SAE or one of another architecture.
+        """
+        return portable.read(Path(folder), cls)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what kind of SAE the checkpoint holds, of what, and the layout of its codes."""
+        checkpoint["lightning_sae"] = {
+            "architecture": type(self).__name__,
+            "source": self.source,
+            "dense": self.layout.dense,
+            "ranks": 1 if self._trainer is None else self.trainer.world_size,
+        }
+        if "hyper_parameters" in checkpoint:
+            checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture or shape before it is loaded.
+
+        When training goes on, each rank adds what it alone had.
+
+        Raises:
+            ValueError: If it does not fit this SAE.
+        """
+        require_matching(self, checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._take_part(checkpoint)
+        source = checkpoint["lightning_sae"]["source"]
+        if self.source:
+            compare_sources(source, self.source)
+        self.source = self.source or source
+        self.is_trained = True
+        # The layouts differ by rounding: a run goes on with the one it had.
+        self.layout.dense = checkpoint["lightning_sae"]["dense"]
+
+    def _take_part(self, checkpoint: dict[str, Any]) -> None:
+        saved, present = checkpoint["lightning_sae"].get("ranks", 1), self.trainer.world_size
+        if saved != present:
+            rank_zero_warn(
+                f"The checkpoint is of a run of {saved} ranks and goes on with {present}. Weights, "
+                "moments, schedules and counts are those of the checkpoint, but batches have "
+                f"{present}/{saved} of their size and other text: the run is not the one that "
+                "would have been."
+            )
+        elif self.trainer.global_rank > 0:
+            take_part(Path(self.trainer.ckpt_path), self.trainer.global_rank, checkpoint)  # type: ignore[arg-type]
+
+    # Lightning's bookkeeping, made cheap: a step of a small SAE can be shorter than it is.
+
+    @override
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, but does not ask a barebones trainer, which warns at each call."""
+        if not getattr(self._trainer, "barebones", False):
+            super().log(*args, **kwargs)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module's, but quick with Lightning's note of the hook it is in: 40 times a step."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sae.architectures.checks import require_k
 from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.orthogonality import WithOrthogonality
+from lightning_sae.checks import require_k
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import BatchTopK
 from lightning_sae.functional.squared_error import squared_errors
@@ -66,14 +66,14 @@ class BatchTopKSAE(WithOrthogonality):
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
         """The largest of the batch, whatever the threshold."""
-        f = self.code(x, BatchTopK(self.k, len(x), self.n_ranks, self.gathered))
+        f = self.code(x, BatchTopK(self.k, len(x), self.ranks.n, self.ranks.gathered))
         return f.with_values(f.values.relu())
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """Squared error and the loss of dead latents, on centred and scaled activations."""
         f = self.latents(x)
         self.follow(f)
-        x_hat = self.rebuilt(f)
+        x_hat = self.reconstruct(f)
         errors = squared_errors(x, x_hat)
         losses = {
             "squared_error": errors.mean(),
@@ -87,7 +87,7 @@ class BatchTopKSAE(WithOrthogonality):
         """Have the threshold follow the smallest activation of a batch, that of all ranks."""
         active = torch.where(f.values > 0, f.values, torch.inf)
         smallest = active.min() if active.numel() else active.new_tensor(torch.inf)
-        smallest = self.least_of_ranks(smallest)
+        smallest = self.ranks.least(smallest)
         seen = torch.where(smallest.isfinite(), smallest, self.threshold)
         decay = torch.where(self.threshold.isfinite(), self.threshold_decay, 0.0)
         before = torch.where(self.threshold.isfinite(), self.threshold, 0.0)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.architectures.checks import require_not_negative, require_one_of
 from lightning_sae.architectures.objective import Step
+from lightning_sae.checks import require_not_negative, require_one_of
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import Above
@@ -55,6 +55,8 @@ class GatedSAE(SparseAutoencoder):
     b_mag: Float[Tensor, " d_sae"]
     coefficient_name = "l1_coefficient"
     latent_units = ("b_enc", "b_mag")
+    rows_are_independent = True
+    latents_follow_activate = False
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class GatedSAE(SparseAutoencoder):
         """The three terms on centred and scaled activations."""
         gate = self.code(x, Above(0.0))
         f = self.magnitudes(gate)
-        x_hat = self.rebuilt(f)
+        x_hat = self.reconstruct(f)
         errors = squared_errors(x, x_hat)
         losses = {
             "squared_error": errors.mean(),

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.architectures.checks import require_not_negative, require_positive
 from lightning_sae.architectures.objective import Step
+from lightning_sae.checks import require_not_negative, require_positive
 from lightning_sae.functional.jumprelu import jumprelu, step
 from lightning_sae.functional.penalties import Penalty, batch_penalty
 from lightning_sae.functional.sparse.code import Code
@@ -55,6 +55,7 @@ class JumpReLUSAE(SparseAutoencoder):
 
     threshold: Float[Tensor, " d_sae"]
     coefficient_name = "l0_coefficient"
+    latents_follow_activate = False
     latent_units = ("b_enc", "threshold")
 
     def __init__(
@@ -84,7 +85,9 @@ class JumpReLUSAE(SparseAutoencoder):
         self.threshold_init, self.threshold_lr = threshold_init, threshold_lr
         self.dead_coefficient = dead_coefficient
         self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold_init)))
-        self.rows_are_independent = target_l0 is None  # a mean over the batch is squared
+        # With a target a mean over the batch is squared; another objective is not known.
+        is_own = type(self).objective is JumpReLUSAE.objective
+        self.rows_are_independent = is_own and target_l0 is None
 
     def theta(self) -> Float[Tensor, " d_sae"]:
         """Thresholds in force: those below 0 act as 0, and get the gradient of 0."""
@@ -99,7 +102,7 @@ class JumpReLUSAE(SparseAutoencoder):
         theta = self.theta()
         v = self.code(x, Above(theta.detach() - self.bandwidth / 2))
         f = v.with_values(jumprelu(v.values, v.at(theta), self.bandwidth))
-        x_hat = self.rebuilt(f)
+        x_hat = self.reconstruct(f)
         errors = squared_errors(x, x_hat)
         losses = {
             "squared_error": errors.mean(),
@@ -115,7 +118,7 @@ class JumpReLUSAE(SparseAutoencoder):
         l0 = v.mean_sum(step(v.values, v.at(theta), self.bandwidth))
         if self.target_l0 is None:
             return l0
-        return (self.mean_with_gradient(l0) / self.target_l0 - 1).square()
+        return (self.ranks.mean_with_gradient(l0) / self.target_l0 - 1).square()
 
     def _pull_of_dead(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Float[Tensor, ""]]:
         if self.dead_coefficient == 0:

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_sae.architectures.batch_topk import BatchTopKSAE
-from lightning_sae.architectures.checks import require_not_negative
 from lightning_sae.architectures.objective import Step
+from lightning_sae.checks import require_not_negative
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import Above
@@ -64,7 +64,8 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.uses_relu = k is None
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self.l1_coefficient, self.penalty = l1_coefficient, penalty or L1()
-        self.rows_are_independent = self.uses_relu and not isinstance(prefixes, int)
+        is_own = type(self).objective is MatryoshkaSAE.objective
+        self.rows_are_independent = is_own and self.uses_relu and not isinstance(prefixes, int)
         self.coefficient_name = "l1_coefficient" if self.uses_relu else None
         self.layout.dense = self.uses_relu
 

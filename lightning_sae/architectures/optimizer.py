@@ -94,3 +94,17 @@ def clip_norm(optimizer: Optimizer, max_norm: float) -> None:
         optimizer.grad_scale = excess.float() if excess.is_cuda or excess > 1 else None
     else:
         torch._foreach_div_(gradients, excess)
+
+
+def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
+    """Clip all gradients by their joint norm or, with the algorithm `value`, each entry.
+
+    A value of 0 or None does not clip.
+    """
+    if not value:
+        return
+    if algorithm == "value":
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        nn.utils.clip_grad_value_(weights, value)
+    else:
+        clip_norm(optimizer, value)

@@ -7,12 +7,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.architectures.checks import (
+from lightning_sae.architectures.peaks import MixtureThreshold, PeakThreshold
+from lightning_sae.checks import (
     require_not_negative,
     require_one_of,
     require_positive,
 )
-from lightning_sae.architectures.peaks import MixtureThreshold, PeakThreshold
 from lightning_sae.functional.orthogonality import orthogonality
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.patterns import DensePattern

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sae.architectures.checks import require_not_negative
 from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.orthogonality import WithOrthogonality
+from lightning_sae.checks import require_not_negative
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import Above
@@ -39,6 +39,8 @@ class ReLUSAE(WithOrthogonality):
     """
 
     coefficient_name = "l1_coefficient"
+    latents_follow_activate = True
+    rows_are_independent = True
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class ReLUSAE(WithOrthogonality):
 
     def step(self, x: Float[Tensor, "batch d_in"], f: Code, v: Code | None = None) -> Step:
         """The same of latents, and of their pre-activations where these are not `f` itself."""
-        x_hat = self.rebuilt(f)
+        x_hat = self.reconstruct(f)
         cost = batch_penalty(self.penalty, f, self.penalty_norms())
         errors = squared_errors(x, x_hat)
         losses = {

@@ -35,6 +35,9 @@ class RescaleAndShiftSAE(GatedSAE):
         ValueError: If an argument is out of range.
     """
 
+    rows_are_independent = True
+    latents_follow_activate = False  # training uses `magnitudes`
+
     def __init__(self, d_in: int, d_sae: int, l1_coefficient: float = 1.0, **kwargs: Any) -> None:
         super().__init__(d_in, d_sae, l1_coefficient, **kwargs)
         self.save_hyperparameters()

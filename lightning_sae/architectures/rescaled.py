@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.architectures.checks import require_one_of
 from lightning_sae.architectures.objective import Step
+from lightning_sae.architectures.portable import read
 from lightning_sae.architectures.relu import ReLUSAE
 from lightning_sae.architectures.tied import TiedSAE
+from lightning_sae.checks import require_one_of
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import Above
 from lightning_sae.functional.squared_error import squared_errors
@@ -85,6 +86,7 @@ class RescaledSAE(SparseAutoencoder):
     scale: Float[Tensor, " d_sae"]
     origin: Float[Tensor, " d_in"]
     input_units = ("b_dec", "origin")
+    rows_are_independent = True
 
     def __init__(
         self,
@@ -107,9 +109,7 @@ class RescaledSAE(SparseAutoencoder):
         for name, weight in self.named_parameters():
             weight.requires_grad_(name in TRAINED[method])
         if sae is not None:
-            from lightning_sae.saving import load  # it knows all architectures
-
-            self._take(load(sae))
+            self._take(read(Path(sae), ReLUSAE, TiedSAE))
 
     @classmethod
     def of(
@@ -169,7 +169,7 @@ class RescaledSAE(SparseAutoencoder):
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """The squared error alone, on centred and scaled activations."""
         f = self.latents(x)
-        x_hat = self.rebuilt(f)
+        x_hat = self.reconstruct(f)
         errors = squared_errors(x, x_hat)
         return Step({"squared_error": errors.mean()}, f, x_hat, errors)
 

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sae.architectures.checks import require_not_negative, require_positive
 from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.relu import ReLUSAE
+from lightning_sae.checks import require_not_negative, require_positive
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.jumprelu import jumprelu
 from lightning_sae.functional.sparse.code import Code
@@ -43,6 +43,8 @@ class TiedSAE(ReLUSAE):
     """
 
     tied = True
+    latents_follow_activate = True
+    rows_are_independent = True
 
     def __init__(
         self,

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.architectures.checks import require_k
 from lightning_sae.architectures.objective import Step
+from lightning_sae.checks import require_k
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import TopK, row_top_k
 from lightning_sae.functional.squared_error import squared_errors
@@ -37,6 +37,9 @@ class TopKSAE(SparseAutoencoder):
         ValueError: If a size or a rate is out of range, or k is not from 1 to `d_sae`.
     """
 
+    rows_are_independent = True
+    latents_follow_activate = True
+
     def __init__(
         self,
         d_in: int,
@@ -58,14 +61,16 @@ class TopKSAE(SparseAutoencoder):
         return torch.zeros_like(rows).scatter(-1, latents, values.relu()).view_as(pre)
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
-        """The same, as a code."""
+        """The same, as a code; what `activate` says where a subclass says otherwise."""
+        if type(self).activate is not TopKSAE.activate:
+            return super().latents(x)
         f = self.code(x, TopK(self.k))
         return f.with_values(f.values.relu())
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """Squared error and the loss of dead latents, on centred and scaled activations."""
         f = self.latents(x)
-        x_hat = self.rebuilt(f)
+        x_hat = self.reconstruct(f)
         errors = squared_errors(x, x_hat)
         losses = {
             "squared_error": errors.mean(),

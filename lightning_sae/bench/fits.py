@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice, pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
@@ -15,7 +16,6 @@ from typing_extensions import override
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.callbacks import DecoderNormProjection
 from lightning_sae.data.loaders import Rows
-from lightning_sae.memory import peak_memory
 from lightning_sae.version import __version__
 
 WARM_UP = 5
@@ -242,3 +242,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {"lightning_sae": __version__, "torch": torch.__version__}
     return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes; None if the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

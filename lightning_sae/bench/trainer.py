@@ -28,8 +28,8 @@ from lightning_sae.bench.fits import (
 from lightning_sae.bench.members import measure_members
 from lightning_sae.bench.report import Report
 from lightning_sae.callbacks.results import unused
+from lightning_sae.files import write_atomically
 from lightning_sae.functional.sparse.code import pre_activations
-from lightning_sae.saving import write_atomically
 from lightning_sae.side_by_side import SideBySide
 
 

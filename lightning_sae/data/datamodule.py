@@ -1,24 +1,29 @@
 """The stream of activations as a LightningDataModule."""
 
+import copy
+import math
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sae.data.at_hooks import AtHooks
 from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
 from lightning_sae.data.embedded import EMBEDDED_MODEL
-from lightning_sae.data.loaders import EndlessBatches, HeldOutBatches
-from lightning_sae.data.scaling import Scaling
+from lightning_sae.data.language_model import LanguageModel, load_language_model
+from lightning_sae.data.loaders import EndlessBatches, Rows
+from lightning_sae.data.scaling import Scaling, estimate_scaling
 from lightning_sae.data.several_hooks import (
+    SeveralHooks,
     checked_names,
+    load_at_hooks,
     require_same_hooks,
 )
 from lightning_sae.data.stream import ActivationFilter, ActivationStream
@@ -26,9 +31,36 @@ from lightning_sae.data.text import Corpus, open_text
 from lightning_sae.data.tokens import TokenBlocks
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+Data = TypeVar("Data", bound="ActivationDataModule")
 
 
-class ActivationDataModule(AtHooks):
+class HeldOutBatches:
+    """Held-out activations in order, in batches of at most the size of training's.
+
+    Each pass of the model gives the same number of batches, however many activations are left
+    out, for all ranks must see equally many.
+
+    Args:
+        data: The data module.
+        n: Activations before filtering, about.
+    """
+
+    def __init__(self, data: "ActivationDataModule", n: int) -> None:
+        self.data = data
+        self.n = n
+        per_pass = data.blocks_per_pass * data.context_length
+        self._batches_per_pass = math.ceil(per_pass / data.batch_size)
+
+    def __iter__(self) -> Iterator[Rows]:
+        model, keep = self.data.language_model, self.data.filter
+        for tokens in self.data.held_out_tokens(self.n, equal_passes=True):
+            activations = model.activations(tokens)
+            kept = keep.kept(tokens, activations).to(activations.device)
+            batches = activations[kept].float().tensor_split(self._batches_per_pass)
+            yield from map(self.data.by_hook, batches)
+
+
+class ActivationDataModule(LightningDataModule):
     """Text through a language model to shuffled batches of activations.
 
     Text is tokenised, packed into blocks of `context_length` tokens with a BOS token before each
@@ -129,7 +161,92 @@ class ActivationDataModule(AtHooks):
         self._restored: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
 
-    # The model and its text.
+    # The model at its hooks.
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The language model, loaded when first needed."""
+        if isinstance(self.hook_name, str):
+            model = load_language_model(self.model, self.hook_name, self.model_dtype)
+        else:
+            model = load_at_hooks(self.model, self.hook_names, self.model_dtype)
+        longest = model.context_length
+        if longest is not None and self.context_length > longest:
+            raise ValueError(
+                f"Expected argument `context_length` to be at most {longest}, the context of the "
+                f"model, but got {self.context_length}: make it shorter."
+            )
+        return model
+
+    @cached_property
+    def d_in(self) -> Any:
+        """Width of the activations, seen on one token; a dictionary by hook of several."""
+        model = self.language_model
+        return model.widths if isinstance(model, SeveralHooks) else model.width()
+
+    def by_hook(self, rows: Float[Tensor, "rows d"]) -> Rows:
+        """Rows as a batch has them: by hook if there are several."""
+        model = self.language_model
+        return model.split(rows) if isinstance(model, SeveralHooks) else rows
+
+    def at(self: Data, hook_name: str) -> Data:
+        """The same data, of a run that may be under way, with one of its hooks alone.
+
+        Its language model, width, filter, source and scaling are the hook's.
+        """
+        if not isinstance(self.language_model, SeveralHooks):
+            return self
+        one, scalings = copy.copy(self), self.scalings
+        one.hook_name, one.hook_names = hook_name, [hook_name]
+        one._scalings = {hook_name: scalings[hook_name]} if scalings else {}
+        model = self.language_model
+        vars(one).update(language_model=model.at_each[hook_name], d_in=model.widths[hook_name])
+        vars(one).pop("filter", None)  # that of all hooks
+        return one
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """Centring and scaling estimated on the first full buffer; None if not asked for.
+
+        On several ranks it is estimated on all their buffers, so all have to ask for it. Of several
+        hooks each has its own, see `at`.
+        """
+        return self.scalings.get(self.hook_names[0]) if len(self.hook_names) == 1 else None
+
+    @property
+    def scalings(self) -> dict[str, Scaling]:
+        """`scaling` of each hook; none if not asked for."""
+        if not self._scalings and self.buffer is not None and (self.center or self.scale):
+            rows = self.buffer.fill() if self.buffer.rows is None else self.buffer.rows
+            mean_of_ranks = partial(self.of_all_ranks, operation="mean")
+            parts = self.by_hook(rows)
+            parts = parts if isinstance(parts, dict) else {self.hook_names[0]: parts}
+            self._scalings = {
+                name: estimate_scaling(part, self.center, self.scale, mean_of_ranks)
+                for name, part in parts.items()
+            }
+        return self._scalings
+
+    def of_all_ranks(self, value: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
+        """The mean or the sum of a tensor on the CPU over all ranks; on one, the tensor itself."""
+        if self.n_ranks == 1:
+            return value
+        strategy = self.trainer.strategy  # type: ignore[union-attr]
+        found = strategy.reduce(value.to(strategy.root_device, copy=True), reduce_op=operation)
+        return found.cpu()
+
+    @property
+    def n_ranks(self) -> int:
+        """Processes that share the text."""
+        return self._place()[1]
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank, and the number of ranks."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    # The text.
 
     @cached_property
     def filter(self) -> ActivationFilter:

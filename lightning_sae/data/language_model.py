@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_sae.data.hooks import Edit, Site, edited, lens_site, native_site
-from lightning_sae.memory import keep_freed_blocks
+from lightning_sae.functional.sparse.memory import keep_freed_blocks
 
 Tokens = Int[Tensor, "batch seq"]
 

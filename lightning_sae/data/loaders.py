@@ -1,20 +1,16 @@
 """What Lightning iterates over."""
 
-import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lightning_sae.data.buffer import ShuffleBuffer
 
-if TYPE_CHECKING:
-    from lightning_sae.data.datamodule import ActivationDataModule
-
 Rows = Any
 """Activations [batch, d_in] of one hook, or a dictionary of them by hook if there are several.
 
-Not spelled out, for whoever has one hook knows that it is a tensor.
+Typed as `Any`: with one hook it is used as a tensor, with several as a dictionary.
 """
 
 ENDLESS = 2**40
@@ -49,29 +45,3 @@ class EndlessBatches:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Nothing to do: the data module restores the buffer."""
-
-
-class HeldOutBatches:
-    """Held-out activations in order, in batches of at most the size of training's.
-
-    Each pass of the model gives the same number of batches, however many activations are left
-    out, for all ranks must see equally many.
-
-    Args:
-        data: The data module.
-        n: Activations before filtering, about.
-    """
-
-    def __init__(self, data: "ActivationDataModule", n: int) -> None:
-        self.data = data
-        self.n = n
-        per_pass = data.blocks_per_pass * data.context_length
-        self._batches_per_pass = math.ceil(per_pass / data.batch_size)
-
-    def __iter__(self) -> Iterator[Rows]:
-        model, keep = self.data.language_model, self.data.filter
-        for tokens in self.data.held_out_tokens(self.n, equal_passes=True):
-            activations = model.activations(tokens)
-            kept = keep.kept(tokens, activations).to(activations.device)
-            batches = activations[kept].float().tensor_split(self._batches_per_pass)
-            yield from map(self.data.by_hook, batches)

@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.architectures.ranks import AmongRanks
-from lightning_sae.distributed import require_agreement
+from lightning_sae.distributed import require_agreement, take_part
 from lightning_sae.functional.sparse.memory import Workspace
 from lightning_sae.side_by_side.checks import require_hook, require_supported
 from lightning_sae.side_by_side.descriptions import build_members, named
@@ -23,7 +22,7 @@ from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
 from lightning_sae.side_by_side.passed_on import PassesOn
 
 
-class SideBySide(PassesOn, AmongRanks):
+class SideBySide(PassesOn):
     """SAEs that are trained side by side on the same batches, each as if it were alone.
 
     Each member has its own weights, optimiser, schedule, callbacks, logs and count of steps. Its
@@ -104,7 +103,7 @@ class SideBySide(PassesOn, AmongRanks):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """One that tells the members' callbacks what Lightning does not tell a module."""
-        return [_TellOfExceptions()]
+        return [_CallbacksOnly()]
 
     @override
     def setup(self, stage: str) -> None:
@@ -196,12 +195,12 @@ class SideBySide(PassesOn, AmongRanks):
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         for member in self.active:
-            member.sae.validation_step(member.rows(batch), batch_idx)
+            member.evaluate("validation", batch, batch_idx)
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
         for member in self.active:
-            member.sae.test_step(member.rows(batch), batch_idx)
+            member.evaluate("test", batch, batch_idx)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -209,9 +208,7 @@ class SideBySide(PassesOn, AmongRanks):
         found: dict[str, Tensor] = {}
         kept = self.trainer.predict_loop.return_predictions
         for member in self.active:
-            rows = member.rows(batch)
-            latents = member.sae.predict_step(rows, batch_idx)
-            member.call_callbacks("on_predict_batch_end", latents, rows, batch_idx)
+            latents = member.evaluate("predict", batch, batch_idx)
             found |= {member.name: latents} if kept else {}  # or there is one at a time
         return found
 
@@ -263,22 +260,34 @@ class SideBySide(PassesOn, AmongRanks):
                 member.load_state_dict({**own, "state_dict": its, "global_step": 0})
 
     def _take_part(self, checkpoint: dict[str, Any]) -> None:
-        from lightning_sae.rank_parts import take_part  # it saves, and saving knows all SAEs
-
         among = self.trainer.global_rank, self.trainer.world_size
         if self.trainer.state.fn == "fit" and among[0] > 0 and checkpoint.get("ranks") == among[1]:
             take_part(Path(self.trainer.ckpt_path), among[0], checkpoint)  # type: ignore[arg-type]
 
 
-class _TellOfExceptions(Callback):
+class _CallbacksOnly(Callback):
+    """Passes on the hooks that Lightning calls of callbacks and not of modules."""
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pass_on(pl_module, "on_sanity_check_start")
+
+    @override
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pass_on(pl_module, "on_sanity_check_end")
+
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self._pass_on(pl_module, "on_exception", exception)
+
+    @staticmethod
+    def _pass_on(pl_module: LightningModule, hook: str, *args: Any) -> None:
         assert isinstance(pl_module, SideBySide)
         for member in pl_module.active:
-            if hasattr(member, "trainer"):
-                member.call_callbacks("on_exception", exception)
+            if hasattr(member, "trainer"):  # not before it is set up
+                member.call_callbacks(hook, *args)
 
 
 def _share_workspaces(members: list[Member]) -> None:

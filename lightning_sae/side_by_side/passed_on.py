@@ -60,5 +60,13 @@ class PassesOn(LightningModule):
         self.pass_on("on_predict_start")
 
     @override
+    def on_predict_epoch_start(self) -> None:
+        self.pass_on("on_predict_epoch_start")
+
+    @override
+    def on_predict_epoch_end(self) -> None:
+        self.pass_on("on_predict_epoch_end")
+
+    @override
     def on_predict_end(self) -> None:
         self.pass_on("on_predict_end")

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sae import ReLUSAE
 from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.optimizer import warmup_stable_decay
-from lightning_sae.callbacks import L1Warmup, RunCheckpoint
+from lightning_sae.architectures.portable import folded_state
+from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, RunCheckpoint
 from lightning_sae.data.scaling import Scaling
 from lightning_sae.functional.sparse.code import Layout
-from lightning_sae.saving import folded_state
 from lightning_sae.studies.shared.toy_training import quiet
 
 
@@ -49,6 +49,10 @@ def quiet_trainer(**arguments: Any) -> Trainer:
             **arguments,
         }
     )
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def free_sae(d_in: int = 4, d_sae: int = 6, **arguments: Any) -> ReLUSAE:
@@ -272,10 +276,31 @@ def test_checkpoint_of_another_architecture_or_shape_is_refused(tmp_path: Path) 
         )
 
 
-def test_decoder_meant_to_be_unit_norm_needs_a_callback_that_keeps_it_so() -> None:
-    data = Activations(torch.randn(32, 4))
-    with pytest.warns(UserWarning, match="Add the callback `DecoderNormProjection`"):
-        quiet_trainer(max_steps=1).fit(ReLUSAE(4, 6), datamodule=data)
+def test_an_sae_with_its_defaults_brings_what_keeps_its_decoder_norm() -> None:
+    torch.manual_seed(0)
+    data = Activations(torch.randn(512, 4))
+    given, brought = ReLUSAE(4, 6, lr=0.1), ReLUSAE(4, 6, lr=0.1)
+    brought.load_state_dict(given.state_dict())
+    trainer = quiet_trainer(max_steps=20)
+    trainer.fit(brought, datamodule=data)
+    quiet_trainer(max_steps=20, callbacks=DecoderNormProjection()).fit(given, datamodule=data)
+    assert_same_weights(brought, given)
+    torch.testing.assert_close(brought.W_dec.norm(dim=-1), torch.ones(6))
+    trainer.fit(brought, datamodule=data)  # a second time, where the callback is there already
+    assert sum(isinstance(c, DecoderNormProjection) for c in callbacks_of(trainer)) == 1
+
+
+def test_a_callback_that_is_given_takes_the_place_of_the_one_brought() -> None:
+    own = DecoderNormProjection()
+    trainer = quiet_trainer(max_steps=1, callbacks=own)
+    trainer.fit(ReLUSAE(4, 6), datamodule=Activations(torch.randn(32, 4)))
+    assert [c for c in callbacks_of(trainer) if isinstance(c, DecoderNormProjection)] == [own]
+
+
+def test_free_decoder_rows_bring_no_callback() -> None:
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(free_sae(), datamodule=Activations(torch.randn(32, 4)))
+    assert not any(isinstance(c, DecoderNormProjection) for c in callbacks_of(trainer))
 
 
 def test_a_checkpoint_of_another_hook_is_refused_and_of_other_text_warned_of(
@@ -323,6 +348,8 @@ def always(dense: bool) -> Layout:
 
 class InSight(ReLUSAE):
     """Notes how many rows its objective is given."""
+
+    rows_are_independent = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

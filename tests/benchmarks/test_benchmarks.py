@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import measure, report, sections, words
-from benchmarks.jobs import JOBS, floor, quality, run, step
+from benchmarks import formatting, measure, report, sections
+from benchmarks.language_model_source import Source, absolute, layer_of
 from benchmarks.libraries.base import ALL, OURS, Contender, Task, calibrate
 from benchmarks.measure import (
     ROOT,
@@ -26,8 +26,8 @@ from benchmarks.measure import (
     spread,
 )
 from benchmarks.sections import Plan
-from benchmarks.source import Source, absolute, layer_of
-from benchmarks.toy import gaussian_batches, sparse_batches
+from benchmarks.synthetic_batches import gaussian_batches, sparse_batches
+from benchmarks.worker import JOBS, floor, quality, run, step
 
 SMALL: dict[str, Any] = {"d_in": 16, "d_sae": 128, "batch_size": 64, "l0": 6, "k": 3}
 SMALL_SOURCE = Source(layer=0, batch_size=64, context_length=16, blocks_per_pass=8, buffer_size=256)
@@ -376,13 +376,13 @@ def test_one_run_is_described_once():
 
 def test_a_peer_is_best_among_those_that_were_measured():
     rows = [timed(OURS, 1.0), {"library": "SAELens", "variant": "", "error": "gone"}]
-    assert words.peers(rows) == []
-    assert words.ours(rows) == rows[0]
+    assert formatting.peers(rows) == []
+    assert formatting.ours(rows) == rows[0]
 
 
 def test_the_picture_shows_who_was_measured(tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks.figure import draw
+    from benchmarks.plot import draw
 
     rows = [timed(OURS, 0.2), timed("SAELens", 0.9), timed(OURS, 0.3, architecture="topk")]
     assert draw({"rows": rows, "floors": [FLOOR]}, tmp_path / "benchmark.png")

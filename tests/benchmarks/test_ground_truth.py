@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import ground_truth
-from benchmarks.known import save_activations
+from benchmarks.ground_truth_worker import save_activations
 from benchmarks.libraries.base import OURS
 from lightning_sae.studies.ground_truth import league
 from lightning_sae.studies.ground_truth.league import RECIPE, World

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import members, side_by_side
-from benchmarks.members import JOBS, Plan
+from benchmarks import side_by_side, side_by_side_worker
+from benchmarks.side_by_side_worker import JOBS, Plan
 
 TINY = {
     "coefficients": (0.5,),
@@ -40,7 +40,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run_process(command: Sequence[str], threads: int, timeout: float) -> dict[str, Any]:
         call = json.loads(command[-1])
-        assert command[1:3] == ["-m", "benchmarks.members"]
+        assert command[1:3] == ["-m", "benchmarks.side_by_side_worker"]
         return JOBS[call["job"]](Plan(**call["plan"]), **call["arguments"])
 
     monkeypatch.setattr(side_by_side, "run_process", run_process)
@@ -104,7 +104,7 @@ def test_a_process_rehearses_on_a_tiny_plan_and_writes_its_answer(
     monkeypatch.setitem(JOBS, "language_model", job)
     plan, threads = Plan(), torch.get_num_threads()
     call = {"job": "language_model", "plan": plan._asdict(), "arguments": {"tokens": 10**6}}
-    members.main(json.dumps(call | {"threads": threads}), "answer.json")
+    side_by_side_worker.main(json.dumps(call | {"threads": threads}), "answer.json")
     (rehearsal, few), (_, tokens) = asked
     assert rehearsal.steps < 5
     assert few < 100

@@ -8,7 +8,6 @@ from lightning_sae import ReLUSAE, TiedSAE
 from lightning_sae.callbacks import AuxThresholdWarmup
 
 # Norms matter to none of these runs.
-pytestmark = pytest.mark.filterwarnings("ignore:`decoder_norm` is `unit` but nothing keeps it so")
 
 
 class Watched(TiedSAE):

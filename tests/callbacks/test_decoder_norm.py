@@ -5,8 +5,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
+from lightning_sae.architectures.decoder_norm import DecoderNormProjection
 from lightning_sae.architectures.relu import ReLUSAE
-from lightning_sae.callbacks.decoder_norm import DecoderNormProjection
 
 # These runs train only, and their data is at hand.
 pytestmark = [

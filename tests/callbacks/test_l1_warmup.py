@@ -11,7 +11,6 @@ from lightning_sae.callbacks.l1_warmup import L1Warmup
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`decoder_norm` is `unit` but nothing keeps it so"),
 ]
 
 

@@ -13,7 +13,6 @@ from lightning_sae.callbacks import DeadFeatureResampling, DecoderNormProjection
 from lightning_sae.callbacks.orthogonal_to import span
 
 # Some of these runs let the norms drift, to see what this callback does alone.
-pytestmark = pytest.mark.filterwarnings("ignore:`decoder_norm` is `unit` but nothing keeps it so")
 
 D_IN, D_SAE, LR = 7, 7, 0.02  # as many latents as dimensions: an axis mistaken would not show up
 
@@ -111,7 +110,8 @@ class WeightsAlone(OrthogonalTo):
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_it_is_projection_then_clipping_then_adam_then_projection(clip, accumulate):
-    sae, by_hand = build_sae(clip_grad_norm=clip), build_sae()
+    sae = build_sae(clip_grad_norm=clip, decoder_norm="free")
+    by_hand = build_sae(decoder_norm="free")
     trainer = build_trainer(OrthogonalTo(directions()), accumulate_grad_batches=accumulate)
     trainer.fit(sae, batches())
 
@@ -135,7 +135,7 @@ def test_it_is_projection_then_clipping_then_adam_then_projection(clip, accumula
     for name, expected in by_hand.named_parameters():
         torch.testing.assert_close(sae.get_parameter(name), expected, atol=1e-5, rtol=0)
 
-    without = build_sae(clip_grad_norm=clip)
+    without = build_sae(clip_grad_norm=clip, decoder_norm="free")
     trainer = build_trainer(WeightsAlone(directions()), accumulate_grad_batches=accumulate)
     trainer.fit(without, batches())
     assert (without.W_enc - sae.W_enc).abs().max() > 1e-3  # the gradient's projection does matter

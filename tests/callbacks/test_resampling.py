@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
+from lightning_sae.architectures.decoder_norm import DecoderNormProjection
 from lightning_sae.architectures.relu import ReLUSAE
-from lightning_sae.callbacks.decoder_norm import DecoderNormProjection
 from lightning_sae.callbacks.l1_warmup import L1Warmup
 from lightning_sae.callbacks.resampling import DeadFeatureResampling
 
@@ -18,7 +18,6 @@ from lightning_sae.callbacks.resampling import DeadFeatureResampling
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`decoder_norm` is `unit` but nothing keeps it so"),
 ]
 D = 6
 WEIGHTS = {"W_enc": 1, "W_dec": 0, "b_enc": 0}  # the axis of latents

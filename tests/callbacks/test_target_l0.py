@@ -9,7 +9,6 @@ from lightning_sae import JumpReLUSAE, ReLUSAE, TopKSAE
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, TargetL0
 
 # Norms matter to none of these runs.
-pytestmark = pytest.mark.filterwarnings("ignore:`decoder_norm` is `unit` but nothing keeps it so")
 
 D_IN, D_SAE, ROWS, BATCHES = 6, 24, 32, 12
 

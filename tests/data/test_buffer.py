@@ -1,4 +1,5 @@
 import io
+import time
 from typing import Any
 
 import pytest
@@ -157,6 +158,9 @@ def test_reading_ahead_changes_nothing_but_when_the_source_is_read() -> None:
         for source, prefetch in zip(sources, (True, False), strict=True)
     )
     assert served(ahead, 50) == served(due, 50)
+    deadline = time.monotonic() + 10
+    while sources[0].next <= sources[1].next and time.monotonic() < deadline:
+        time.sleep(0.01)  # the thread may not have had its turn yet
     ahead.close()
     assert sources[0].next > sources[1].next
 

@@ -56,3 +56,14 @@ def sums_into_memory(vectors: Tensor) -> bool:
     """Whether torch has a sparse product that writes into memory it is given."""
     on_cpu = vectors.device.type == "cpu" and torch.backends.mkl.is_available()
     return on_cpu and vectors.dtype in (torch.float32, torch.float64)
+
+
+def keep_freed_blocks() -> None:
+    """Let the C library keep blocks of up to 32 MiB that are freed, for those that come after.
+
+    Linux's library gives a large block back to the system as soon as it is freed, and gets the next
+    one page by page, which can take longer than what is then computed in it. What counts as large
+    rises to the size of the largest such block freed so far, up to 32 MiB: so one is freed here,
+    untouched. It holds no memory; other systems take no notice.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)

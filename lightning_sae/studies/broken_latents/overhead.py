@@ -11,10 +11,10 @@ from lightning.pytorch import Callback
 from typing_extensions import override
 
 from lightning_sae.architectures import ReLUSAE
-from lightning_sae.architectures.checks import require_finite
 from lightning_sae.architectures.objective import at_once
 from lightning_sae.architectures.optimizer import MemoryOrderAdam, clip_norm
 from lightning_sae.callbacks import DecoderNormProjection
+from lightning_sae.checks import require_finite
 from lightning_sae.data import ToyDataModule
 from lightning_sae.studies.broken_latents.experiments import BATCH_SIZE, TIED, Variant
 from lightning_sae.studies.shared.toy_training import Run, fit

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.architectures.checks import require_positive
+from lightning_sae.checks import require_positive
 from lightning_sae.data import ActivationDataModule
-from lightning_sae.saving import load
+from lightning_sae.loading import load
 from lightning_sae.studies.low_activations.removing import firings_of, measure, variants
 from lightning_sae.studies.low_activations.report import report
 from lightning_sae.studies.shared.families import Family

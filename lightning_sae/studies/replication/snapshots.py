@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sae.saving import write_atomically
+from lightning_sae.files import write_atomically
 
 
 class Snapshots(NamedTuple):

@@ -21,10 +21,10 @@ from lightning_sae.analysis.rare_latents import (
     rare_directions,
 )
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.architectures.checks import require_positive
 from lightning_sae.callbacks import OrthogonalTo
+from lightning_sae.checks import require_positive
 from lightning_sae.data import ActivationDataModule
-from lightning_sae.data.loaders import HeldOutBatches
+from lightning_sae.data.datamodule import HeldOutBatches
 from lightning_sae.functional.geometry import unit_rows
 from lightning_sae.studies.replication.plots import (
     CONSTRAINED,

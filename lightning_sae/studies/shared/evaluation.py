@@ -12,7 +12,7 @@ import torch
 from lightning_sae.analysis import evaluate_all_in_model
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.data import ActivationDataModule
-from lightning_sae.data.loaders import HeldOutBatches
+from lightning_sae.data.datamodule import HeldOutBatches
 from lightning_sae.metrics import held_out_metrics
 from lightning_sae.studies.shared.folder import write_json
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_sae.architectures.checks import require_positive
+from lightning_sae.checks import require_positive
 from lightning_sae.studies.shared.setting import Setting
 
 CALLBACKS = "lightning_sae.callbacks"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sae.saving import write_atomically
+from lightning_sae.files import write_atomically
 
 SETTINGS = "settings.json"
 

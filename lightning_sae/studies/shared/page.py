@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lightning_sae.saving import write_atomically
+from lightning_sae.files import write_atomically
 
 
 @dataclass(frozen=True)

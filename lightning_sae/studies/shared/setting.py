@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_sae.architectures.checks import require_positive
+from lightning_sae.checks import require_positive
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.datamodule import Dtype
 from lightning_sae.studies.shared.folder import open_folder

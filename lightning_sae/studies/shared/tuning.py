@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.data.loaders import HeldOutBatches
+from lightning_sae.data.datamodule import HeldOutBatches
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.studies.shared.families import Family
 from lightning_sae.studies.shared.folder import write_json

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sae.architectures.checks import require_not_negative, require_positive
+from lightning_sae.checks import require_not_negative, require_positive
 from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.suppression.report import report
 from lightning_sae.studies.suppression.theory import shrunk_features

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_sae.architectures import RescaledSAE, SparseAutoencoder
+from lightning_sae.architectures.portable import CONFIG
 from lightning_sae.architectures.rescaled import TRAINED
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup
 from lightning_sae.data import ActivationDataModule
-from lightning_sae.data.loaders import HeldOutBatches
+from lightning_sae.data.datamodule import HeldOutBatches
 from lightning_sae.data.scaling import Scaling
-from lightning_sae.saving import CONFIG, load
+from lightning_sae.loading import load
 from lightning_sae.studies.shared.evaluation import evaluate
 from lightning_sae.studies.shared.folder import write_json
 from lightning_sae.studies.shared.setting import Setting

@@ -55,7 +55,7 @@ def test_other_settings_are_refused_by_name(
 ) -> None:
     Setting(tmp_path / "study", **small).open(own=1)
     # A model of that name there is not, which is not the question.
-    monkeypatch.setattr("lightning_sae.data.at_hooks.AtHooks.d_in", 128)
+    monkeypatch.setattr("lightning_sae.data.ActivationDataModule.d_in", 128)
     settings = {**small, "own": 1, **change}
     own = settings.pop("own")
     with pytest.raises(ValueError, match=f"of a study with another `{next(iter(change))}`"):

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from lightning_sae import ReLUSAE
 from lightning_sae.analysis import evaluate_all_in_model, evaluate_in_model
-from lightning_sae.data.loaders import HeldOutBatches
+from lightning_sae.data.datamodule import HeldOutBatches
 from lightning_sae.studies.shared import training as together
 from lightning_sae.studies.shared.evaluation import evaluate
 from lightning_sae.studies.shared.setting import Setting

@@ -1,4 +1,4 @@
-"""Activations whose features are known, and activations without any."""
+"""Batches of synthetic activations: Gaussian noise, or sums of known features."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 def gaussian_batches(
     n: int, batch_size: int, d_in: int, seed: int = 0
 ) -> list[Float[Tensor, "batch d_in"]]:
-    """Batches of standard Gaussian activations: for the time of a step their content is no matter.
+    """Batches of standard Gaussian activations, for timing where content does not matter.
 
     Example:
         >>> [batch.shape for batch in gaussian_batches(2, 3, 4)]

@@ -1,6 +1,8 @@
-"""Many SAEs in one run, and each in one of its own; each job is a process.
+"""Run one job of the side-by-side benchmark in this process and write its figures as JSON.
 
-`python -m benchmarks.members '{"job": ...}' RESULT`.
+The jobs: train many SAEs in one run, train each in a run of its own, and run the language model
+alone. `python -m benchmarks.side_by_side_worker '{"job": ...}' RESULT`, which
+`benchmarks.side_by_side` starts.
 """
 
 import hashlib
@@ -25,15 +27,15 @@ Row = dict[str, Any]
 
 
 class Plan(NamedTuple):
-    """Which SAEs are trained, on what, and for how long.
+    """Which SAEs are trained, on what data, and for how many steps.
 
     Attributes:
         hooks: Where activations are read.
         architectures: Classes of this package that have an `l1_coefficient`.
-        coefficients: Its values, of each architecture at each hook.
+        coefficients: Values of `l1_coefficient`, each used with every architecture and hook.
         steps: Optimiser steps of a run.
-        d_sae: Latents of each.
-        lr: Their learning rate.
+        d_sae: Number of latents of each SAE.
+        lr: Learning rate.
         model: A `transformers` folder, or `embedded`.
         text: A text file, or `embedded`.
         batch_size: Activations in a batch.
@@ -56,7 +58,7 @@ class Plan(NamedTuple):
     blocks_per_pass: int = 32
 
     def data(self, hook_name: str | list[str]) -> ActivationDataModule:
-        """The stream, with its model loaded and its text opened."""
+        """The data module, with its model loaded and its text opened."""
         data = ActivationDataModule(
             hook_name,
             self.model,
@@ -72,7 +74,7 @@ class Plan(NamedTuple):
         return data
 
     def descriptions(self, architectures: Sequence[str], hooks: Sequence[str]) -> list[Row]:
-        """Members as one describes them in YAML."""
+        """Descriptions of the members, in the form of a YAML config."""
         callbacks = "lightning_sae.callbacks."
         n_steps = max(1, self.steps // 5)
         rates = {"lr": self.lr, "lr_warmup_steps": self.steps // 10}
@@ -94,15 +96,15 @@ class Plan(NamedTuple):
         ]
 
     def tiny(self) -> "Plan":
-        """A few steps of the same, so that nothing is set up late in what is timed."""
+        """A small version of the plan, run first so that late set-up is not timed."""
         smaller = self._replace(steps=2, d_sae=32, coefficients=self.coefficients[:1])
         return smaller._replace(
             batch_size=64, buffer_size=256, context_length=16, blocks_per_pass=4
         )
 
 
-class Seen(Callback):
-    """How many tokens the stream had read when training ended."""
+class TokensRead(Callback):
+    """Remember how many tokens the stream has read when training ends."""
 
     tokens = 0
 
@@ -112,24 +114,24 @@ class Seen(Callback):
 
 
 def together(plan: Plan) -> Row:
-    """All SAEs in one run.
+    """Train all SAEs in one run.
 
     Returns:
-        `wall` seconds from the call of `fit` until it returns, the `tokens` that it read, and what
-        each SAE has become.
+        `wall` seconds from the call of `fit` until it returns, the number of `tokens` read, and
+        the `outcome` of each SAE.
     """
-    data, seen = plan.data(list(plan.hooks)), Seen()
+    data, read = plan.data(list(plan.hooks)), TokensRead()
     model = SideBySide(plan.descriptions(plan.architectures, plan.hooks), data.d_in)
-    wall = _fit(plan, model, data, [seen])
+    wall = _fit(plan, model, data, [read])
     members = [{"name": each.name, **outcome(each.sae)} for each in model.members]
-    return {"wall": wall, "tokens": seen.tokens, "members": members, "peak_bytes": peak_bytes()}
+    return {"wall": wall, "tokens": read.tokens, "members": members, "peak_bytes": peak_bytes()}
 
 
 def alone(plan: Plan, architecture: str, hook: str) -> Row:
-    """SAEs of one architecture at one hook, each in a run of its own, one after another.
+    """Train SAEs of one architecture at one hook, each in its own run, one after another.
 
     Returns:
-        `members`, each with the `wall` seconds of its run and what it has become.
+        `members`, each with the `wall` seconds of its run and its `outcome`.
     """
     found = []
     for i in range(len(plan.coefficients)):
@@ -148,7 +150,7 @@ def _fit(plan: Plan, model: Any, data: ActivationDataModule, callbacks: list[Cal
 
 
 def outcome(sae: SparseAutoencoder) -> Row:
-    """A fingerprint of an SAE's weights, and the latents that its last batch had active."""
+    """Hash of an SAE's weights, and its L0 on the last batch."""
     digest = hashlib.sha256()
     for name, weight in sorted(sae.state_dict().items()):
         digest.update(name.encode() + weight.contiguous().numpy().tobytes())
@@ -156,10 +158,10 @@ def outcome(sae: SparseAutoencoder) -> Row:
 
 
 def language_model(plan: Plan, tokens: int) -> Row:
-    """The language model alone, on so many tokens, up to all hooks and up to each.
+    """Run the language model alone on `tokens` tokens, up to all hooks and up to each hook.
 
     Returns:
-        `wall` seconds up to the deepest hook, and `walls` up to each.
+        `wall` seconds up to the deepest hook, and `walls` up to each hook.
     """
     data = plan.data(list(plan.hooks))
     blocks = data.training_blocks()
@@ -184,7 +186,7 @@ JOBS: dict[str, Callable[..., Row]] = {
 
 
 def main(call: str, result: str) -> None:
-    """Run the job that `call` describes, after a tiny one of its kind, and write its answer."""
+    """Run the job that the JSON `call` describes, after a tiny rehearsal, and write its answer."""
     asked = json.loads(call)
     torch.set_num_threads(asked["threads"])
     job, plan, arguments = JOBS[asked["job"]], Plan(**asked["plan"]), asked["arguments"]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import lightning_sae
 from lightning_sae import ReLUSAE
-from lightning_sae.saving import AtomicCheckpointIO, write_atomically
+from lightning_sae.files import AtomicCheckpointIO, write_atomically
 
 
 @pytest.fixture

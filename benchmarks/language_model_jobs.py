@@ -1,4 +1,4 @@
-"""The activation stream and whole runs on a language model."""
+"""Jobs on a language model: the bare model, the activation stream, and whole training runs."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,17 +12,15 @@ from jaxtyping import Float, Int
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from benchmarks.language_model_source import L1_COEFFICIENT, LR, Source, layer_name
 from benchmarks.libraries.base import OURS
-from benchmarks.source import Source
+from benchmarks.libraries.ours import QUIET
 from lightning_sae import ActivationDataModule, ReLUSAE
 from lightning_sae.callbacks import DecoderNormProjection
 
-L1_COEFFICIENT = 2.0  # on activations scaled to a mean norm of sqrt(d_in)
-LR = 1e-3
-
 
 def open_stream(source: Source, **options: Any) -> ActivationDataModule:
-    """Our stream of a source."""
+    """An `ActivationDataModule` on the model and the text of `source`."""
     return ActivationDataModule(
         f"blocks.{source.layer}.hook_resid_post",
         source.model,
@@ -36,9 +34,9 @@ def open_stream(source: Source, **options: Any) -> ActivationDataModule:
 
 
 def plain(source: dict[str, Any], n_refills: int) -> dict[str, Any]:
-    """Activations per second of the bare `transformers` model, stopped behind the layer.
+    """Measure the bare `transformers` model, stopped after the layer, in activations per second.
 
-    On the blocks that our stream reads; BOS tokens, which it drops, do not count.
+    It reads the same blocks as our stream. BOS tokens are not counted, as the stream drops them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -81,18 +79,11 @@ def _forward(network: Any, blocks: Int[Tensor, "batch seq"]) -> None:
         network(blocks, use_cache=False)
 
 
-def layer_name(network: Any, layer: int) -> str:
-    """Path of a layer in a `transformers` model."""
-    n = network.config.num_hidden_layers
-    lists = (k for k, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n)
-    return f"{next(lists)}.{layer}"
-
-
 def stream(source: dict[str, Any], prefetch: bool, n_refills: int) -> dict[str, Any]:
-    """Activations per second that the stream gives to who only takes them.
+    """Measure our activation stream with no training, in activations per second.
 
-    From one refill of the buffer to the `n_refills`-th after it, so that what is read ahead at the
-    start and at the end is the same.
+    The clock runs from one refill of the buffer to the `n_refills`-th after it, so that as much is
+    read ahead at the start as at the end.
     """
     where = Source(**source)
     data = open_stream(where, prefetch=prefetch)
@@ -115,12 +106,13 @@ def _take(batches: Iterator[Tensor], n: int) -> None:
 def fit(
     library: str, source: dict[str, Any], d_sae: int, n_steps: int, variant: str = ""
 ) -> dict[str, Any]:
-    """Activations per second of a whole run, from the call that starts it until it returns.
+    """Measure a whole training run, from the call that starts it until it returns.
 
     The model and the text are opened before. Activations are scaled to a mean norm of sqrt(d_in).
 
     Returns:
-        `rate`, `wall`, and L0 and share of variance left over on held-out activations.
+        `rate` (activations per second), `wall` (seconds), and on held-out activations `l0` and
+        `fvu`, the fraction of variance unexplained.
     """
     where = Source(**source)
     data = open_stream(where, scale=True, n_validation=8192)
@@ -128,6 +120,7 @@ def fit(
     if library == OURS:
         train = _our_run(data, d_sae, n_steps)
     else:
+        # Here, for SAELens is installed only where it is compared with.
         from benchmarks.libraries.saelens import language_model_run
 
         train = language_model_run(where, data, d_sae, n_steps, variant)
@@ -138,8 +131,6 @@ def fit(
 
 
 def _our_run(data: ActivationDataModule, d_sae: int, n_steps: int) -> Callable[[], Any]:
-    from benchmarks.libraries.ours import QUIET
-
     sae = ReLUSAE(data.d_in, d_sae, l1_coefficient=L1_COEFFICIENT, lr=LR)
     projection = DecoderNormProjection()
     trainer = Trainer(max_steps=n_steps, limit_val_batches=0, callbacks=projection, **QUIET)

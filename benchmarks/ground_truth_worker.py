@@ -1,4 +1,8 @@
-"""One SAE on saved known activations: `python -m benchmarks.known '{"library": ...}' RESULT`."""
+"""Train and evaluate one SAE on saved activations whose features are known.
+
+`python -m benchmarks.ground_truth_worker '{"library": ...}' RESULT`, which
+`benchmarks.ground_truth` starts for each library, architecture and seed.
+"""
 
 import json
 import math
@@ -36,13 +40,13 @@ THEIRS = {
     "batchtopk": "batchtopk",
     "matryoshka": "matryoshka_batchtopk",
 }
-"""What SAELens has, by our names."""
+"""SAELens' names of the architectures that both libraries have, by ours."""
 
 
 def save_activations(path: Path, world: World, seed: int, samples: int) -> None:
     """Draw training and held-out activations and save them, scaled to mean norm sqrt(d_in).
 
-    Training activations are as many as asked for, rounded up to whole batches.
+    The number of training activations is rounded up to whole batches.
     """
     data = world.data(seed)
     samples = math.ceil(samples / RECIPE["batch_size"]) * int(RECIPE["batch_size"])
@@ -66,7 +70,7 @@ def _chunks(n: int, size: int = 65_536) -> Iterator[int]:
         yield min(size, n - first)
 
 
-def compete(
+def train_and_evaluate(
     library: str,
     architecture: str,
     path: str,
@@ -75,19 +79,20 @@ def compete(
     d_sae: int,
     coefficient: float | None,
 ) -> dict[str, Any]:
-    """Train on the saved activations and evaluate on the held-out ones, by both libraries.
+    """Train on the saved activations and evaluate on the held-out ones with both libraries.
 
     Args:
-        library: Ours or SAELens.
+        library: `lightning-sae` or `SAELens`, which trains.
         architecture: A key of `ARCHITECTURES`.
-        path: What `save_activations` wrote.
-        l0: Active latents wished for.
-        seed: Of the weights.
+        path: File that `save_activations` wrote.
+        l0: Target number of active latents.
+        seed: Seed of the weights.
         d_sae: Number of latents.
-        coefficient: Of SAELens' penalty; ours finds its own.
+        coefficient: Coefficient of SAELens' penalty; ours is found by `TargetL0`.
 
     Returns:
-        CPU `seconds` of training, the penalty's `coefficient`, figures by `ours` and `theirs`.
+        CPU `seconds` of training, the penalty's `coefficient`, and the metrics as computed by
+        lightning-sae (`ours`) and by SAELens (`theirs`).
     """
     tensors = load_file(path)
     train, features = tensors["train"], tensors["features"]
@@ -95,7 +100,7 @@ def compete(
     run = Run(architecture, l0, seed, world, d_sae, len(train), Path())
     batches = train.split(int(RECIPE["batch_size"]))
     trained = _ours if library == OURS else _theirs
-    # What a library imports or sets up late is no part of a figure.
+    # A first step that is not timed, so that late imports and set-up are not measured.
     trained(replace(run, samples=len(batches[0])), Watch(batches, 1), coefficient)
     torch.manual_seed(seed)
     began = process_time()  # not wall time, which other work on the machine lengthens
@@ -161,7 +166,7 @@ def _settings(run: Run, coefficient: float | None) -> dict[str, Any]:
 
 
 class _Directions(nn.Module):
-    """What SAELens' evaluation takes for its dictionary of features."""
+    """The known features, in place of SAELens' `FeatureDictionary`."""
 
     def __init__(self, features: Float[Tensor, "n_features d_in"]) -> None:
         super().__init__()
@@ -172,19 +177,19 @@ class _Directions(nn.Module):
 
 
 class _Replay:
-    """What it takes for its generator: magnitudes in the order in which they were saved."""
+    """The saved magnitudes in order, in place of SAELens' activation generator."""
 
     def __init__(self, magnitudes: Float[Tensor, "n n_features"]) -> None:
         self.magnitudes, self.place = magnitudes, 0
 
     def sample(self, n: int) -> Float[Tensor, "n n_features"]:
-        """The next ones."""
+        """The next `n` magnitudes."""
         self.place += n
         return self.magnitudes[self.place - n : self.place]
 
 
 def _by_saelens(sae: Any, features: Tensor, magnitudes: Tensor) -> dict[str, Any]:
-    """Its own figures, by its own function, of the same samples."""
+    """SAELens' metrics of an SAE on the saved held-out samples."""
     from sae_lens.synthetic import eval_sae_on_synthetic_data
 
     found = eval_sae_on_synthetic_data(
@@ -198,10 +203,10 @@ def _by_saelens(sae: Any, features: Tensor, magnitudes: Tensor) -> dict[str, Any
 
 
 def main(call: str, result: str) -> None:
-    """Train as `call` describes and write the figures."""
+    """Train as the JSON `call` describes and write the figures to the file `result`."""
     arguments = json.loads(call)
     torch.set_num_threads(arguments.pop("threads"))
-    Path(result).write_text(json.dumps(compete(**arguments)))
+    Path(result).write_text(json.dumps(train_and_evaluate(**arguments)))
 
 
 if __name__ == "__main__":

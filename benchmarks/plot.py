@@ -1,25 +1,25 @@
-"""Time of a step against the number of latents, as a picture."""
+"""Plot the time of a step against the number of latents."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import words
+from benchmarks import formatting
+from benchmarks.formatting import Row
 from benchmarks.libraries.base import OURS
 from benchmarks.report import NAMES
-from benchmarks.words import Row
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by all eyes
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # distinguishable if colour-blind
 MARKERS = "osD^v"
 
 
 def draw(growth: Row, path: Path) -> bool:
-    """Draw the growth section; False where there is no matplotlib."""
+    """Plot the growth section to a file; returns False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return False
-    names = list(dict.fromkeys(words.name(row) for row in growth["rows"]))
+    names = list(dict.fromkeys(formatting.name(row) for row in growth["rows"]))
     looks = dict(zip(names, zip(COLOURS, MARKERS, strict=True), strict=False))
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     for axes, architecture in zip(
@@ -27,7 +27,7 @@ def draw(growth: Row, path: Path) -> bool:
     ):
         rows = [row for row in growth["rows"] if row["architecture"] == architecture]
         for name, (colour, marker) in looks.items():
-            line(axes, name, (row for row in rows if words.name(row) == name), colour, marker)
+            line(axes, name, (row for row in rows if formatting.name(row) == name), colour, marker)
         floor(axes, growth["floors"])
         dress(axes, NAMES[architecture], [row["d_sae"] for row in growth["floors"]])
     figure.axes[0].set_ylabel("seconds of a step")
@@ -36,7 +36,7 @@ def draw(growth: Row, path: Path) -> bool:
 
 
 def line(axes: Any, name: str, rows: Iterable[Row], colour: str, marker: str) -> None:
-    """One contender; where it failed there is no point."""
+    """Add the line of one contender, without the sizes at which it failed."""
     points = [(row["d_sae"], row["seconds"]["median"]) for row in rows if "seconds" in row]
     if points:
         width = 2.5 if name == OURS else 1.5
@@ -44,7 +44,7 @@ def line(axes: Any, name: str, rows: Iterable[Row], colour: str, marker: str) ->
 
 
 def floor(axes: Any, floors: Iterable[Row]) -> None:
-    """The encoder's product with one pass of Adam."""
+    """Add the line of the floor: the encoder's product and one pass of Adam."""
     points = [(row["d_sae"], row["seconds"]["median"]) for row in floors if "seconds" in row]
     if points:
         x, y = zip(*points, strict=True)
@@ -52,7 +52,7 @@ def floor(axes: Any, floors: Iterable[Row]) -> None:
 
 
 def dress(axes: Any, title: str, sizes: list[int]) -> None:
-    """Axes, grid and names."""
+    """Set scales, ticks, grid and legend."""
     axes.set(xscale="log", yscale="log", title=title, xlabel="latents")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()

@@ -1,4 +1,4 @@
-"""What an SAE refuses, each with the remedy."""
+"""Checks of arguments and inputs: each error says what was expected, what came and the remedy."""
 
 import warnings
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 
@@ -112,3 +113,18 @@ def require_matching(sae: nn.Module, checkpoint: dict[str, Any]) -> None:
             f"The checkpoint's shapes differ from this SAE's ({pairs}): "
             "set the `d_in` and `d_sae` it was made with, or give another `ckpt_path`."
         )
+
+
+def refuse_second(trainer: Trainer, callback: Callback) -> None:
+    """Raise a ValueError if the trainer has another callback of the kind of `callback`."""
+    kind = type(callback)
+    if sum(isinstance(other, kind) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"Expected one `{kind.__name__}` but the trainer has several: remove all but one."
+        )
+
+
+def expect(holds: bool, name: str, expected: str, value: object) -> None:
+    """Raise a ValueError about the argument `name` unless `holds`."""
+    if not holds:
+        raise ValueError(f"Expected argument `{name}` to be {expected} but got {value}.")

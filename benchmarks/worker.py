@@ -1,4 +1,8 @@
-"""What one process measures: `python -m benchmarks.jobs '{"job": ...}' RESULT`."""
+"""Run one job of the benchmark in this process and write its figures as JSON.
+
+`python -m benchmarks.worker '{"job": ..., "arguments": ..., "threads": ...}' RESULT`, which
+`benchmarks.measure.run_job` starts.
+"""
 
 import gc
 import json
@@ -13,23 +17,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks import language
+from benchmarks import language_model_jobs
 from benchmarks.libraries.base import LIBRARIES, Contender, Task, calibrate
 from benchmarks.measure import Watch, forget_peak, peak_bytes, resident_bytes, spread
-from benchmarks.toy import gaussian_batches, sparse_batches
+from benchmarks.synthetic_batches import gaussian_batches, sparse_batches
 
 
 def step(
     library: str, task: dict[str, Any], warmup: int, budget: float, at_least: int
 ) -> dict[str, Any]:
-    """Time and memory of whole optimiser steps at a density set beforehand.
+    """Measure time and memory of whole optimiser steps, with the L0 set before training.
 
     Args:
         library: A key of `LIBRARIES`.
-        task: Arguments of `Task`; of its steps the first `warmup` are not timed.
+        task: Arguments of `Task`; the first `warmup` of its steps are not timed.
         warmup: Steps before the timed ones.
-        budget: Seconds after which no more steps are begun.
-        at_least: Timed steps that are made whatever the budget.
+        budget: Seconds after which no new step is started.
+        at_least: Timed steps that are made even over the budget.
 
     Returns:
         `seconds` of a step (median and quartiles), the number of them, the L0 seen, and
@@ -59,11 +63,11 @@ def step(
 
 
 def floor(d_in: int, d_sae: int, batch_size: int, n_steps: int, warmup: int) -> dict[str, Any]:
-    """Time of what no step can do without: the encoder's product and one pass of Adam.
+    """Measure the least that any step must do: the encoder's product and one pass of Adam.
 
-    The product goes into memory allocated before; Adam is torch's fused one, on an encoder and a
-    decoder whose gradients are there already. Of two orders in memory that the encoder can have,
-    the faster counts.
+    The product is written to memory allocated before. Adam is torch's fused one, on an encoder and
+    a decoder that already have gradients. The encoder is tried in both memory orders; the faster
+    one counts.
     """
     (x,) = gaussian_batches(1, batch_size, d_in)
     pre = torch.empty(batch_size, d_sae)
@@ -99,19 +103,19 @@ def run(
     look_every: int,
     budget: float,
 ) -> dict[str, Any]:
-    """A training from its start, on activations with known features.
+    """Measure a whole training run on activations with known features.
 
     Args:
         library: A key of `LIBRARIES`.
         task: Arguments of `Task`.
         n_features: Features that the activations are made of.
         n_active: Features in an activation, on average.
-        n_batches: Batches made, which are served over and over.
-        look_every: Steps between two looks at the held-out rows; their time does not count.
-        budget: Seconds after which no more steps are begun.
+        n_batches: Number of different batches, which are repeated.
+        look_every: Steps between two evaluations on held-out rows, whose time is not counted.
+        budget: Seconds after which no new step is started.
 
     Returns:
-        `wall` seconds, the quality on held-out rows at the end and, in `looks`, on the way.
+        `wall` seconds, the quality on held-out rows at the end and, in `looks`, during the run.
     """
     asked, trained = Task(**task), LIBRARIES[library].load()
     _rehearse(trained, asked)
@@ -146,9 +150,9 @@ def run(
 def quality(
     contender: Contender, x: Float[Tensor, "batch d_in"], l1_coefficient: float
 ) -> dict[str, float]:
-    """Loss, L0 and share of variance left over, by one formula for every library.
+    """Loss, L0 and fraction of variance unexplained, by the same formula for every library.
 
-    The penalty weights latents by their decoder norms, which for unit norms changes nothing.
+    The penalty weights latents by their decoder norms, which has no effect on unit norms.
     """
     f = contender.latents(x)
     error = (contender.decode(f) - x).pow(2).sum(-1).mean()
@@ -161,7 +165,7 @@ def quality(
 
 
 def _rehearse(trained: type[Contender], task: Task) -> None:
-    """Train a tiny one first: what a library imports or sets up late is no part of a figure."""
+    """Train a tiny SAE first, so that late imports and set-up are not measured."""
     tiny = replace(task, d_in=16, d_sae=64, batch_size=32, n_steps=2, l0=4, k=4)
     contender = trained(tiny)
     contender.train(Watch(gaussian_batches(1, tiny.batch_size, tiny.d_in), tiny.n_steps))
@@ -173,14 +177,14 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": step,
     "floor": floor,
     "run": run,
-    "plain": language.plain,
-    "stream": language.stream,
-    "fit": language.fit,
+    "plain": language_model_jobs.plain,
+    "stream": language_model_jobs.stream,
+    "fit": language_model_jobs.fit,
 }
 
 
 def main(call: str, result: str) -> None:
-    """Run the job that `call` describes and write what it returns."""
+    """Run the job described by the JSON `call` and write its answer to the file `result`."""
     asked = json.loads(call)
     torch.set_num_threads(asked["threads"])
     answer = JOBS[asked["job"]](**asked["arguments"])

@@ -1,4 +1,4 @@
-"""Figures as text: what every part of the page is put together from."""
+"""Format figures as text: numbers, verdicts on targets, and tables in Markdown."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,22 +9,22 @@ Row = dict[str, Any]
 
 
 def name(row: Row) -> str:
-    """The library, and the variant if it has one."""
+    """The library's name, with the variant if there is one."""
     return f"{row['library']}, {row['variant']}" if row["variant"] else str(row["library"])
 
 
 def trouble(row: Row) -> str:
-    """Why there is no figure."""
+    """The cell of a measurement that failed."""
     return f"failed: {row['error']}"
 
 
 def median(row: Row) -> float | None:
-    """Seconds of a step, None if there is no figure."""
+    """Median seconds of a step, None if the measurement failed."""
     return row["seconds"]["median"] if "seconds" in row else None
 
 
 def milliseconds(row: Row) -> str:
-    """Median and quartiles."""
+    """Median and quartiles in milliseconds."""
     if "seconds" not in row:
         return trouble(row)
     low, middle, high = (1000 * row["seconds"][key] for key in ("low", "median", "high"))
@@ -32,7 +32,7 @@ def milliseconds(row: Row) -> str:
 
 
 def seconds(row: Row) -> str:
-    """The median."""
+    """Median in seconds."""
     found = median(row)
     return trouble(row) if found is None else f"{found:.3g}"
 
@@ -43,7 +43,7 @@ def rate(row: Row) -> str:
 
 
 def quotient(one: float | None, other: float | None) -> str:
-    """One over the other, as far as there are both.
+    """`one / other`, or nothing if either is missing or zero.
 
     Example:
         >>> quotient(3.0, 2.0), quotient(None, 2.0)
@@ -53,19 +53,19 @@ def quotient(one: float | None, other: float | None) -> str:
 
 
 def ours(rows: Iterable[Row]) -> Row | None:
-    """The row of lightning-sae as it is, if it was measured."""
+    """The row of lightning-sae without a variant, if its measurement succeeded."""
     mine = (row for row in rows if row["library"] == OURS and not row["variant"])
     return next((row for row in mine if "error" not in row), None)
 
 
 def peers(rows: Iterable[Row]) -> list[Row]:
-    """The rows of other libraries that were measured."""
+    """The rows of other libraries whose measurement succeeded."""
     others = (row for row in rows if row["library"] != OURS)
     return [row for row in others if "error" not in row]
 
 
 def at_least(what: str, value: float, target: float | None) -> str:
-    """A figure that is to be large, beside its target.
+    """A figure that should be large, with its target.
 
     Example:
         >>> at_least("Time of a peer over ours", 4.5, 5.0)
@@ -78,7 +78,7 @@ def at_least(what: str, value: float, target: float | None) -> str:
 
 
 def at_most(what: str, value: float, target: float) -> str:
-    """A figure that is to be small, beside its target."""
+    """A figure that should be small, with its target."""
     verdict = "reached" if value <= target else "missed"
     return f"- {what}: {value:.2f}; target at most {target:g}: {verdict}."
 

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_sae.callbacks.checks import refuse_second
+from lightning_sae.checks import refuse_second
 
 
 class DecoderNormProjection(Callback):
