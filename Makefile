@@ -32,8 +32,8 @@ test: $(STAMP)
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & mypy=$$!; \
-	echo "$(BIN)/pytest -n $(WORKERS) --dist loadgroup"; \
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup; tests=$$?; \
+	echo "$(BIN)/pytest -n $(WORKERS) --dist loadscope"; \
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope; tests=$$?; \
 	wait $$mypy || { echo "$(BIN)/mypy"; cat $(VENV)/mypy.log; exit 1; }; \
 	exit $$tests
 

@@ -4,6 +4,7 @@ This file loads before the hook that makes jaxtyping check the package's annotat
 imported here would go unchecked.
 """
 
+import functools
 import logging
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before any Hugging Face import, which reads them once: no test reaches for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,17 +30,30 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps the tests of a file that share a fixture on one worker, so that it is made once."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    for item in items:
-        if not isinstance(item, pytest.Function) or item.get_closest_marker("xdist_group"):
-            continue
-        found = item._fixtureinfo.name2fixturedefs.values()
-        if any(each.scope == "module" for definitions in found for each in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadscope`, keeps on one worker the tests that share what is slow to make.
+
+    These are the tests of a file with fixtures of a module, and those of two processes. All others
+    go wherever there is time. Marks of groups are not used: with pytest 9.2 they are ignored.
+    """
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Shared(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if file.startswith("tests/ranks/"):
+                return "tests/ranks"
+            return file if _has_module_fixture(config.rootpath / file) else nodeid
+
+    return Shared(config, log)
+
+
+@functools.cache
+def _has_module_fixture(file: Path) -> bool:
+    return 'scope="module"' in file.read_text()
 
 
 LOGGERS = ("lightning", "lightning.pytorch")

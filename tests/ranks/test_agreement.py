@@ -6,8 +6,6 @@ import torch
 from tests.ranks.cases import CASES, activations, train
 from tests.ranks.conftest import OfRanks
 
-pytestmark = pytest.mark.xdist_group("ranks")  # the two processes are started once
-
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_with_half_the_batch_are_one_rank(name: str, of_ranks: OfRanks) -> None:

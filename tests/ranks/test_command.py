@@ -19,8 +19,6 @@ from tests.ranks.command import STEPS, write_config
 from tests.ranks.conftest import OfRanks
 from tests.ranks.launching import finish, said, start
 
-pytestmark = pytest.mark.xdist_group("ranks")  # the two processes are started once
-
 
 def weights(run: Path) -> dict[str, Tensor]:
     return load_file(run / "sae" / "sae.safetensors")
