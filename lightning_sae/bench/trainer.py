@@ -64,12 +64,16 @@ class BenchTrainer(Trainer):
         """
         max_steps, root = self.max_steps, self.default_root_dir
         log = logging.getLogger("lightning.pytorch")  # it would tell of each short fit
+        level = log.level
         log.setLevel(logging.WARNING)
-        report = (
-            measure_members(self, model, datamodule, l0, steps)
-            if isinstance(model, SideBySide)
-            else measure(self, model, datamodule, l0, steps)
-        )
+        try:
+            report = (
+                measure_members(self, model, datamodule, l0, steps)
+                if isinstance(model, SideBySide)
+                else measure(self, model, datamodule, l0, steps)
+            )
+        finally:
+            log.setLevel(level)
         report.predict(max_steps)
         path = unused(Path(output) if output else Path(root) / "bench.json")
         text = json.dumps(report.figures, indent=2)

@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 from pathlib import Path
@@ -81,6 +82,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     number: signal.Signals, accumulate: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     interrupt = At(2, lambda: os.kill(os.getpid(), number))
+    caplog.set_level(logging.INFO, "lightning.pytorch")
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         fit(tmp_path / "a", interrupt, accumulate_grad_batches=accumulate)
     path = tmp_path / "a" / "checkpoints" / "last.ckpt"
@@ -135,6 +137,7 @@ def test_a_second_signal_names_only_what_was_saved(
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
+    caplog.set_level(logging.INFO, "lightning.pytorch")
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         fit(tmp_path, At(3, twice))
     assert steps_in(tmp_path / "checkpoints" / "stopped.ckpt") == 3
