@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_sae.side_by_side.member import Member
@@ -33,3 +34,15 @@ def require_hook(member: Member, data: Any) -> None:
         f"Expected `hook_name` to be one of the data's, {', '.join(names)}, but got "
         f"{member.hook_name}: correct it, or add it to `data.hook_name`."
     )
+
+
+def require_no_writer(member: Member, stage: str) -> None:
+    """Raise a ValueError if a callback would write the predictions of all members as one's own."""
+    for callback in member.callbacks if stage == "predict" else ():
+        if isinstance(callback, BasePredictionWriter):
+            raise ValueError(
+                "Expected a member's callbacks to be no `BasePredictionWriter`, whose "
+                "`on_predict_batch_end` and `on_predict_epoch_end` take indices and predictions "
+                f"from the whole run, but got {type(callback).__name__}: write the latents in "
+                "`on_predict_batch_end` of a plain `Callback`."
+            )

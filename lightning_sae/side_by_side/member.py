@@ -1,7 +1,7 @@
 """One SAE among several in a run: its steps are those of Lightning's automatic optimisation."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -157,16 +157,6 @@ class Member:
         """What follows a batch; logs are written every so many steps."""
         self.call("on_train_batch_end", self._outputs, self.rows(batch), batch_idx)
         self._outputs = {}
-
-    def evaluate(
-        self, stage: Literal["validation", "test", "predict"], batch: Any, batch_idx: int
-    ) -> Any:
-        """A batch of held-out activations, and the hooks around it."""
-        rows = self.rows(batch)
-        self.call(f"on_{stage}_batch_start", rows, batch_idx, 0)
-        outputs = getattr(self.sae, f"{stage}_step")(rows, batch_idx)
-        self.call(f"on_{stage}_batch_end", outputs, rows, batch_idx, 0)
-        return outputs
 
     def stop(self, error: Exception) -> None:
         """Take no more steps; the weights stay those before the one that failed."""

@@ -15,14 +15,13 @@ from typing_extensions import override
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.distributed import require_agreement, take_part
 from lightning_sae.functional.sparse.memory import Workspace
-from lightning_sae.side_by_side.checks import require_hook, require_supported
+from lightning_sae.side_by_side.checks import require_hook, require_no_writer, require_supported
 from lightning_sae.side_by_side.descriptions import build_members, named
 from lightning_sae.side_by_side.member import Member
 from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
-from lightning_sae.side_by_side.passed_on import PassesOn
 
 
-class SideBySide(PassesOn):
+class SideBySide(LightningModule):
     """SAEs that are trained side by side on the same batches, each as if it were alone.
 
     Each member has its own weights, optimiser, schedule, callbacks, logs and count of steps. Its
@@ -88,10 +87,11 @@ class SideBySide(PassesOn):
         """Members that have, and why."""
         return {member.name: member.stopped for member in self.members if member.stopped}
 
-    @override
-    def pass_on(self, hook: str) -> None:
+    def _pass_on(self, hook: str, *batch: Any) -> None:
+        """Call a hook of each member, with its rows if the hook is of a batch."""
         for member in self.active:
-            member.call(hook)
+            its = (member.rows(batch[0]), *batch[1:]) if batch else ()
+            member.call(hook, *its)
 
     def give_each(self, callbacks: Callable[[], Sequence[Callback]]) -> None:
         """Add callbacks to each member, made for each anew."""
@@ -103,7 +103,7 @@ class SideBySide(PassesOn):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """One that tells the members' callbacks what Lightning does not tell a module."""
-        return [_CallbacksOnly()]
+        return [_CallbackOnlyHooks()]
 
     @override
     def setup(self, stage: str) -> None:
@@ -114,6 +114,7 @@ class SideBySide(PassesOn):
         for member in self.members:
             with named(member.name):
                 require_hook(member, getattr(self.trainer, "datamodule", None))
+                require_no_writer(member, stage)
                 member.setup(self.trainer, stage)
 
     @override
@@ -131,7 +132,7 @@ class SideBySide(PassesOn):
         """Let members begin, and keep Lightning from exchanging gradients of all at once."""
         if isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy.model.require_backward_grad_sync = False  # type: ignore
-        self.pass_on("on_train_start")
+        self._pass_on("on_train_start")
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -193,14 +194,26 @@ class SideBySide(PassesOn):
     # Held-out data.
 
     @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        for member in self.active:
-            member.evaluate("validation", batch, batch_idx)
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """What each member's own gives, by name."""
+        return {m.name: m.sae.validation_step(m.rows(batch), batch_idx) for m in self.active}
 
     @override
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """What each member's own gives, by name."""
+        return {m.name: m.sae.test_step(m.rows(batch), batch_idx) for m in self.active}
+
+    @override
+    def on_validation_batch_end(self, outputs: Any, batch: Any, *index: int) -> None:
         for member in self.active:
-            member.evaluate("test", batch, batch_idx)
+            its = outputs[member.name], member.rows(batch)
+            member.call("on_validation_batch_end", *its, *index)
+
+    @override
+    def on_test_batch_end(self, outputs: Any, batch: Any, *index: int) -> None:
+        for member in self.active:
+            its = outputs[member.name], member.rows(batch)
+            member.call("on_test_batch_end", *its, *index)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -208,19 +221,24 @@ class SideBySide(PassesOn):
         found: dict[str, Tensor] = {}
         kept = self.trainer.predict_loop.return_predictions
         for member in self.active:
-            latents = member.evaluate("predict", batch, batch_idx)
-            found |= {member.name: latents} if kept else {}  # or there is one at a time
+            rows = member.rows(batch)
+            latents = member.sae.predict_step(rows, batch_idx)
+            # Here and not in the run's own hook, or the latents of all would be there at a time.
+            # Alone, the hook would be called behind the context of the forward pass.
+            with torch.autocast(self.device.type, enabled=False):
+                member.call("on_predict_batch_end", latents, rows, batch_idx)
+            found |= {member.name: latents} if kept else {}
         return found
 
     @override
     def on_validation_epoch_end(self) -> None:
-        self.pass_on("on_validation_epoch_end")
+        self._pass_on("on_validation_epoch_end")
         for member in self.active:
             member.trainer.write_logs(max(0, self.trainer.global_step - 1))
 
     @override
     def on_test_epoch_end(self) -> None:
-        self.pass_on("on_test_epoch_end")
+        self._pass_on("on_test_epoch_end")
         for member in self.active:
             member.trainer.write_logs(self.trainer.global_step)
 
@@ -265,7 +283,41 @@ class SideBySide(PassesOn):
             take_part(Path(self.trainer.ckpt_path), among[0], checkpoint)  # type: ignore[arg-type]
 
 
-class _CallbacksOnly(Callback):
+def _passing_on(hook: str) -> Callable[..., None]:
+    """A method that passes a hook on to the members just as Lightning calls it."""
+
+    def method(self: SideBySide, *batch: Any) -> None:
+        self._pass_on(hook, *batch)
+
+    method.__name__, method.__qualname__ = hook, f"SideBySide.{hook}"
+    method.__doc__ = f"Call `{hook}` of each member: of its callbacks, then of its SAE."
+    return method
+
+
+for _hook in (
+    "on_fit_start",
+    "on_fit_end",
+    "on_train_end",
+    "on_train_epoch_start",
+    "on_train_epoch_end",
+    "on_validation_start",
+    "on_validation_epoch_start",
+    "on_validation_batch_start",
+    "on_validation_end",
+    "on_test_start",
+    "on_test_epoch_start",
+    "on_test_batch_start",
+    "on_test_end",
+    "on_predict_start",
+    "on_predict_epoch_start",
+    "on_predict_batch_start",
+    "on_predict_epoch_end",
+    "on_predict_end",
+):
+    setattr(SideBySide, _hook, _passing_on(_hook))
+
+
+class _CallbackOnlyHooks(Callback):
     """Passes on the hooks that Lightning calls of callbacks and not of modules."""
 
     @override
@@ -284,7 +336,8 @@ class _CallbacksOnly(Callback):
 
     @staticmethod
     def _pass_on(pl_module: LightningModule, hook: str, *args: Any) -> None:
-        assert isinstance(pl_module, SideBySide)
+        if not isinstance(pl_module, SideBySide):  # the trainer has gone on to another module
+            return
         for member in pl_module.active:
             if hasattr(member, "trainer"):  # not before it is set up
                 member.call_callbacks(hook, *args)
