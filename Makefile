@@ -26,14 +26,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-# A worker for each of WORKERS cores. mypy runs
+# A worker for each of WORKERS cores; tests that share what is slow to make stay on one. mypy runs
 # beside them and speaks only if it finds something, so on success pytest's closing line is the last.
 test: $(STAMP)
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & mypy=$$!; \
-	echo "$(BIN)/pytest -n $(WORKERS) --dist loadgroup"; \
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup; tests=$$?; \
+	echo "$(BIN)/pytest -n $(WORKERS) --dist loadscope"; \
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope; tests=$$?; \
 	wait $$mypy || { echo "$(BIN)/mypy"; cat $(VENV)/mypy.log; exit 1; }; \
 	exit $$tests
 

@@ -59,7 +59,10 @@ class Member:
         """Attach the member to a run."""
         self.trainer = MemberTrainer(run, self.name, self.sae, self.callbacks, self.hook_name)
         self.sae.trainer = self.trainer
-        self.callbacks += self.sae.configure_callbacks()  # the trainer's list is this one
+        # As Lightning does: in the place of those of the same kind. The trainer's list is this one.
+        brought = self.sae.configure_callbacks()
+        kinds = {type(callback) for callback in brought}
+        self.callbacks[:] = [each for each in self.callbacks if type(each) not in kinds] + brought
         # In the place of methods that serve a module which Lightning itself calls.
         for part in (self.sae, *self.callbacks):
             vars(part).update(log=self.trainer.log, log_dict=self.trainer.log_dict)

@@ -194,3 +194,27 @@ def test_a_writer_of_predictions_is_refused() -> None:
     message = "Member `a`: .*`on_predict_epoch_end`.* but got Writer: write .* plain `Callback`"
     with pytest.raises(ValueError, match=message):
         trainer.predict(together, loader(batches))
+
+
+def test_callbacks_that_an_sae_brings_come_once_however_many_stages_follow(tmp_path: Path) -> None:
+    class Brought(Callback):
+        pass
+
+    class Bringing(ReLUSAE):
+        def configure_callbacks(self) -> list[Callback]:
+            return [Brought()]
+
+    model = SideBySide([{"name": "one", "sae": Bringing(4, 6, decoder_norm="free")}])
+    rows = torch.randn(32, 4)
+    for _ in range(2):
+        run = Trainer(
+            accelerator="cpu",
+            max_steps=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        run.fit(model, DataLoader(rows, batch_size=16))  # type: ignore[arg-type]
+    assert [type(callback) for callback in model.members[0].callbacks] == [Brought]
