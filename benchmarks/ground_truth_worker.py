@@ -50,7 +50,7 @@ def save_activations(path: Path, world: World, seed: int, samples: int) -> None:
     """
     data = world.data(seed)
     samples = math.ceil(samples / RECIPE["batch_size"]) * int(RECIPE["batch_size"])
-    scaling = data.scaling
+    scaling = data.scaling()
     assert scaling is not None
     generator = torch.Generator().manual_seed(seed)
     train = [data.sample(n, generator).x for n in _chunks(samples)]

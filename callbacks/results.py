@@ -14,6 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.analysis import evaluate_in_model
+from lightning_sae.data import ActivationDataModule
+from lightning_sae.data.source import source_of
 from lightning_sae.files import write_atomically
 
 
@@ -57,8 +59,8 @@ class HeldOutEvaluation(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
         results = {k.removeprefix("test/"): v.item() for k, v in metrics.items() if "test/" in k}
-        data = getattr(trainer, "datamodule", None)
-        if hasattr(data, "language_model"):
+        data = source_of(trainer)
+        if isinstance(data, ActivationDataModule):
             results |= evaluate_in_model(pl_module, data, self.n_tokens)  # type: ignore[arg-type]
         self.results = results
         if trainer.is_global_zero:

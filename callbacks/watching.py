@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from typing_extensions import override
 
+from lightning_sae.data.source import source_of
+
 
 class Histograms(Callback):
     """Histograms of the latents for TensorBoard after each validation.
@@ -51,6 +53,7 @@ class StreamMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        statistics = getattr(getattr(trainer, "datamodule", None), "statistics", None)
-        if statistics is not None:
-            pl_module.log_dict({f"data/{name}": value for name, value in statistics().items()})
+        data = source_of(trainer)
+        if data is not None:
+            statistics = data.statistics()
+            pl_module.log_dict({f"data/{name}": value for name, value in statistics.items()})

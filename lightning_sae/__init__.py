@@ -12,13 +12,14 @@ from lightning_sae.architectures import (
     TiedSAE,
     TopKSAE,
 )
-from lightning_sae.data import ActivationDataModule, ToyDataModule
+from lightning_sae.data import ActivationDataModule, ActivationSource, ToyDataModule
 from lightning_sae.loading import load
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.version import __version__
 
 __all__ = [
     "ActivationDataModule",
+    "ActivationSource",
     "BatchTopKSAE",
     "GatedSAE",
     "JumpReLUSAE",

@@ -25,6 +25,7 @@ from lightning_sae.checks import (
     require_positive,
     require_width,
 )
+from lightning_sae.data.source import source_of
 from lightning_sae.distributed import Ranks, require_agreement, take_part
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
@@ -297,14 +298,14 @@ class SparseAutoencoder(LightningModule):
     def setup(self, stage: str) -> None:
         """Take from the data what belongs to the SAE: its width is checked, its origin noted."""
         keep_freed_blocks()
-        data = getattr(self.trainer, "datamodule", None)
-        width = getattr(data, "d_in", self.d_in)
-        if width != self.d_in:
+        data = source_of(self.trainer)
+        if data is not None and data.d_in != self.d_in:
             raise ValueError(
-                f"Expected argument `d_in` to be {width}, the width of the data's activations, "
-                f"but got {self.d_in}: build the SAE with `d_in={width}` or choose another hook."
+                f"Expected argument `d_in` to be {data.d_in}, the width of the data's activations, "
+                f"but got {self.d_in}: build the SAE with `d_in={data.d_in}` or choose another "
+                "hook."
             )
-        self.source = getattr(data, "source", self.source)
+        self.source = self.source if data is None else data.source
         own = {"architecture": type(self).__name__, **plain_arguments(self.hparams)}
         run = {"max_steps": self.trainer.max_steps, "data": self.source}
         require_agreement(self.trainer, {**own, **run})
@@ -351,7 +352,8 @@ class SparseAutoencoder(LightningModule):
             self.b_dec.copy_(self.ranks.mean(self.scaled(batch).mean(0)))
 
     def _scaling_of_data(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]] | None:
-        scaling = getattr(getattr(self.trainer, "datamodule", None), "scaling", None)
+        data = source_of(self.trainer)
+        scaling = None if data is None else data.scaling()
         if scaling is None:
             return None
         return self.ranks.mean(scaling.mean), self.ranks.mean(scaling.scale)

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.callbacks import DecoderNormProjection
+from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.loaders import Rows
 from lightning_sae.version import __version__
 
@@ -140,7 +141,7 @@ def fit(
 
 def batches_of_two_refills(data: Any, at_least: int) -> int:
     """Batches in whole cycles of the buffer, for a refill comes all at once."""
-    if not hasattr(data, "buffer_size"):
+    if not isinstance(data, ActivationDataModule):
         return at_least
     served = int(data.refill_fraction * data.buffer_size / data.batch_size)
     return max(2 * served, served * (at_least // max(1, served)))
@@ -189,7 +190,7 @@ def language_model_seconds(data: Any, passes: int = 8) -> float | None:
 
     It runs up to the deepest hook, on tokens that are there; None if the data has no such model.
     """
-    if not hasattr(data, "language_model"):
+    if not isinstance(data, ActivationDataModule):
         return None
     blocks, model = data.training_blocks(), data.language_model
     tokens = [blocks.read(data.blocks_per_pass) for _ in range(passes)]
@@ -216,8 +217,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 def sizes(model: nn.Module, data: Any, device: torch.device) -> dict[str, int | None]:
     """Bytes of what a run holds and writes, and the most that this process had."""
-    weights, buffer = weight_bytes(model), _buffer_bytes(data)
-    saved = buffer if buffer <= getattr(data, "largest_saved_buffer", 0) else 0
+    weights, (buffer, saved) = weight_bytes(model), _buffer_bytes(data)
     return {
         "state_bytes": 4 * weights,
         "buffer_bytes": buffer,
@@ -226,11 +226,12 @@ def sizes(model: nn.Module, data: Any, device: torch.device) -> dict[str, int | 
     }
 
 
-def _buffer_bytes(data: Any) -> int:
-    if not hasattr(data, "buffer_size"):
-        return 0
-    width = data.d_in if isinstance(data.d_in, int) else sum(data.d_in.values())
-    return int(data.buffer_size * width * data.dtype.itemsize)
+def _buffer_bytes(data: Any) -> tuple[int, int]:
+    """Bytes of the buffer, and of what a checkpoint holds of it."""
+    if not isinstance(data, ActivationDataModule):
+        return 0, 0
+    buffer = data.buffer_size * data.language_model.width() * data.dtype.itemsize
+    return buffer, buffer if buffer <= data.largest_saved_buffer else 0
 
 
 def _peak_bytes(device: torch.device) -> int | None:

@@ -26,6 +26,7 @@ from lightning_sae.bench.fits import (
     weight_bytes,
 )
 from lightning_sae.bench.report import MembersReport
+from lightning_sae.data import ActivationSource
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.member import Member
 
@@ -60,7 +61,7 @@ def measure_members(
     return MembersReport(
         {
             "members": [one | {"l0": l0} for one, l0 in zip(members, l0s, strict=True)],
-            "hook_names": list(getattr(data, "hook_names", [])),
+            "hook_names": list(data.hook_names) if isinstance(data, ActivationSource) else [],
             "batch_size": n,
             **whole,
             "stream_seconds": n / stream,

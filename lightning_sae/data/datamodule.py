@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 from typing_extensions import override
@@ -26,6 +25,7 @@ from lightning_sae.data.several_hooks import (
     load_at_hooks,
     require_same_hooks,
 )
+from lightning_sae.data.source import ActivationSource
 from lightning_sae.data.stream import ActivationFilter, ActivationStream
 from lightning_sae.data.text import Corpus, open_text
 from lightning_sae.data.tokens import TokenBlocks
@@ -60,7 +60,7 @@ class HeldOutBatches:
             yield from map(self.data.by_hook, batches)
 
 
-class ActivationDataModule(LightningDataModule):
+class ActivationDataModule(ActivationSource):
     """Text through a language model to shuffled batches of activations.
 
     Text is tokenised, packed into blocks of `context_length` tokens with a BOS token before each
@@ -189,6 +189,7 @@ class ActivationDataModule(LightningDataModule):
         model = self.language_model
         return model.split(rows) if isinstance(model, SeveralHooks) else rows
 
+    @override
     def at(self: Data, hook_name: str) -> Data:
         """The same data, of a run that may be under way, with one of its hooks alone.
 
@@ -196,7 +197,7 @@ class ActivationDataModule(LightningDataModule):
         """
         if not isinstance(self.language_model, SeveralHooks):
             return self
-        one, scalings = copy.copy(self), self.scalings
+        one, scalings = copy.copy(self), self.scalings()
         one.hook_name, one.hook_names = hook_name, [hook_name]
         one._scalings = {hook_name: scalings[hook_name]} if scalings else {}
         model = self.language_model
@@ -204,18 +205,20 @@ class ActivationDataModule(LightningDataModule):
         vars(one).pop("filter", None)  # that of all hooks
         return one
 
-    @property
+    @override
     def scaling(self) -> Scaling | None:
         """Centring and scaling estimated on the first full buffer; None if not asked for.
 
         On several ranks it is estimated on all their buffers, so all have to ask for it. Of several
         hooks each has its own, see `at`.
         """
-        return self.scalings.get(self.hook_names[0]) if len(self.hook_names) == 1 else None
+        return self.scalings().get(self.hook_names[0]) if len(self.hook_names) == 1 else None
 
-    @property
     def scalings(self) -> dict[str, Scaling]:
-        """`scaling` of each hook; none if not asked for."""
+        """`scaling` of each hook; empty if not asked for.
+
+        The first call fills the buffer, for which the language model runs.
+        """
         if not self._scalings and self.buffer is not None and (self.center or self.scale):
             rows = self.buffer.fill() if self.buffer.rows is None else self.buffer.rows
             mean_of_ranks = partial(self.of_all_ranks, operation="mean")
@@ -257,6 +260,7 @@ class ActivationDataModule(LightningDataModule):
         return ActivationFilter(special, self.positions, self.max_norm_multiple, widths)
 
     @property
+    @override
     def source(self) -> dict[str, Any]:
         """Where the activations come from, as plain values to keep with an SAE."""
         name = "embedded" if self.model == EMBEDDED_MODEL else self.language_model.name
@@ -434,6 +438,7 @@ class ActivationDataModule(LightningDataModule):
         if self.buffer is not None:
             self.buffer.close()
 
+    @override
     def statistics(self) -> dict[str, float]:
         """What the stream has read and dropped so far; empty before training."""
         source = None if self.buffer is None else self.buffer.source

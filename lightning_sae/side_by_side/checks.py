@@ -1,11 +1,10 @@
 """What a run of several SAEs asks of its parts before it starts."""
 
-from typing import Any
-
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from lightning_sae.data.source import ActivationSource
 from lightning_sae.side_by_side.member import Member
 
 
@@ -23,12 +22,10 @@ def require_supported(trainer: Trainer) -> None:
         )
 
 
-def require_hook(member: Member, data: Any) -> None:
+def require_hook(member: Member, data: ActivationSource | None) -> None:
     """Raise a ValueError if the data has not the hook that the member names, or has several."""
-    names = getattr(data, "hook_names", None)
-    if names is None or member.hook_name in names:
-        return
-    if member.hook_name is None and len(names) == 1:
+    names = () if data is None else data.hook_names
+    if not names or member.hook_name in names or (member.hook_name is None and len(names) == 1):
         return
     raise ValueError(
         f"Expected `hook_name` to be one of the data's, {', '.join(names)}, but got "

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sae.data.source import source_of
 from lightning_sae.side_by_side.loggers import loggers_of
 
 
@@ -70,10 +71,10 @@ class MemberTrainer(Trainer):
     @property
     def datamodule(self) -> Any:
         """The run's data, at the member's hook."""
-        data = self._run_of_all.datamodule  # type: ignore[attr-defined]
-        return (
-            data if self._hook_name is None or not hasattr(data, "at") else data.at(self._hook_name)
-        )
+        data = source_of(self._run_of_all)
+        if data is None or self._hook_name is None:
+            return self._run_of_all.datamodule  # type: ignore[attr-defined]
+        return data.at(self._hook_name)
 
     @property
     @override

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.data.source import source_of
 from lightning_sae.distributed import require_agreement, take_part
 from lightning_sae.functional.sparse.memory import Workspace
 from lightning_sae.side_by_side.checks import require_hook, require_no_writer, require_supported
@@ -113,7 +114,7 @@ class SideBySide(LightningModule):
         require_agreement(self.trainer, parts)  # members compare the rest, one after another
         for member in self.members:
             with named(member.name):
-                require_hook(member, getattr(self.trainer, "datamodule", None))
+                require_hook(member, source_of(self.trainer))
                 require_no_writer(member, stage)
                 member.setup(self.trainer, stage)
 

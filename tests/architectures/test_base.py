@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,19 +18,27 @@ from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.optimizer import warmup_stable_decay
 from lightning_sae.architectures.portable import folded_state
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, RunCheckpoint
+from lightning_sae.data import ActivationSource
 from lightning_sae.data.scaling import Scaling
 from lightning_sae.functional.sparse.code import Layout
 from lightning_sae.studies.shared.toy_training import quiet
 
 
-class Activations(LightningDataModule):
+class Activations(ActivationSource):
     """A given tensor in order, with what an SAE asks of its data."""
 
     def __init__(self, x: Tensor, batch_size: int = 16, scaling: Scaling | None = None) -> None:
         super().__init__()
-        self.x, self.batch_size, self.scaling = x, batch_size, scaling
+        self.x, self.batch_size, self.given_scaling = x, batch_size, scaling
         self.d_in = x.shape[1]
-        self.source = {"hook_name": "somewhere"}
+        self.origin = {"hook_name": "somewhere"}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return self.origin
+
+    def scaling(self) -> Scaling | None:
+        return self.given_scaling
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.x, batch_size=self.batch_size)  # type: ignore[arg-type]
@@ -307,15 +315,15 @@ def test_a_checkpoint_of_another_hook_is_refused_and_of_other_text_warned_of(
     tmp_path: Path,
 ) -> None:
     data = Activations(torch.randn(32, 4))
-    data.source = {"hook_name": "here", "text": "one"}
+    data.origin = {"hook_name": "here", "text": "one"}
     trainer = quiet_trainer(max_steps=1)
     trainer.fit(free_sae(), datamodule=data)
     path = tmp_path / "a.ckpt"
     trainer.save_checkpoint(path)
-    data.source = {"hook_name": "there", "text": "one"}
+    data.origin = {"hook_name": "there", "text": "one"}
     with pytest.raises(ValueError, match="`hook_name` to be here, .* but got there"):
         quiet_trainer().test(free_sae(), datamodule=data, ckpt_path=path, verbose=False)
-    data.source = {"hook_name": "here", "text": "other"}
+    data.origin = {"hook_name": "here", "text": "other"}
     with pytest.warns(UserWarning, match="text one to other"):
         quiet_trainer().test(free_sae(), datamodule=data, ckpt_path=path, verbose=False)
 

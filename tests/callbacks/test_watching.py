@@ -4,18 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_sae import ReLUSAE
+from lightning_sae import ActivationSource, ReLUSAE
 from lightning_sae.callbacks import ExportSAE, HeldOutEvaluation, SAEProgressBar, StreamMonitor
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.watching import latent_statistics
 
 
-class Counted(LightningDataModule):
+class Counted(ActivationSource):
     """Random activations, and a stream's statistics."""
 
     d_in = 4

@@ -230,20 +230,20 @@ def test_centring_and_scaling_are_what_the_sae_sees(
     make_data: Any, center: bool, scale: bool
 ) -> None:
     data, first = make_data(center=center, scale=scale), FirstBuffer()
-    assert data.scaling is None
+    assert data.scaling() is None
     sae = ReLUSAE(16, 32, decoder_norm="free")
     trainer(2, first).fit(sae, data)
     assert first.seen.shape == (128, 16)
     norm, mean = first.seen.norm(dim=-1).mean(), first.seen.mean(0).norm()
     assert (abs(norm - 4.0) < 1e-4) == scale
     assert (mean < 1e-4) == center
-    assert (data.scaling is None) == (not center and not scale)
+    assert (data.scaling() is None) == (not center and not scale)
 
 
 def test_scaling_may_be_asked_for_before_the_first_batch(make_data: Any) -> None:
     data = make_data(scale=True, prefetch=False)
     loader = data.train_dataloader()
-    asked = data.scaling
+    asked = data.scaling()
     next(iter(loader))
     assert torch.equal(
         torch.tensor(16.0).sqrt() / data.buffer.rows.norm(dim=-1).mean(), asked.scale

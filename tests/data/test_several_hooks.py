@@ -65,13 +65,13 @@ def test_hooks_that_transformer_lens_alone_knows_go_with_others(models: dict[str
 def test_batches_are_those_of_each_hook_alone(make_data: Any) -> None:
     together = make_data(HOOKS)
     batches = together.train_dataloader()
-    scaled = {name: together.at(name).scaling for name in HOOKS}
+    scaled = {name: together.at(name).scaling() for name in HOOKS}
     rows = [batch for batch, _ in zip(batches, range(12), strict=False)]
     for name in HOOKS:
         data = make_data(name)
         assert together.d_in[name] == data.d_in == together.at(name).d_in
         loader = iter(data.train_dataloader())
-        mean, scale = data.scaling
+        mean, scale = data.scaling()
         assert torch.equal(scaled[name].mean, mean)
         assert torch.equal(scaled[name].scale, scale)
         assert all(torch.equal(batch[name], next(loader)) for batch in rows)

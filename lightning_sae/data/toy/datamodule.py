@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_sae.data.scaling import Scaling, estimate_scaling
+from lightning_sae.data.source import ActivationSource
 from lightning_sae.data.toy.features import (
     PerFeature,
     constant,
@@ -50,7 +51,7 @@ class ToySample(NamedTuple):
         return self.code.to_dense()
 
 
-class ToyDataModule(LightningDataModule):
+class ToyDataModule(ActivationSource):
     r"""Batches of sums of known features, which fire with known probabilities.
 
     .. math::
@@ -168,6 +169,7 @@ class ToyDataModule(LightningDataModule):
         self._left: dict[str, Any] = {}
 
     @property
+    @override
     def source(self) -> dict[str, Any]:
         """Where the activations come from, as plain values to keep with an SAE."""
         names = ("n_features", "d_in", "magnitude_spread", "relative_spread", "noise", "seed")
@@ -211,11 +213,13 @@ class ToyDataModule(LightningDataModule):
         rank = 0 if self.trainer is None else self.trainer.global_rank
         return Blocks(self._draw, self.d_in, self.batch_size, self.seed, stream, rank)
 
-    @cached_property
+    @override
     def scaling(self) -> Scaling | None:
         """Centring and scaling estimated on 16,384 samples; None if not asked for."""
-        if not (self.center or self.scale):
-            return None
+        return self._estimated if self.center or self.scale else None
+
+    @cached_property
+    def _estimated(self) -> Scaling:
         generator = torch.Generator().manual_seed(seed_of(self.seed, "scaling"))
         return estimate_scaling(self._draw(2**14, generator), self.center, self.scale)
 

@@ -162,7 +162,7 @@ def fine_tuned(
 def _scalings(data: ActivationDataModule) -> dict[str, Scaling]:
     """Those of the run that comes, which fills its buffer with the same activations."""
     data.train_dataloader()
-    found = data.scalings
+    found = data.scalings()
     data.teardown("fit")
     return found
 

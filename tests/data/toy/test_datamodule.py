@@ -305,7 +305,7 @@ def test_an_sae_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tmp_p
 @pytest.mark.parametrize("scale", [True, False])
 def test_centring_and_scaling_are_what_the_sae_sees(center: bool, scale: bool) -> None:
     data = ToyDataModule(**FEW, bias=5.0, center=center, scale=scale)
-    assert (data.scaling is None) == (not center and not scale)
+    assert (data.scaling() is None) == (not center and not scale)
     sae = ReLUSAE(10, 12, decoder_norm="free")
     trainer(1).fit(sae, data)
     seen = sae.scaled(data.sample(20_000, generator()).x)
