@@ -1,7 +1,9 @@
 """The command line: Lightning's own, with the parts of a run on an SAE put together."""
 
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -19,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 from typing_extensions import override
 
+from lightning_sae import configurations
 from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
     ExportSAE,
@@ -76,7 +79,12 @@ class SAECLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SAEProgressBar, "progress_bar")
         parser.add_lightning_class_args(HeldOutEvaluation, "evaluation")
-        parser.set_defaults({"trainer.default_root_dir": "runs/sae"})
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs/sae",
+                "data": {"class_path": "lightning_sae.ActivationDataModule"},
+            }
+        )
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -217,9 +225,13 @@ def command() -> None:
 
     The environment variable `LIGHTNING_SAE_TRACEBACK=1` shows the traceback all the same.
     """
+    _leave_out_of_others()
     try:
+        sys.argv[1:] = configurations.with_files(sys.argv[1:])  # ranks are started with these
         if sys.argv[1:2] == ["study"]:
             _study(sys.argv[2:])
+        elif sys.argv[1:2] == ["configs"]:
+            configurations.main(sys.argv[2:])
         else:
             main()
     except (ValueError, OSError, FloatingPointError, MisconfigurationException) as error:
@@ -229,6 +241,13 @@ def command() -> None:
         if not lost_a_rank(error):
             raise
         end_with(f"Another rank ended or cannot be reached; its own message says why. ({error})")
+
+
+def _leave_out_of_others() -> None:
+    """Keep Lightning's advertisements and deprecations that no user can act on off the terminal."""
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))
 
 
 def of_ours(error: Exception) -> Exception:
@@ -283,9 +302,9 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         auto_configure_optimizers=False,
         parser_kwargs={
             "description": "Train, measure and study sparse autoencoders. Beside the subcommands "
-            "below there is `lightning-sae study NAME`, the source documents' experiments; "
-            "`lightning-sae study --help` lists them."
+            "below there are `lightning-sae study NAME`, the source documents' experiments, and "
+            "`lightning-sae configs`, the configurations that come with the package."
         },
-        args=args,
+        args=configurations.with_files(args) if isinstance(args, list) else args,
         run=run,
     )

@@ -17,6 +17,7 @@ LAYERS = (
     {"callbacks"},
     {"side_by_side"},
     {"studies", "bench"},
+    {"configurations"},
     {"cli"},
 )
 ROOT = "lightning_sae"

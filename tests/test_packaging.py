@@ -14,7 +14,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-WHEEL_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "lightning_sae", "callbacks")
+MAPPED = ("callbacks", "configs")  # top-level folders that are parts of the package
+WHEEL_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "lightning_sae", *MAPPED)
 
 
 def python_folders(package: Path) -> set[str]:
@@ -29,10 +30,8 @@ def source_files(repository: Path) -> set[str]:
     files = {*package.rglob("*.py"), package / "py.typed"}
     files |= {file for file in package.rglob("data/embedded/model/*") if file.is_file()}
     names = {file.relative_to(repository).as_posix() for file in files}
-    callbacks = (repository / "callbacks").rglob("*.py")
-    return names | {
-        f"lightning_sae/{file.relative_to(repository).as_posix()}" for file in callbacks
-    }
+    mapped = [*(repository / "callbacks").rglob("*.py"), *(repository / "configs").rglob("*.yaml")]
+    return names | {f"lightning_sae/{file.relative_to(repository).as_posix()}" for file in mapped}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,8 @@ def wheel_names(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> s
             shutil.copytree(source, folder / name, symlinks=True, ignore=ignore)
         else:
             shutil.copy(source, folder / name)
-    (folder / "lightning_sae" / "callbacks").unlink()
+    for name in MAPPED:
+        (folder / "lightning_sae" / name).unlink()
     build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
     subprocess.run([sys.executable, "-c", build], cwd=folder, check=True, capture_output=True)
     (wheel,) = (folder / "dist").glob("*.whl")
@@ -59,6 +59,7 @@ def test_every_folder_with_python_files_is_a_listed_package(repository: Path) ->
     listed = settings["tool"]["setuptools"]["packages"]
     folders = python_folders(repository / "lightning_sae")
     folders |= {f"lightning_sae.{name}" for name in python_folders(repository / "callbacks")}
+    folders |= {"lightning_sae.configs", "lightning_sae.configs.full"}
     assert listed == sorted(folders)
 
 
@@ -67,7 +68,7 @@ def test_every_package_folder_has_an_init_file(repository: Path) -> None:
         assert (repository / name.replace(".", "/") / "__init__.py").is_file(), name
 
 
-def test_wheel_holds_every_module_callbacks_and_data_included(
+def test_wheel_holds_every_module_configuration_and_data_file(
     repository: Path, wheel_names: set[str]
 ) -> None:
     assert source_files(repository) <= wheel_names
