@@ -15,7 +15,7 @@ from benchmarks.ground_truth_worker import THEIRS, save_activations
 from benchmarks.libraries.base import OURS
 from benchmarks.machine import surroundings
 from benchmarks.measure import run_process
-from lightning_sae.studies.ground_truth.league import ARCHITECTURES, RECIPE, World
+from lightning_sae.studies.ground_truth.settings import ARCHITECTURES, RECIPE, World
 
 PEER = "SAELens"
 CLOSE = 0.05  # relative distance to the target L0 at which the search for a coefficient ends

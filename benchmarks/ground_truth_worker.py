@@ -21,14 +21,9 @@ from torch import Tensor, nn
 
 from benchmarks.libraries.base import OURS
 from benchmarks.measure import Watch
-from lightning_sae.studies.ground_truth.league import (
-    ARCHITECTURES,
-    RECIPE,
-    Run,
-    World,
-    held_out,
-    measure,
-)
+from lightning_sae.studies.ground_truth.measure import held_out, measure
+from lightning_sae.studies.ground_truth.settings import ARCHITECTURES, RECIPE, World
+from lightning_sae.studies.ground_truth.train import ArchitectureRun
 from lightning_sae.studies.shared.toy_training import quiet
 
 EVALUATED = 1024  # activations in a batch of the evaluation, as in SAELens' runner
@@ -97,7 +92,7 @@ def train_and_evaluate(
     tensors = load_file(path)
     train, features = tensors["train"], tensors["features"]
     world = World(*features.shape)
-    run = Run(architecture, l0, seed, world, d_sae, len(train), Path())
+    run = ArchitectureRun(architecture, l0, seed, world, d_sae, len(train))
     batches = train.split(int(RECIPE["batch_size"]))
     trained = _ours if library == OURS else _theirs
     # A first step that is not timed, so that late imports and set-up are not measured.
@@ -116,7 +111,7 @@ def train_and_evaluate(
     }
 
 
-def _ours(run: Run, watch: Watch, _: float | None) -> tuple[Any, float | None]:
+def _ours(run: ArchitectureRun, watch: Watch, _: float | None) -> tuple[Any, float | None]:
     sae = run.sae()
     with quiet():
         trainer = Trainer(
@@ -126,7 +121,9 @@ def _ours(run: Run, watch: Watch, _: float | None) -> tuple[Any, float | None]:
     return sae, None if sae.coefficient_name is None else sae.weight_of_penalty()
 
 
-def _theirs(run: Run, watch: Watch, coefficient: float | None) -> tuple[Any, float | None]:
+def _theirs(
+    run: ArchitectureRun, watch: Watch, coefficient: float | None
+) -> tuple[Any, float | None]:
     from sae_lens.config import SAETrainerConfig
     from sae_lens.registry import get_sae_training_class
     from sae_lens.training.sae_trainer import SAETrainer
@@ -147,7 +144,7 @@ def _theirs(run: Run, watch: Watch, coefficient: float | None) -> tuple[Any, flo
     return sae, coefficient
 
 
-def _settings(run: Run, coefficient: float | None) -> dict[str, Any]:
+def _settings(run: ArchitectureRun, coefficient: float | None) -> dict[str, Any]:
     warmup = max(1, run.share("penalty_warmup"))
     own = ARCHITECTURES[run.architecture].settings
     match run.architecture:

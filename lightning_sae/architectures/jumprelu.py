@@ -31,7 +31,7 @@ class JumpReLUSAE(SparseAutoencoder):
 
     A count does not see the norms of decoder rows, so nothing has to keep them:
     `decoder_norm="free"`, without `DecoderNormProjection`, leaves fewer latents dead on known
-    features, see `lightning_sae.studies.ground_truth.league`.
+    features, see `lightning_sae.studies.ground_truth.settings`.
 
     Source: Rajamanoharan et al., Jumping ahead (2024); the loss of dead latents: Conerly et al.,
     Circuits Updates, January 2025.

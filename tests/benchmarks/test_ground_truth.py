@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from benchmarks import ground_truth
 from benchmarks.ground_truth_worker import save_activations
 from benchmarks.libraries.base import OURS
-from lightning_sae.studies.ground_truth import league
-from lightning_sae.studies.ground_truth.league import RECIPE, World
+from lightning_sae.studies.ground_truth import measure
+from lightning_sae.studies.ground_truth.settings import RECIPE, World
 
 
 def test_saved_activations_are_sums_of_saved_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(league, "HELD_OUT", league.CHUNK)
+    monkeypatch.setattr(measure, "HELD_OUT", measure.CHUNK)
     save_activations(tmp_path / "a", World(8, 8), seed=0, samples=1000)
     saved = load_file(tmp_path / "a")
     assert len(saved["train"]) % RECIPE["batch_size"] == 0

@@ -1,8 +1,8 @@
-r"""What a trained SAE is like, held against the features that its world is made of.
+"""Latents of a trained SAE, compared with the features of its world.
 
-Cosines say which directions latents have; activations on held-out samples say when they fire. A
-latent that mixes features gives itself away by the second as well: its activations have several
-peaks, a high one where its main feature fires and low ones where only the others do.
+Cosines tell which directions latents have, activations on held-out samples when they fire. The
+activations of a latent that mixes features have several peaks: a high one where its main feature
+fires and low ones where only the others do.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from lightning_sae.functional.ground_truth import absorption
 from lightning_sae.functional.matching import best_latents, cosine_matrix, parent_in_child
 
 SAMPLES = 2**17
-FAINT = 0.01  # share of the SAE's largest activation: less is interference, and no firing
+FAINT = 0.01  # share of the SAE's largest activation; anything below counts as interference
 RARE = 0.001  # share of samples on which a latent must fire to be alive
 BINS = 100  # of a latent's histogram, from 0 to its largest activation
-PEAK_BINS = 25  # of the one whose peaks are counted: nearer than 4 % of it, peaks look like one
+PEAK_BINS = 25  # of the histogram whose peaks are counted
 LOWEST = 0.15  # share of a latent's largest activation from which its peaks are counted
-DIP = 0.5  # how far counts fall between two peaks, relative to the lower one
+DIP = 0.5  # share of the lower of two peaks to which counts between them have to fall
 LEAST = 0.01  # share of a latent's activations that make a peak
 
 
@@ -35,8 +35,8 @@ class Measured:
         encoder: Cosines of encoder columns with features.
         frequency: Share of samples on which each latent fires, faint activations left out.
         peaks: Peaks of each latent's activations.
-        overlap: How much a latent's activations where its feature fires have in common with those
-            where it does not, as their distributions' common area, from 0 to 1.
+        overlap: Common area, from 0 to 1, of the distributions of a latent's activations where its
+            feature fires and where it does not.
         parent_silent: Of the first pair of a parent and a child: share of the samples with both on
             which the parent's latent is silent; None where there is no pair.
         parent_silent_alone: The same where the child does not fire.
@@ -76,7 +76,7 @@ class Measured:
 def measure(
     sae: SparseAutoencoder, world: ToyDataModule, sample: ToySample, f: Float[Tensor, "n d_sae"]
 ) -> Measured:
-    """Hold an SAE against its world.
+    """Compare an SAE with its world.
 
     Args:
         sae: The SAE.
@@ -125,7 +125,7 @@ def histogram(f: Float[Tensor, " n"], bins: int = BINS) -> Float[Tensor, " bins"
 def overlap(f: Float[Tensor, " n"], with_feature: Bool[Tensor, " n"]) -> float:
     """Common area of the distributions of one latent's activations with a feature and without it.
 
-    Samples on which the latent is silent do not count; it is 0 where one side is left without any.
+    Samples on which the latent is silent do not count. 0 if there are no others on one side.
 
     Example:
         >>> f = torch.tensor([4.0, 4.0, 1.0, 1.0, 1.0, 4.0, 0.0])
@@ -143,9 +143,9 @@ def overlap(f: Float[Tensor, " n"], with_feature: Bool[Tensor, " n"]) -> float:
 def count_peaks(counts: Float[Tensor, " bins"]) -> int:
     """Peaks of a histogram that begins at 0.
 
-    Two peaks are two if counts fall between them to half of the lower one or less, and a peak is
-    one if 1 % of all counts lie in it, from dip to dip. The lowest 15 % of the histogram are left
-    out: there lie the interference of features and what `b_dec` adds to every activation.
+    Two peaks are separate if counts between them fall to half of the lower one or less. A peak
+    counts if 1 % of all counts lie in it, from dip to dip. The lowest 15 % of the histogram are
+    left out, since interference of features and the effect of `b_dec` lie there.
 
     Example:
         >>> count_peaks(torch.tensor([0.0, 5.0, 9.0, 5.0, 1.0, 6.0, 4.0]))

@@ -1,4 +1,4 @@
-"""What Lightning costs: steps by its Trainer, beside the same steps in a plain loop."""
+"""Lightning's share of a training step: the Trainer beside the same steps in a plain loop."""
 
 import math
 import time
@@ -16,33 +16,33 @@ from lightning_sae.architectures.optimizer import MemoryOrderAdam, clip_norm
 from lightning_sae.callbacks import DecoderNormProjection
 from lightning_sae.checks import require_finite
 from lightning_sae.data import ToyDataModule
-from lightning_sae.studies.broken_latents.experiments import BATCH_SIZE, TIED, Variant
-from lightning_sae.studies.shared.toy_training import Run, fit
+from lightning_sae.studies.broken_latents.settings import BATCH_SIZE, TIED, Variant
+from lightning_sae.studies.broken_latents.train import ExperimentRun
+from lightning_sae.studies.shared.toy_training import train_on_toy
 
 UNTIMED = 50  # first steps, in which memory is allocated and threads start
 
 
-def overhead(run: Run, steps: int = 200, rounds: int = 5) -> dict[str, float]:
+def overhead(run: ExperimentRun, steps: int = 200, rounds: int = 5) -> dict[str, float]:
     """Processor time of a step by the Trainer and in a plain loop, in microseconds.
 
     Both draw the same activations and do all the work of a step: objective, check of the loss,
-    counts of silent latents, gradient, projection, clipping, Adam, rows back to norm 1. What the
-    Trainer takes beyond that is Lightning's.
+    counts of silent latents, gradient, projection, clipping, Adam, rows back to norm 1. The
+    difference is Lightning's.
 
     Args:
-        run: Whose world and size it is; the SAE is a tied one without the auxiliary loss.
+        run: Gives world and size; the SAE is tied, without the auxiliary loss.
         steps: Steps that are timed in each round.
-        rounds: Times that each way is taken in turn; its figure is the least of their means, for
-            what else a machine does can only add to it.
+        rounds: Times that each way is timed in turn. The least mean counts, since other work on
+            the machine only adds to it.
 
     Returns:
-        `trainer_microseconds`, `plain_microseconds`, and `share_of_lightning`, which is one less
-        their quotient.
+        `trainer_microseconds`, `plain_microseconds`, and `share_of_lightning`, 1 - plain / trainer.
     """
-    plainly = Variant(TIED, reported="", checks=())
-    short = replace(run, variant=plainly, samples=(UNTIMED + steps) * BATCH_SIZE)
+    variant = Variant(TIED, reported="", checks=())
+    short = replace(run, variant=variant, samples=(UNTIMED + steps) * BATCH_SIZE)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as runs have it
+    torch.set_num_threads(1)  # as in the runs
     try:
         times = [
             [_microseconds(way, short) for way in (by_trainer, in_plain_loop)]
@@ -58,7 +58,9 @@ def overhead(run: Run, steps: int = 200, rounds: int = 5) -> dict[str, float]:
     }
 
 
-def _microseconds(way: Callable[[Run, ReLUSAE, ToyDataModule], list[float]], run: Run) -> float:
+def _microseconds(
+    way: Callable[[ExperimentRun, ReLUSAE, ToyDataModule], list[float]], run: ExperimentRun
+) -> float:
     world = run.world()
     times = way(run, run.sae(world.d_in), world)
     return 1e6 * (times[-1] - times[UNTIMED - 1]) / (len(times) - UNTIMED)
@@ -75,15 +77,15 @@ class _Clock(Callback):
         self.times.append(time.process_time())
 
 
-def by_trainer(run: Run, sae: ReLUSAE, world: ToyDataModule) -> list[float]:
-    """Train by a Trainer; the processor time at the end of each step, in seconds."""
+def by_trainer(run: ExperimentRun, sae: ReLUSAE, world: ToyDataModule) -> list[float]:
+    """Train with a Trainer; returns the processor time in seconds at the end of each step."""
     clock = _Clock()
-    fit(run, sae, world, [clock])
+    train_on_toy(sae, world, run.steps, [*run.callbacks(), clock])
     return clock.times
 
 
-def in_plain_loop(run: Run, sae: ReLUSAE, world: ToyDataModule) -> list[float]:
-    """The same without one."""
+def in_plain_loop(run: ExperimentRun, sae: ReLUSAE, world: ToyDataModule) -> list[float]:
+    """The same steps in a plain loop."""
     optimizer = MemoryOrderAdam(sae.parameters(), lr=sae.lr, betas=sae.betas, fused=True)
     projection = DecoderNormProjection()
     stream, times = world.train_dataloader(), []

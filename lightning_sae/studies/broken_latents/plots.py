@@ -1,7 +1,6 @@
 """Pictures of one SAE on a toy world: cosines, activations, firings."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,39 +10,27 @@ from torch import Tensor
 
 from lightning_sae.data.toy.datamodule import ToySample
 from lightning_sae.studies.broken_latents.measure import BINS, FAINT, Measured
+from lightning_sae.studies.shared.plots import COLORS
 
 PART = 0.15  # |cosine| from which a feature counts as part of a latent
 PATTERNS = 14  # rows of the picture of firings
-COLORS = ("#2f6db5", "#e08a1e", "#3f9b57", "#b8433d", "#7d5fb2", "#8a6d4b", "#d478b4", "#6f7c85")
 OTHERS = "#c9cdd2"
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture."""
-    figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
 
 
 def cosines(measured: Measured, tied: bool) -> Figure:
     """Heat maps of the cosines of latents with features; one map where encoder is decoder."""
-    maps = {"decoder": measured.decoder} if tied else vars_of(measured)
+    maps = {} if tied else {"encoder": measured.encoder}
+    maps["decoder"] = measured.decoder
     d_sae, n_features = measured.decoder.shape
     height = 0.36 * d_sae + 0.9
     figure = Figure(figsize=(0.42 * n_features + 1.6, height * len(maps)), layout="constrained")
-    for axes, (name, values) in zip(_column(figure, len(maps)), maps.items(), strict=True):
+    for place, (name, values) in enumerate(maps.items(), start=1):
+        axes = figure.add_subplot(len(maps), 1, place)
         _heat_map(axes, values)
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_xlabel("feature", fontsize=8)
         axes.set_ylabel("latent", fontsize=8)
     return figure
-
-
-def vars_of(measured: Measured) -> dict[str, Tensor]:
-    """Both halves of an untied SAE."""
-    return {"encoder": measured.encoder, "decoder": measured.decoder}
-
-
-def _column(figure: Figure, n: int) -> list[Axes]:
-    return [figure.add_subplot(n, 1, place + 1) for place in range(n)]
 
 
 def _heat_map(axes: Axes, values: Float[Tensor, "rows columns"]) -> None:
@@ -119,9 +106,9 @@ def _groups(
 
 
 def firings(measured: Measured, sample: ToySample, f: Float[Tensor, "n d_sae"]) -> Figure:
-    """Samples side by side: true magnitudes, and how strongly latents fire.
+    """True magnitudes beside the activations of latents, sample by sample.
 
-    They are the most frequent patterns of the features that any latent has, one sample of each.
+    Each row is one of the most frequent patterns of the features that any latent has.
     """
     living = measured.decoder[measured.alive]
     features = (living.abs() >= PART).any(0).nonzero().flatten().tolist()
@@ -153,7 +140,7 @@ def firings(measured: Measured, sample: ToySample, f: Float[Tensor, "n d_sae"]) 
 
 
 def _frequent(fires: Bool[Tensor, "n features"]) -> list[int]:
-    """One sample of each of the most frequent patterns, silence left out."""
+    """One sample of each of the most frequent patterns except that of no firing."""
     patterns, inverse, counts = fires.unique(dim=0, return_inverse=True, return_counts=True)
     counts[~patterns.any(1)] = 0
     order = counts.argsort(descending=True, stable=True)[:PATTERNS]

@@ -1,135 +1,137 @@
-"""What a study found: a table for the terminal, and one HTML page that needs no other file."""
+"""Tables and page of the study of broken latents."""
 
-import base64
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from lightning_sae.studies.broken_latents.settings import Experiment, Variant
+from lightning_sae.studies.shared.page import Compared, Page, Section, Table
+from lightning_sae.studies.shared.rows import Row, select
 
-from lightning_sae.studies.broken_latents.experiments import Experiment, Variant
-
-Result = dict[str, Any]
-"""A run's part of `results.json`."""
-
-
-def summary(experiments: Sequence[Experiment], results: Sequence[Result]) -> Iterator[str]:
-    """Each expectation of each kind of SAE, and by how many seeds it was met."""
-    for experiment in experiments:
-        yield f"\n{experiment.number}. {experiment.title}"
-        for variant in experiment.variants:
-            own = _of(experiment, variant, results)
-            yield f"   {variant.name}: {variant.reported}"
-            for words, met in _checks(own):
-                yield f"     {_count(met):>8}  {words}"
-            for result in own:
-                yield f"               seed {result['seed']}: {_latents_in_words(result)}"
+METHOD = (
+    "Small SAEs are trained on toy worlds whose features are known, with several seeds. Each line "
+    "of the first table says by how many seeds an expectation was met.",
+    "Heat maps show the cosine of each latent's direction with each feature. Histograms show a "
+    "latent's activations on 131,072 held-out samples, on a log scale, coloured by which of the "
+    "latent's features (|cos| at least .15) fire. Firings are the most frequent patterns of these "
+    "features, one sample of each. A peak is a stretch of a histogram of 25 bins between two dips "
+    "to half of the lower neighbour, with at least 1 % of the activations; the lowest 15 % is left "
+    "out, where interference lies. A latent is dead if it fires, above 1 % of the SAE's largest "
+    "activation, on less than one sample in a thousand. Overlap is the common area of the "
+    "distributions of a latent's activations where its feature fires and where it does not.",
+)
 
 
-def write_report(
-    folder: Path, experiments: Sequence[Experiment], results: Sequence[Result], cost: str
-) -> Path:
-    """Write `report.html`, with the pictures that lie in `folder` in it."""
-    environment = Environment(
-        loader=PackageLoader("lightning_sae.studies.broken_latents", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
+def report(
+    folder: Path, experiments: Sequence[Experiment], results: Sequence[Row], step: dict[str, float]
+) -> Page:
+    """The study's page.
+
+    Args:
+        folder: The study's, with the pictures of all SAEs.
+        experiments: What was trained.
+        results: Of all SAEs.
+        step: What `overhead` measured.
+    """
+    own = [select(results, experiment=experiment.number) for experiment in experiments]
+    return Page(
+        "Broken latents",
+        "When does a latent stand for one feature, and when for a mixture?",
+        [*METHOD, cost_in_words(step)],
+        {name: values for experiment in experiments for name, values in _settings(experiment)},
+        [_section(folder, *pair) for pair in zip(experiments, own, strict=True)],
+        [row for pair in zip(experiments, own, strict=True) for row in comparison(*pair)],
+        "Chanin et al., Broken latents: studying SAEs and feature co-occurrence in toy models "
+        "(2024)",
     )
-    template = environment.get_template("page.html.jinja")
-    shown = [_section(folder, experiment, results) for experiment in experiments]
-    path = folder / "report.html"
-    path.write_text(template.render(experiments=shown, cost=cost), encoding="utf-8")
-    return path
 
 
 def cost_in_words(step: dict[str, float]) -> str:
     """What `overhead` measured."""
     return (
-        f"A step takes {step['trainer_microseconds']:,} microseconds of a processor, of which "
-        f"Lightning's Trainer {step['share_of_lightning']:.0%}: in a plain loop it takes "
-        f"{step['plain_microseconds']:,}."
+        f"A step takes {step['trainer_microseconds']:,} microseconds of a processor, "
+        f"{step['share_of_lightning']:.0%} of them in Lightning's Trainer: in a plain loop it "
+        f"takes {step['plain_microseconds']:,}."
     )
 
 
-def _of(experiment: Experiment, variant: Variant, results: Sequence[Result]) -> list[Result]:
-    key = (experiment.number, variant.name)
-    return [result for result in results if (result["experiment"], result["variant"]) == key]
+def _settings(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    sae = f"d_sae {experiment.d_sae}, l1_coefficient {experiment.l1_coefficient}"
+    yield f"experiment {experiment.number}:", f"{_listed(experiment.world)}, {sae}"
+    for variant in experiment.variants:
+        if variant.world | variant.sae:
+            name = f"experiment {experiment.number}, {variant.name}:"
+            yield name, _listed(variant.world | variant.sae)
 
 
-def _checks(results: Sequence[Result]) -> Iterator[tuple[str, list[bool]]]:
-    """What is expected, and whether each seed met it."""
-    for checks in zip(*(result["verdict"]["checks"] for result in results), strict=True):
-        yield checks[0]["expected"], [check["met"] for check in checks]
+def _listed(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in arguments.items())
 
 
-def _count(met: Sequence[bool]) -> str:
-    return f"{sum(met)} of {len(met)}"
+def comparison(experiment: Experiment, results: Sequence[Row]) -> Iterator[Compared]:
+    """What the document reports of each kind of SAE, and by how many seeds each check was met."""
+    for variant in experiment.variants:
+        verdicts = [row["verdict"] for row in select(results, variant=variant.name)]
+        checks = zip(*(verdict["checks"] for verdict in verdicts), strict=True)
+        here = [
+            f"{sum(check['met'] for check in each)} of {len(each)}: {each[0]['expected']}"
+            for each in checks
+        ]
+        yield f"{experiment.number}, {variant.name}", variant.reported, "; ".join(here)
 
 
-def _latents_in_words(result: Result) -> str:
-    """The feature of each living latent, its |cosine|, and its peaks where there are several."""
-    parts = [
-        f"{latent['feature']} ({latent['cosine']:.2f}"
-        + (f", {latent['peaks']} peaks)" if latent["peaks"] > 1 else ")")
-        for latent in sorted(_latents(result), key=lambda latent: latent["feature"])
-        if latent["alive"]
+def _section(folder: Path, experiment: Experiment, results: Sequence[Row]) -> Section:
+    in_order = [
+        (variant, row)
+        for variant in experiment.variants
+        for row in select(results, variant=variant.name)
     ]
-    n_dead = len(result["alive"]) - len(parts)
+    rows = [
+        [f"{variant.name}, seed {row['seed']}", _verdict(row), _latents_in_words(row)]
+        for variant, row in in_order
+    ]
+    headings = ["SAE", "", "features of living latents (|cos|, peaks)"]
+    return Section(
+        f"{experiment.number}. {experiment.title}",
+        tables=[Table(headings, rows)],
+        details=[_one_sae(folder, variant, row) for variant, row in in_order],
+    )
+
+
+def _verdict(result: Row) -> str:
+    return "as expected" if result["verdict"]["met"] else "not as expected"
+
+
+def _latents_in_words(result: Row) -> str:
+    """The feature of each living latent, its |cosine|, and its peaks where there are several."""
+    columns = ("feature", "max_abs_cosine", "peaks", "alive")
+    latents = sorted(zip(*(result[name] for name in columns), strict=True), key=itemgetter(0))
+    parts = [
+        f"{feature} ({cosine:.2f}" + (f", {peaks} peaks)" if peaks > 1 else ")")
+        for feature, cosine, peaks, alive in latents
+        if alive
+    ]
+    n_dead = len(latents) - len(parts)
     return ", ".join(parts) + (f"; {n_dead} dead" if n_dead else "")
 
 
-def _latents(result: Result) -> list[dict[str, Any]]:
-    columns = ("feature", "max_abs_cosine", "peaks", "overlap", "frequency", "alive")
-    names = ("feature", "cosine", "peaks", "overlap", "frequency", "alive")
-    rows = zip(*(result[column] for column in columns), strict=True)
-    return [dict(zip(names, row, strict=True)) for row in rows]
+def _one_sae(folder: Path, variant: Variant, result: Row) -> Section:
+    unmet = [check["expected"] for check in result["verdict"]["checks"] if not check["met"]]
+    title = f"{variant.name}, seed {result['seed']}: {_verdict(result)}"
+    return Section(
+        f"{title}{'; not seen: ' if unmet else ''}{'; '.join(unmet)}",
+        [_facts(result)],
+        [_latents_table(result)],
+        {folder / path: name for name, path in result["pictures"].items()},
+    )
 
 
-def _section(folder: Path, experiment: Experiment, results: Sequence[Result]) -> dict[str, Any]:
-    variants = []
-    for variant in experiment.variants:
-        own = _of(experiment, variant, results)
-        variants.append(
-            {
-                "name": variant.name,
-                "reported": variant.reported,
-                "checks": [(words, _count(met), all(met)) for words, met in _checks(own)],
-                "settings": _settings(experiment.world | variant.world)
-                + f"; {own[0]['samples'] / 1e6:g} million activations",
-                "runs": [_run(folder, result) for result in own],
-            }
-        )
-    return {
-        "number": experiment.number,
-        "title": experiment.title,
-        "d_sae": experiment.d_sae,
-        "l1_coefficient": experiment.l1_coefficient,
-        "variants": variants,
-    }
-
-
-def _settings(world: dict[str, Any]) -> str:
-    return "; ".join(f"{name} {value}" for name, value in world.items())
-
-
-def _run(folder: Path, result: Result) -> dict[str, Any]:
-    return {
-        "seed": result["seed"],
-        "met": result["verdict"]["met"],
-        "checks": result["verdict"]["checks"],
-        "latents": _latents(result),
-        "pictures": {
-            name: "data:image/png;base64," + base64.b64encode((folder / path).read_bytes()).decode()
-            for name, path in result["pictures"].items()
-        },
-        "facts": _facts(result),
-    }
-
-
-def _facts(result: Result) -> str:
-    facts = f"squared error {result['squared_error']:.4g}, L0 {result['l0']:.3g}"
+def _facts(result: Row) -> str:
+    facts = (
+        f"{result['samples'] / 1e6:g} million activations, squared error "
+        f"{result['squared_error']:.4g}, L0 {result['l0']:.3g}"
+    )
     if result["parent_silent_with_child"] is not None:
         facts += (
             f"; of the first child and its parent: the parent's latent is silent on "
@@ -138,3 +140,13 @@ def _facts(result: Result) -> str:
             f"of the child's latent with the parent {result['parent_in_child_cosine']:.2f}"
         )
     return f"{facts}; trained in {result['seconds']:.0f} s"
+
+
+def _latents_table(result: Row) -> Table:
+    columns = ("feature", "max_abs_cosine", "peaks", "overlap", "frequency", "alive")
+    rows = []
+    for latent, values in enumerate(zip(*(result[name] for name in columns), strict=True)):
+        feature, cosine, peaks, overlap, frequency, alive = values
+        row = [f"{feature}", f"{cosine:.3f}", f"{peaks}", f"{overlap:.0%}", f"{frequency:.1%}"]
+        rows.append([f"{latent}", *(row if alive else ["dead", *[""] * 4])])
+    return Table(["latent", "feature", "|cos|", "peaks", "overlap", "fires on"], rows)

@@ -1,22 +1,25 @@
-"""The study of broken latents: experiments on toy worlds, and what they show."""
+"""The study of broken latents: when does a latent mix features?"""
 
-import json
-import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_sae.checks import require_positive
 from lightning_sae.data.toy.stream import seed_of
-from lightning_sae.studies.broken_latents import plots as drawing
-from lightning_sae.studies.broken_latents.experiments import EXPERIMENTS, Experiment
+from lightning_sae.studies.broken_latents import plots
 from lightning_sae.studies.broken_latents.measure import SAMPLES, Measured, measure
 from lightning_sae.studies.broken_latents.overhead import overhead
-from lightning_sae.studies.broken_latents.report import cost_in_words, summary, write_report
-from lightning_sae.studies.shared.pool import ProgressLine, cores, run_all
-from lightning_sae.studies.shared.toy_training import Run, train
+from lightning_sae.studies.broken_latents.report import report
+from lightning_sae.studies.broken_latents.settings import EXPERIMENTS, Experiment
+from lightning_sae.studies.broken_latents.train import ExperimentRun, train
+from lightning_sae.studies.shared.folder import computed_once, open_folder
+from lightning_sae.studies.shared.page import publish
+from lightning_sae.studies.shared.plots import save
+from lightning_sae.studies.shared.pool import Report, run_all
+from lightning_sae.studies.shared.rows import Row
 
 
 def broken_latents(
@@ -26,13 +29,13 @@ def broken_latents(
     output: str = "runs/broken-latents",
     workers: int | None = None,
 ) -> None:
-    """Repeat the experiments of "Broken latents" and say what each shows against the document.
+    """Repeat the experiments of "Broken latents" and compare each with what the document reports.
 
     Small SAEs, untied, tied, and tied with the auxiliary loss of orthogonality, are trained on toy
-    worlds whose features are known. Written are `results.json`, `report.html` with all pictures in
-    it, and a folder for each SAE, as soon as it is trained. Experiments 1 to 7 are the document's;
-    8 and 9 go beyond it: peaks that overlap, and the inverse of the loss. Source: Chanin et al.,
-    Broken latents: studying SAEs and feature co-occurrence in toy models (2024).
+    worlds whose features are known. The study writes `results.json`, `report.html` with all
+    pictures in it, and a folder for each SAE as soon as it is trained. Experiments 1 to 7 are the
+    document's; 8 and 9 go beyond it: peaks that overlap, and the inverse of the loss. Source:
+    Chanin et al., Broken latents: studying SAEs and feature co-occurrence in toy models (2024).
 
     Args:
         experiments: Which of the nine, as numbers with commas between them.
@@ -40,35 +43,32 @@ def broken_latents(
             The document has 150 million.
         seeds: SAEs of each kind, with seeds from 0 on; world and weights follow from the seed. By
             default 3, and 5 in experiments 8 and 9.
-        output: A new or empty folder.
+        output: A new or empty folder, or that of this study with the same `samples`, which then
+            resumes.
         workers: SAEs trained at one time, each in a process with one thread; by default one for
             each core.
 
     Raises:
-        ValueError: If an argument is out of range or `output` is not empty.
+        ValueError: If an argument is out of range or `output` has something else in it.
     """
     chosen = _chosen(experiments)
-    _require_positive(samples=samples, seeds=seeds, workers=workers)
-    folder = _new_folder(output)
+    sizes = {"samples": samples, "seeds": seeds, "workers": workers}
+    require_positive(**{name: value for name, value in sizes.items() if value is not None})
+    folder = open_folder(output, {"samples": samples})
     runs = [
-        Run(experiment, variant, seed, samples or experiment.samples, folder)
+        ExperimentRun(experiment, variant, seed, samples or experiment.samples)
         for seed in range(seeds or max(experiment.seeds for experiment in chosen))
         for experiment in chosen
         if seed < (seeds or experiment.seeds)
         for variant in experiment.variants
     ]
     step = overhead(runs[0])
-    line = ProgressLine(sum(run.samples for run in runs), len(runs))
     began = time.perf_counter()
-    results = run_all(one_run, runs, line, min(workers or cores(), len(runs)))
+    rows = run_all(partial(one_run, folder=folder), runs, workers)
     seconds = time.perf_counter() - began
-    path = folder / "results.json"
-    path.write_text(
-        json.dumps({"seconds": seconds, "step": step, "runs": results}, indent=1) + "\n"
-    )
-    page = write_report(folder, chosen, results, cost_in_words(step))
-    made = f"Made: {path}, {page} and the pictures of {len(runs)} SAEs, in {seconds:.0f} s."
-    sys.stdout.write("\n".join([*summary(chosen, results), "", cost_in_words(step), made]) + "\n")
+    results = {"seconds": seconds, "step": step, "runs": rows}
+    of = f"and the pictures of {len(runs)} SAEs, in {seconds:.0f} s"
+    publish(report(folder, chosen, rows, step), folder, results, {}, of)
 
 
 def _chosen(experiments: str) -> list[Experiment]:
@@ -83,52 +83,38 @@ def _chosen(experiments: str) -> list[Experiment]:
     return [known[name] for name in names]
 
 
-def _require_positive(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")
+def one_run(run: ExperimentRun, report: Report, folder: Path) -> Row:
+    """Train, measure and draw the SAE of a run, or read its result if it was done before."""
+    path = folder / run.name / "result.json"
+    if path.is_file():
+        report(run.samples)
+    return dict(computed_once(path, lambda: _result(run, report, folder)))
 
 
-def _new_folder(output: str) -> Path:
-    folder = Path(output)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(
-            f"Expected argument `output` to be a new or empty folder but got {output}, which is "
-            "not: name another one."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def one_run(run: Run, report: Callable[[int], None]) -> dict[str, Any]:
-    """Train, measure and draw the SAE of a run; its part of `results.json`."""
-    trained = train(run, report)
+def _result(run: ExperimentRun, report: Report, folder: Path) -> Row:
+    sae, world, seconds = train(run, report)
     generator = torch.Generator().manual_seed(seed_of(run.seed, "study"))
-    sample = trained.world.sample(SAMPLES, generator)
+    sample = world.sample(SAMPLES, generator)
     with torch.no_grad():
-        f = trained.sae.encode(sample.x)
-    measured = measure(trained.sae, trained.world, sample, f)
-    figures = {
-        "cosines": drawing.cosines(measured, run.variant.tied),
-        "activations": drawing.activations(measured, sample, f),
-        "firings": drawing.firings(measured, sample, f),
+        f = sae.encode(sample.x)
+    measured = measure(sae, world, sample, f)
+    pictures = {
+        "cosines": plots.cosines(measured, run.variant.tied),
+        "activations": plots.activations(measured, sample, f),
+        "firings": plots.firings(measured, sample, f),
     }
-    folder = run.output / run.name
-    folder.mkdir()
-    for name, figure in figures.items():
-        drawing.save(figure, folder / f"{name}.png")
-    result = {
+    for name, picture in pictures.items():
+        save(picture, folder / run.name / f"{name}.png")
+    return {
         "experiment": run.experiment.number,
         "variant": run.variant.name,
         "seed": run.seed,
-        "samples": run.steps * trained.world.batch_size,
-        "seconds": round(trained.seconds, 1),
+        "samples": run.steps * world.batch_size,
+        "seconds": round(seconds, 1),
         **_figures(measured),
         "verdict": _verdict(run, measured),
-        "pictures": {name: f"{run.name}/{name}.png" for name in figures},
+        "pictures": {name: f"{run.name}/{name}.png" for name in pictures},
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
 
 
 def _figures(measured: Measured) -> dict[str, Any]:
@@ -157,7 +143,7 @@ def _rounded(values: torch.Tensor, digits: int = 4) -> list[Any]:
     return torch.round(values.double(), decimals=digits).tolist()
 
 
-def _verdict(run: Run, measured: Measured) -> dict[str, Any]:
+def _verdict(run: ExperimentRun, measured: Measured) -> dict[str, Any]:
     """What the document reports, and whether it was seen."""
     checks = [{"expected": c.words, "met": c.met(measured)} for c in run.variant.checks]
     return {

@@ -1,20 +1,23 @@
-"""What the study of gating says and draws."""
+"""Tables, picture and page of the study of gating."""
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from lightning_sae.studies.shared.frontier import Curve, common_levels
-from lightning_sae.studies.shared.page import Page, Section, Table, with_spread
-from lightning_sae.studies.shared.plots import curves, panels, save
-from lightning_sae.studies.shared.sweep import Answers, Swept, over_seeds
+from lightning_sae.studies.shared.page import Compared, Page, Section, Table
+from lightning_sae.studies.shared.rows import with_spread
+from lightning_sae.studies.shared.sweep import (
+    BIAS,
+    METHOD,
+    Answers,
+    Swept,
+    in_every_repetition,
+    over_seeds,
+)
 
 LEVEL = "loss_recovered_mean"
-"""What is held equal. Against zero ablation it is the same but for scale, so the L0 are too."""
-
-BIAS = "relative_reconstruction_bias"
+"""What is held equal. Against zero ablation it differs by scale only, so L0 is the same."""
 
 FIGURES = {
     "l0": ("L0", ".1f"),
@@ -28,24 +31,15 @@ FIGURES = {
 }
 """Headings and formats of the table of all SAEs."""
 
-
-def draw(swept: Swept, path: Path) -> Path:
-    """All figures against L0, with their spread."""
-    figure, axes = panels(3, 2)
-    words = {
-        "loss_recovered_zero": "loss recovered (zero ablation)",
-        "loss_recovered_mean": "loss recovered (mean ablation)",
-        "fvu": "fraction of variance unexplained",
-        BIAS: "relative reconstruction bias gamma",
-        "l2_ratio": "L2 ratio",
-        "dead_fraction": "share of dead latents",
-    }
-    for panel, (name, y) in zip(axes, words.items(), strict=True):
-        means, spreads = swept.points(name)
-        curves(panel, means, x="L0 (active latents)", y=y, spread=spreads, logarithmic=True)
-        if name in (BIAS, "l2_ratio"):
-            panel.axhline(1.0, color="#5b6673", linewidth=0.8, linestyle=":")
-    return save(figure, path)
+DRAWN = {
+    "loss_recovered_zero": "loss recovered (zero ablation)",
+    "loss_recovered_mean": "loss recovered (mean ablation)",
+    "fvu": "fraction of variance unexplained",
+    BIAS: "relative reconstruction bias gamma",
+    "l2_ratio": "L2 ratio",
+    "dead_fraction": "share of dead latents",
+}
+"""What is drawn against L0."""
 
 
 def equal_loss(swept: Swept, n_levels: int = 5) -> Table | None:
@@ -76,27 +70,25 @@ def _l0_at(of_seeds: Sequence[Curve | None], level: float) -> str:
     return with_spread(known, ".1f") if len(known) == len(logs) else "none"
 
 
-def report(
-    swept: Swept, answers: Mapping[str, Answers], picture: Path, settings: Mapping[str, Any]
-) -> Page:
+def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
     """The study's page."""
-    tables = [_against(swept, answers)]
     levels = equal_loss(swept)
-    if levels is not None:
-        tables.append(levels)
+    tables = [_against(swept, answers), *([] if levels is None else [levels])]
     text = [in_words(family.label, answers[family.name]) for family in swept.families[1:]]
+    picture = swept.draw(swept.folder / "gated.png", DRAWN, dotted={BIAS: 1.0, "l2_ratio": 1.0})
     caption = (
         f"Means over {swept.seeds} seeds against L0; bars are standard deviations of both. Dotted: "
         "no shrinkage."
     )
     return Page(
         "Gated SAEs",
-        "Do gated SAEs rebuild as well with fewer latents, and do they shrink less?",
-        METHOD,
-        settings,
+        "Do gated SAEs reconstruct as well with fewer latents, and do they shrink activations "
+        "less?",
+        (METHOD, EQUAL_LOSS),
+        swept.settings,
         [
             Section("At equal loss recovered", text, tables, {picture: caption}),
-            swept.section("All SAEs", FIGURES),
+            swept.section(FIGURES),
             swept.tuned.section(swept.labels),
         ],
         comparison(answers),
@@ -105,15 +97,12 @@ def report(
     )
 
 
-METHOD = (
-    "Each family is swept over the weight of its penalty. All SAEs of a seed see the same batches, "
-    "from one pass of the language model; all figures are of held-out text. Learning rates are "
-    "each family's own, chosen on a seed of its own by the family's objective on held-out text.",
+EQUAL_LOSS = (
     "At equal loss recovered, L0 is read off each family's curve, straight between measured points "
     "over log L0, and the ratio to the baseline is the geometric mean over all levels that both "
     "reach; nothing is extrapolated. Loss recovered against zero and against mean ablation are "
     "linear in the cross-entropy, so the ratio is the same for both. gamma is E‖x̂‖² / E[x·x̂], 1 "
-    "without shrinkage: a mean over the log L0 that a family and the baseline both have.",
+    "without shrinkage: a mean over the log L0 that a family and the baseline both have."
 )
 
 
@@ -132,22 +121,18 @@ def _against(swept: Swept, answers: Mapping[str, Answers]) -> Table:
 
 
 def in_words(label: str, answers: Answers) -> str:
-    """The answer for one family, as its numbers have it."""
+    """The answer for one family."""
     ratios = [ratio for ratio in answers["l0_ratio"] if ratio is not None]
     if not ratios:
         return f"{label}: no loss recovered that both it and the baseline reach."
-    need = f"{label} needs {mean(ratios):.2f} of the baseline's L0 for the same loss recovered"
-    if max(ratios) < 1:
-        verdict = "less in every repetition"
-    elif min(ratios) > 1:
-        verdict = "more in every repetition"
-    else:
-        verdict = "less or more by repetition"
-    return f"{need}: {verdict}."
+    return (
+        f"{label} needs {mean(ratios):.2f} of the baseline's L0 for the same loss recovered: "
+        f"{in_every_repetition(ratios)}."
+    )
 
 
-def comparison(answers: Mapping[str, Answers]) -> list[tuple[str, str, str]]:
-    """Rows of the document's statements and what is seen here."""
+def comparison(answers: Mapping[str, Answers]) -> list[Compared]:
+    """The document's statements beside the answers."""
 
     def seen(name: str, what: str, form: str = ".2f") -> str:
         return over_seeds(answers[name][what], form) if name in answers else "not trained"

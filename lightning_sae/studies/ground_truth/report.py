@@ -1,19 +1,14 @@
-"""The league table: for the terminal, as a picture, and as one page of HTML."""
+"""Tables, picture and page of the study of ground truth."""
 
-import base64
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from lightning_sae.studies.ground_truth.league import ARCHITECTURES
-
-Result = dict[str, Any]
-"""A run's part of `results.json`."""
+from lightning_sae.studies.ground_truth.settings import ARCHITECTURES
+from lightning_sae.studies.shared.page import Page, Section, Table
+from lightning_sae.studies.shared.plots import curves, panels, save
+from lightning_sae.studies.shared.rows import Row, distinct, known, select, spread, with_spread
 
 COLUMNS = {
     "l0": ("L0", ".1f"),
@@ -24,140 +19,113 @@ COLUMNS = {
     "dead": ("dead", ".3f"),
     "seconds": ("CPU s", ".1f"),
 }
-"""Figures of the table: heading and format."""
+"""Figures of the tables: heading and format."""
 
-COLORS = {
-    "relu": "#2f6db5",
-    "sqrt": "#6aa5dd",
-    "tied": "#8a6d4b",
-    "gated": "#3f9b57",
-    "jumprelu": "#b8433d",
-    "topk": "#e08a1e",
-    "batchtopk": "#7d5fb2",
-    "matryoshka": "#d478b4",
-}
-MARKERS = dict(zip(COLORS, "ovsDP^X*", strict=True))
+NOTE = (
+    "Mean and standard deviation over seeds; each seed has its own world. All figures are of "
+    "held-out samples. L0: the one reached. MCC: mean |cosine| of decoder rows and features over "
+    "their best one-to-one matching. F1: of each latent as a detector of the feature that its "
+    "decoder row points along most, dead latents counting 0, mean over latents. FVU: squared error "
+    "over variance. Shrinkage: the magnitude a latent gives its feature over the true one, median "
+    "over latents. Dead: share of latents that never fire. CPU s: seconds of one core for "
+    "training, with drawing the samples."
+)
 
 
-def standings(results: Sequence[Result]) -> dict[int, list[Result]]:
-    """For each wished L0 the architectures, best MCC first: mean and spread over seeds.
+def standings(results: Sequence[Row]) -> dict[int, list[Row]]:
+    """For each target L0 the architectures, best MCC first: mean and spread over seeds.
 
     Spread is the standard deviation of a sample; None for a single seed.
     """
-    table: dict[int, list[Result]] = {}
-    for target in sorted({result["target_l0"] for result in results}):
-        rows = []
-        for name in ARCHITECTURES:
-            own = [r for r in results if (r["target_l0"], r["architecture"]) == (target, name)]
-            if own:
-                rows.append(_row(name, own))
+    table = {}
+    for target in sorted(distinct(results, "target_l0")):
+        own = {name: select(results, target_l0=target, architecture=name) for name in ARCHITECTURES}
+        rows = [_standing(name, runs) for name, runs in own.items() if runs]
         table[target] = sorted(rows, key=lambda row: -row["mean"]["mcc"])
     return table
 
 
-def _row(name: str, results: Sequence[Result]) -> Result:
-    figures = {key: [r[key] for r in results] for key in results[0] if _is_figure(results[0][key])}
+def _standing(name: str, runs: Sequence[Row]) -> Row:
+    names = [key for key, value in runs[0].items() if isinstance(value, float)]
+    figures = {key: [run[key] for run in runs] for key in names}
     return {
         "architecture": name,
         "title": ARCHITECTURES[name].title,
-        "seeds": len(results),
-        "mean": {key: statistics.mean(values) for key, values in figures.items()},
+        "seeds": len(runs),
+        "mean": {key: mean(values) for key, values in figures.items()},
         "spread": {
-            key: statistics.stdev(values) if len(values) > 1 else None
-            for key, values in figures.items()
+            key: stdev(values) if len(values) > 1 else None for key, values in figures.items()
         },
     }
 
 
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, float)
+def _table(target: int, standing: Sequence[Row], results: Sequence[Row]) -> Table:
+    rows = []
+    for row in standing:
+        runs = select(results, target_l0=target, architecture=row["architecture"])
+        cells = [with_spread(known(runs, name), form) for name, (_, form) in COLUMNS.items()]
+        rows.append([row["title"], *cells])
+    return Table(["", *(heading for heading, _ in COLUMNS.values())], rows)
 
 
-def cells(row: Result) -> list[str]:
-    """The figures of a row as text."""
-    return [
-        _with_spread(row["mean"][key], row["spread"][key], form)
-        for key, (_, form) in COLUMNS.items()
-    ]
-
-
-def _with_spread(mean: float, spread: float | None, form: str) -> str:
-    return f"{mean:{form}}" if spread is None else f"{mean:{form}} ± {spread:{form}}"
-
-
-def summary(results: Sequence[Result]) -> Iterator[str]:
-    """The tables for the terminal."""
-    for target, rows in standings(results).items():
-        table = [[row["title"], *cells(row)] for row in rows]
-        table.insert(0, ["", *(heading for heading, _ in COLUMNS.values())])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        yield f"\nL0 {target} wished for; mean ± spread of {rows[0]['seeds']} seeds"
-        for first, *others in table:
-            figures = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
-            yield "  ".join([first.ljust(widths[0]), *figures])
-
-
-def draw(results: Sequence[Result]) -> Figure:
+def draw(results: Sequence[Row], path: Path) -> Path:
     """FVU, MCC and F1 against the L0 reached; bars are the spread over seeds."""
-    table = standings(results)
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    words = (("fvu", "FVU: lower is better"), ("mcc", "MCC"), ("f1", "F1"))
-    for axes, (key, label) in zip(panels, words, strict=True):
-        for name in ARCHITECTURES:
-            own = [r for rows in table.values() for r in rows if r["architecture"] == name]
-            if own:
-                _curve(axes, name, key, own)
-        true = statistics.mean(result["true_l0"] for result in results)
+    figure, found = panels(3, width=4.3, height=4.6)
+    labels = {"fvu": "FVU (lower is better)", "mcc": "MCC", "f1": "F1"}
+    groups = {
+        kind.title: [
+            select(results, architecture=name, target_l0=target)
+            for target in distinct(select(results, architecture=name), "target_l0")
+        ]
+        for name, kind in ARCHITECTURES.items()
+    }
+    true = mean(known(results, "true_l0"))
+    for axes, (name, label) in zip(found, labels.items(), strict=True):
+        points, spreads = (
+            {
+                title: [(of(known(runs, "l0")), of(known(runs, name))) for runs in each]
+                for title, each in groups.items()
+            }
+            for of in (mean, spread)
+        )
+        curves(axes, points, spread=spreads, x="L0 on held-out samples", y=label)
         axes.axvline(true, color="#9aa3ad", linestyle=":", linewidth=1)
         axes.text(true, 0, " features\n that fire", transform=axes.get_xaxis_transform(),
                   va="bottom", fontsize=7, color="#5b6673")  # fmt: skip
-        axes.set_xlabel("L0 on held-out samples")
-        axes.set_title(label, fontsize=10, loc="left")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yscale("log")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    return figure
+    found[0].set_yscale("log")
+    return save(figure, path)
 
 
-def _curve(axes: Axes, name: str, key: str, rows: Sequence[Result]) -> None:
-    rows = sorted(rows, key=lambda row: row["mean"]["l0"])
-    axes.errorbar(
-        [row["mean"]["l0"] for row in rows],
-        [row["mean"][key] for row in rows],
-        xerr=[row["spread"]["l0"] or 0.0 for row in rows],
-        yerr=[row["spread"][key] or 0.0 for row in rows],
-        color=COLORS[name],
-        marker=MARKERS[name],
-        markersize=5,
-        linewidth=1.2,
-        elinewidth=0.8,
-        label=ARCHITECTURES[name].title,
+def report(folder: Path, settings: Mapping[str, Any], results: Sequence[Row]) -> Page:
+    """The study's page."""
+    caption = "Figures against the L0 reached; bars are standard deviations over seeds."
+    everything = [[_cell(value) for value in row.values()] for row in results]
+    runs = Section(f"All {len(results)} runs", tables=[Table(list(results[0]), everything)])
+    world = settings["world"]
+    return Page(
+        "Ground truth",
+        "Which architecture finds the most of the features of a known world at the same L0?",
+        [
+            f"Every architecture is trained on one world whose features are known: "
+            f"{world['n_features']} features in {world['d_in']} dimensions, "
+            f"{mean(known(results, 'true_l0')):.1f} of which fire in an activation on average. "
+            "Frequencies follow Zipf's law, and seven features of eight fire only where their "
+            f"parent does. SAEs have {settings['d_sae']} latents and are trained on "
+            f"{settings['samples']:,} activations.",
+            "All have the same recipe, with AuxK for dead latents; lengths are shares of the run.",
+            NOTE,
+        ],
+        {**world, "d_sae": settings["d_sae"], "samples": settings["samples"], **settings["recipe"]},
+        [
+            Section("Against L0", pictures={draw(results, folder / "pareto.png"): caption}),
+            *(
+                Section(f"L0 {target}", tables=[_table(target, rows, results)])
+                for target, rows in standings(results).items()
+            ),
+            Section("Runs", details=[runs]),
+        ],
     )
 
 
-def write_report(folder: Path, settings: dict[str, Any], results: Sequence[Result]) -> Path:
-    """Write `report.html`, with the folder's `pareto.png` in it."""
-    environment = Environment(
-        loader=PackageLoader("lightning_sae.studies.ground_truth", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    picture = base64.b64encode((folder / "pareto.png").read_bytes()).decode()
-    page = environment.get_template("page.html.jinja").render(
-        picture=f"data:image/png;base64,{picture}",
-        headings=[heading for heading, _ in COLUMNS.values()],
-        tables={
-            target: [(row["title"], cells(row)) for row in rows]
-            for target, rows in standings(results).items()
-        },
-        settings=settings,
-        true_l0=statistics.mean(result["true_l0"] for result in results),
-        runs=results,
-    )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,16 +1,19 @@
-"""The study of ground truth: a league table of the architectures on a world that is known."""
+"""The study of ground truth: which architecture finds the most of a world that is known?"""
 
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_sae.studies.ground_truth.league import ARCHITECTURES, RECIPE, Run, World, one_run
-from lightning_sae.studies.ground_truth.report import Result, draw, standings, summary, write_report
-from lightning_sae.studies.shared.folder import open_folder, write_csv, write_json
-from lightning_sae.studies.shared.pool import ProgressLine, cores, run_all
+from lightning_sae.studies.ground_truth.measure import held_out, measure
+from lightning_sae.studies.ground_truth.report import report, standings
+from lightning_sae.studies.ground_truth.settings import ARCHITECTURES, RECIPE, World
+from lightning_sae.studies.ground_truth.train import ArchitectureRun, train
+from lightning_sae.studies.shared.folder import computed_once, open_folder
+from lightning_sae.studies.shared.page import publish
+from lightning_sae.studies.shared.pool import Report, run_all
+from lightning_sae.studies.shared.rows import Row
 
 
 def ground_truth(
@@ -29,22 +32,24 @@ def ground_truth(
     """Train every architecture to the same L0 on one toy world, and rank them by what they found.
 
     Features lie in superposition, fire by Zipf's law, and most of them only where their parent
-    does. SAEs whose L0 comes about by a penalty are steered to it. Written are `results.json` and
-    `results.csv`, `pareto.png`, `report.html` with the picture in it, and a file for each run:
-    started again with the same world and recipe, the study goes on with the runs that are missing.
+    does. Where L0 follows from a penalty, its coefficient is adjusted during training to reach the
+    target. The study writes `results.json` and `results.csv`, `pareto.png`, `report.html` with the
+    picture in it, and a file for each run. Started again with the same world and recipe, it trains
+    only the runs that are missing.
 
     Args:
         architectures: Which of relu, sqrt, tied, gated, jumprelu, topk, batchtopk and matryoshka,
             with commas between them.
-        l0: Wished numbers of active latents, with commas between them.
+        l0: Target numbers of active latents, with commas between them.
         n_features: Features of the world.
         d_in: Width of the activations.
         d_sae: Latents of each SAE.
         noise: Standard deviation of noise on each coordinate; features have magnitude 1 on average.
         samples: Activations that each SAE is trained on.
         seeds: SAEs of each kind, with seeds from 0 on; world and weights follow from the seed.
-        decoder_norm: Whether decoder rows of all have norm 1 or any; null for what suits each: 1
-            where a penalty sees how strong latents are.
+        decoder_norm: Whether decoder rows of all SAEs have norm 1 (`unit`) or any (`free`); null
+            for the best choice of each architecture: `unit` where a penalty depends on how strong
+            latents are.
         output: A new or empty folder, or that of a study with this world and recipe.
         workers: SAEs trained at one time, each in a process with one thread; by default one for
             each core.
@@ -62,24 +67,21 @@ def ground_truth(
         "d_sae": d_sae,
         "samples": samples,
         "recipe": RECIPE,
-        "entrants": {name: str(entrant.settings) for name, entrant in ARCHITECTURES.items()},
+        "entrants": {name: str(kind.settings) for name, kind in ARCHITECTURES.items()},
         "decoder_norm": decoder_norm,
     }
     folder = open_folder(output, settings)
-    (folder / "runs").mkdir(exist_ok=True)
     runs = [
-        Run(name, target, seed, world, d_sae, samples, folder / "runs", decoder_norm)
+        ArchitectureRun(name, target, seed, world, d_sae, samples, decoder_norm)
         for seed in range(seeds)
         for target in targets
         for name in names
     ]
     began = time.perf_counter()
-    line = ProgressLine(sum(run.samples for run in runs), len(runs))
-    results = run_all(one_run, runs, line, min(workers or cores(), len(runs)))
-    made = _write(folder, settings, results)
-    seconds = time.perf_counter() - began
-    last = f"Made: {', '.join(map(str, made))}, from {len(runs)} SAEs, in {seconds:.0f} s."
-    sys.stdout.write("\n".join([*summary(results), "", last]) + "\n")
+    rows = run_all(partial(one_run, folder=folder / "runs"), runs, workers)
+    of = f"from {len(runs)} SAEs, in {time.perf_counter() - began:.0f} s"
+    results = {**settings, "table": standings(rows), "runs": rows}
+    publish(report(folder, settings, rows), folder, results, {"results": rows}, of)
 
 
 def _names(architectures: str) -> list[str]:
@@ -109,13 +111,24 @@ def _require_at_least(least: int, **values: int | None) -> None:
             raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value}.")
 
 
-def _write(folder: Path, settings: dict[str, Any], results: Sequence[Result]) -> list[Path]:
-    """Everything the study makes but the runs' own files."""
-    everything = {**settings, "table": standings(results), "runs": results}
-    made = [
-        write_json(folder / "results.json", everything),
-        write_csv(folder / "results.csv", results),
-        folder / "pareto.png",
-    ]
-    draw(results).savefig(made[-1], dpi=130, facecolor="white")
-    return [*made, write_report(folder, settings, results)]
+def one_run(run: ArchitectureRun, report: Report, folder: Path) -> Row:
+    """Train and measure the SAE of a run, or read its figures if that was done before."""
+    path = folder / f"{run.name}.json"
+    if path.is_file():
+        report(run.samples)
+    return dict(computed_once(path, lambda: _result(run, report)))
+
+
+def _result(run: ArchitectureRun, report: Report) -> Row:
+    data = run.world.data(run.seed)
+    began = time.process_time()
+    sae = train(run, data, report)
+    seconds = time.process_time() - began
+    return {
+        "architecture": run.architecture,
+        "target_l0": run.l0,
+        "seed": run.seed,
+        **measure(sae, held_out(data), data.features, data.pairs),
+        "coefficient": None if sae.coefficient_name is None else sae.weight_of_penalty(),
+        "seconds": seconds,
+    }

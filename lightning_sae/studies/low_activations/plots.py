@@ -1,21 +1,22 @@
 """Pictures of the study of low activations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from lightning_sae.studies.low_activations.figures import names
-from lightning_sae.studies.low_activations.removing import WAYS, WHOLE, Point
-from lightning_sae.studies.shared.plots import curves, panels, save
+from lightning_sae.studies.low_activations.costs import names, of_way
+from lightning_sae.studies.low_activations.measure import WAYS, WHOLE
+from lightning_sae.studies.shared.plots import Point, curves, panels, save
+from lightning_sae.studies.shared.rows import Row, distinct, spread
 
 L0_TICKS = (0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
 CE_LABEL = "cross-entropy with the reconstruction, nats per token"
 
 
-def draw_ways(points: Sequence[Point], path: Path) -> Path:
+def draw_ways(points: Sequence[Row], path: Path) -> Path:
     """Cross-entropy, divergence and error against L0, of all SAEs and ways."""
     figure, found = panels(3, width=4.2, height=4.2)
     labels = {
@@ -26,12 +27,12 @@ def draw_ways(points: Sequence[Point], path: Path) -> Path:
     for axes, (name, label) in zip(found, labels.items(), strict=True):
         for sae in names(points):
             series = {WAYS[way]: _means(points, sae, way, name) for way in WAYS}
-            spread = {WAYS[way]: _spread(points, sae, way, name) for way in WAYS}
+            spreads = {WAYS[way]: _spreads(points, sae, way, name) for way in WAYS}
             curves(
-                axes, series, spread=spread, x="L0, latents per token", y=label, logarithmic=True
+                axes, series, spread=spreads, x="L0, latents per token", y=label, logarithmic=True
             )
         _label_once(axes)
-        _make_room_for_the_best(axes, points, name)
+        _cut_the_highest(axes, points, name)
         whole = [_means(points, sae, WHOLE, name)[0] for sae in names(points)]
         axes.plot(*zip(*whole, strict=True), "ko", markersize=6, zorder=5, label="nothing removed")
         _plain_numbers(axes)
@@ -44,7 +45,7 @@ def draw_ways(points: Sequence[Point], path: Path) -> Path:
     return save(figure, path)
 
 
-def draw_frontier(points: Sequence[Point], families: Mapping[str, str], path: Path) -> Path:
+def draw_frontier(points: Sequence[Row], families: Mapping[str, str], path: Path) -> Path:
     """Cross-entropy and error against L0, of the sweep and of its SAEs under a threshold."""
     figure, found = panels(2, width=5.0, height=4.4)
     for axes, (name, label) in zip(found, (("ce", CE_LABEL), ("fvu", "FVU")), strict=True):
@@ -62,38 +63,35 @@ def draw_frontier(points: Sequence[Point], families: Mapping[str, str], path: Pa
     return save(figure, path)
 
 
-def _levels(
-    points: Sequence[Point], sae: str, way: str, name: str
-) -> list[list[tuple[float, float]]]:
+def _levels(points: Sequence[Row], sae: str, way: str, name: str) -> list[list[Point]]:
     """For each level, from nothing removed on, L0 and a figure of each seed."""
-    own = [point for point in points if point["sae"] == sae and point["way"] in (WHOLE, way)]
-    shares = sorted({point["share"] for point in own})
+    own = of_way(points, sae, way)
+    shares = sorted(distinct(own, "share"))
     return [[(p["l0"], p[name]) for p in own if p["share"] == share] for share in shares]
 
 
-def _means(points: Sequence[Point], sae: str, way: str, name: str) -> list[tuple[float, float]]:
-    return [
-        (mean(x for x, _ in level), mean(y for _, y in level))
-        for level in _levels(points, sae, way, name)
-    ]
+def _means(points: Sequence[Row], sae: str, way: str, name: str) -> list[Point]:
+    return [_of_seeds(mean, level) for level in _levels(points, sae, way, name)]
 
 
-def _spread(points: Sequence[Point], sae: str, way: str, name: str) -> list[tuple[float, float]]:
-    return [
-        (stdev(x for x, _ in level), stdev(y for _, y in level)) if len(level) > 1 else (0.0, 0.0)
-        for level in _levels(points, sae, way, name)
-    ]
+def _spreads(points: Sequence[Row], sae: str, way: str, name: str) -> list[Point]:
+    return [_of_seeds(spread, level) for level in _levels(points, sae, way, name)]
 
 
-def _make_room_for_the_best(axes: Axes, points: Sequence[Point], name: str) -> None:
-    """Show no more than all ways but the dearest need, which would press the others together."""
-    dearest = {way: max(p[name] for p in points if p["way"] == way) for way in WAYS}
+def _of_seeds(of: Callable[[Sequence[float]], float], level: Sequence[Point]) -> Point:
+    l0, figures = zip(*level, strict=True)
+    return of(l0), of(figures)
+
+
+def _cut_the_highest(axes: Axes, points: Sequence[Row], name: str) -> None:
+    """Cut the axis above the second most costly way; the most costly would squeeze the others."""
+    highest = {way: max(p[name] for p in points if p["way"] == way) for way in WAYS}
     low, high = axes.get_ylim()
-    axes.set_ylim(low, min(high, 1.05 * sorted(dearest.values())[-2]))
+    axes.set_ylim(low, min(high, 1.05 * sorted(highest.values())[-2]))
 
 
 def _label_once(axes: Axes) -> None:
-    """Leave the legend with one entry of each kind."""
+    """Leave one legend entry of each label."""
     seen: set[str] = set()
     for drawn in axes.containers:
         if drawn.get_label() in seen:
@@ -102,7 +100,7 @@ def _label_once(axes: Axes) -> None:
 
 
 def _plain_numbers(axes: Axes) -> None:
-    """Write L0 as 20, and not as a power of ten."""
+    """Write L0 as plain numbers instead of powers of ten."""
     low, high = axes.get_xlim()
     ticks = [tick for tick in L0_TICKS if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -1,15 +1,17 @@
-"""What the study of penalties says and draws."""
+"""Tables, picture and page of the study of penalties."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from lightning_sae.studies.shared.page import Page, Section, Table
-from lightning_sae.studies.shared.plots import curves, panels, save
-from lightning_sae.studies.shared.sweep import Answers, Swept, over_seeds
-
-BIAS = "relative_reconstruction_bias"
+from lightning_sae.studies.shared.page import Compared, Page, Section, Table
+from lightning_sae.studies.shared.sweep import (
+    BIAS,
+    METHOD,
+    Answers,
+    Swept,
+    in_every_repetition,
+    over_seeds,
+)
 
 FIGURES = {
     "l0": ("L0", ".1f"),
@@ -24,30 +26,22 @@ FIGURES = {
 """Headings and formats of the table of all SAEs."""
 
 
-def draw(swept: Swept, path: Path) -> Path:
-    """Cross-entropy, squared error and shrinkage against L0, with their spread."""
-    figure, axes = panels(3)
-    words = {
-        "ce_spliced": "cross-entropy with the reconstruction (nats)",
-        "mse": "MSE (raw units, summed over d_in)",
-        BIAS: "relative reconstruction bias gamma",
-    }
-    for panel, (name, y) in zip(axes, words.items(), strict=True):
-        means, spreads = swept.points(name)
-        curves(panel, means, x="L0 (active latents)", y=y, spread=spreads, logarithmic=True)
-    clean = mean(row["ce_clean"] for row in swept.rows)
-    for panel, value in ((axes[0], clean), (axes[2], 1.0)):
-        panel.axhline(value, color="#5b6673", linewidth=0.8, linestyle=":")
-    return save(figure, path)
+DRAWN = {
+    "ce_spliced": "cross-entropy with the reconstruction (nats)",
+    "mse": "MSE (raw units, summed over d_in)",
+    BIAS: "relative reconstruction bias gamma",
+}
+"""What is drawn against L0."""
 
 
-def report(
-    swept: Swept, answers: Mapping[str, Answers], picture: Path, settings: Mapping[str, Any]
-) -> Page:
+def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
     """The study's page."""
+    clean = mean(row["ce_clean"] for row in swept.rows)
+    dotted = {"ce_spliced": clean, BIAS: 1.0}
+    picture = swept.draw(swept.folder / "penalties.png", DRAWN, dotted)
     caption = (
         f"Means over {swept.seeds} seeds against L0; bars are standard deviations of both. Dotted: "
-        "the model left alone, and no shrinkage."
+        "the model without an SAE, and no shrinkage."
     )
     labels = swept.labels
     text = [in_words(labels[name], own) for name, own in answers.items()]
@@ -57,12 +51,12 @@ def report(
     ]
     return Page(
         "Sparsity penalties",
-        "Is the square root as a penalty below and left of L1, and are others?",
-        METHOD,
-        settings,
+        "Is the curve of the square root below and left of that of L1, and are others?",
+        (RELU, METHOD, CURVES),
+        swept.settings,
         [
             Section("Against L1", text, tables, {picture: caption}),
-            swept.section("All SAEs", FIGURES),
+            swept.section(FIGURES),
             swept.tuned.section(labels),
         ],
         comparison(answers),
@@ -72,13 +66,13 @@ def report(
     )
 
 
-METHOD = (
-    "ReLU SAEs with unit decoder rows; penalties are of activations scaled to mean norm √d. Each "
-    "penalty is swept over its weight. All SAEs of a seed see the same batches, from one pass of "
-    "the language model; all figures are of held-out text. Learning rates are each penalty's own, "
-    "chosen on a seed of its own by the objective on held-out text.",
+RELU = (
+    "A family is ReLU SAEs with one penalty and unit decoder rows; penalties are of activations "
+    "scaled to mean norm √d."
+)
+CURVES = (
     "Curves are straight between measured points over log L0 and compared where both a penalty and "
-    "L1 have been measured; nothing is extrapolated.",
+    "L1 have been measured; nothing is extrapolated."
 )
 
 
@@ -107,7 +101,7 @@ def _against(
 
 
 def in_words(label: str, answers: Answers) -> str:
-    """Whether a penalty lies below and left of L1, as its numbers have it."""
+    """Whether a penalty's curves lie below and left of those of L1."""
     verdicts = [
         f"its {words} is {below(answers[f'below_{cost}'])}, {left(answers[f'l0_ratio_{cost}'])}"
         for cost, words in (("ce_spliced", "CE"), ("mse", "MSE"))
@@ -132,14 +126,13 @@ def left(ratios: list[float | None]) -> str:
     known = [ratio for ratio in ratios if ratio is not None]
     if not known:
         return "and no level is reached by both"
-    needs = f"and for an equal one it needs {mean(known):.2f} of the L0"
-    if max(known) < 1 or min(known) > 1:
-        return f"{needs}, {'less' if max(known) < 1 else 'more'} in every repetition"
-    return f"{needs}, less or more by repetition"
+    return (
+        f"and for an equal one it needs {mean(known):.2f} of the L0, {in_every_repetition(known)}"
+    )
 
 
-def comparison(answers: Mapping[str, Answers]) -> list[tuple[str, str, str]]:
-    """Rows of the documents' statements and what is seen here."""
+def comparison(answers: Mapping[str, Answers]) -> list[Compared]:
+    """The documents' statements beside the answers."""
     rows = []
     if "sqrt" in answers:
         own = answers["sqrt"]

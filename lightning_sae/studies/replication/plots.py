@@ -1,8 +1,8 @@
-"""Pictures of the study of replication, and what its SAEs are called."""
+"""Pictures of the study of replication."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -11,31 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from torch import Tensor
 
+from lightning_sae.studies.replication.settings import (
+    CONSTRAINED,
+    FINAL_WINDOWS,
+    LABELS,
+    PLAIN,
+    RARE,
+    RAREST,
+    WORDS,
+    Results,
+    members,
+)
 from lightning_sae.studies.replication.snapshots import Snapshots
 from lightning_sae.studies.shared.plots import COLORS, curves, panels, save
+from lightning_sae.studies.shared.rows import spread
 
-PLAIN, REINITIALIZE, LOSS_SQUARED = "none", "reinitialize", "loss_squared"
-CONSTRAINED, OUT, PRUNED = "constrained", "mlp_out", "none_without_rare"
-LABELS = {
-    PLAIN: "no resampling",
-    REINITIALIZE: "resampling, random directions",
-    LOSS_SQUARED: "resampling, by squared loss",
-    CONSTRAINED: "orthogonal to the rare direction",
-    OUT: "MLP output, no resampling",
-    PRUNED: "no resampling, rare latents removed",
-}
-RARE, RAREST = 1e-4, 1e-5
-WORDS = {RARE: "1e-4", RAREST: "1e-5"}
-FINAL_WINDOWS = 5  # snapshots whose counts give a frequency: one alone would have too few firings
 N_BINS = 40
-
-Results = Sequence[Mapping[str, Any]]
-"""Of each seed: `figures`, `latents`, `rare` and `per_latent` by SAE, and `snapshots`."""
-
-
-def members(results: Results) -> list[str]:
-    """The SAEs that some seed has, in the order of `LABELS`."""
-    return [name for name in LABELS if any(name in each["snapshots"] for each in results)]
 
 
 def draw_over_time(results: Results, path: Path) -> Path:
@@ -80,7 +71,7 @@ def _edges(n_activations: float) -> Any:
 
 
 def _visible(edges: Any) -> list[float]:
-    """The levels that so many activations can tell from never."""
+    """The levels that can be told from zero with so many activations."""
     return [np.log10(level) for level in (RARE, RAREST) if np.log10(level) > edges[1]]
 
 
@@ -125,7 +116,7 @@ def _shares(results: Results, name: str, level: float) -> list[tuple[float, floa
         shares = [
             float((s.frequency(end, FINAL_WINDOWS) < level).double().mean()) for s in of_seeds
         ]
-        line.append((float(step), mean(shares), stdev(shares) if len(shares) > 1 else 0.0))
+        line.append((float(step), mean(shares), spread(shares)))
     return line
 
 

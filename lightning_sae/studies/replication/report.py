@@ -1,27 +1,28 @@
 """Files and the page of the study of replication."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lightning_sae.studies.replication.plots import (
+    draw_cosines,
+    draw_frequencies,
+    draw_over_time,
+    draw_shares,
+)
+from lightning_sae.studies.replication.settings import (
     CONSTRAINED,
     LABELS,
     PLAIN,
     RARE,
     WORDS,
     Results,
-    draw_cosines,
-    draw_frequencies,
-    draw_over_time,
-    draw_shares,
     members,
 )
 from lightning_sae.studies.replication.tables import (
-    Row,
     comparison,
     figures_table,
     frequency_table,
@@ -30,8 +31,8 @@ from lightning_sae.studies.replication.tables import (
     rare_text,
     time_text,
 )
-from lightning_sae.studies.shared.folder import SETTINGS, write_csv, write_json
 from lightning_sae.studies.shared.page import Page, Section
+from lightning_sae.studies.shared.rows import Row
 
 SOURCE = (
     "Neel Nanda, Open Source Replication & Commentary on Anthropic's Dictionary Learning Paper "
@@ -39,17 +40,16 @@ SOURCE = (
 )
 
 
-def report(folder: Path, results: Results) -> tuple[Page, list[Path]]:
-    """Write everything the study makes.
+def report(
+    folder: Path, settings: Mapping[str, Any], results: Results
+) -> tuple[Page, dict[str, Any], dict[str, list[Row]]]:
+    """The page, the content of `results.json`, and the rows of the tables.
 
     Args:
-        folder: The study's.
+        folder: The study's, for pictures.
+        settings: The study's.
         results: Of each seed.
-
-    Returns:
-        The page, and all files.
     """
-    settings = json.loads((folder / SETTINGS).read_text())
     rows = list(_rows(results))
     across = {name: across_seeds(results, name) for name in (PLAIN, CONSTRAINED)}
     pictures = {
@@ -91,15 +91,8 @@ def report(folder: Path, results: Results) -> tuple[Page, list[Path]]:
         source=SOURCE,
     )
     plain = [{k: each[k] for k in ("figures", "latents", "rare")} for each in results]
-    everything = {"settings": settings, "seeds": plain, "rare_mean_across_seeds": across}
-    made = [
-        write_json(folder / "results.json", everything),
-        write_csv(folder / "members.csv", rows),
-        write_csv(folder / "frequencies.csv", list(_frequency_rows(results))),
-        *(path for each in pictures.values() for path in each),
-        page.write(folder / "report.html"),
-    ]
-    return page, made
+    content = {"settings": settings, "seeds": plain, "rare_mean_across_seeds": across}
+    return page, content, {"members": rows, "frequencies": list(_frequency_rows(results))}
 
 
 def _method(results: Results) -> list[str]:
@@ -118,9 +111,9 @@ def _method(results: Results) -> list[str]:
 
 
 def _too_few(counted: float) -> str:
-    """What a frequency means if it is too low to be seen."""
+    """A remark if frequencies below a level cannot be told from zero."""
     unseen = [words for level, words in WORDS.items() if level * counted <= 1]
-    return f"; of so few, below {' and below '.join(unseen)} means never" if unseen else ""
+    return f"; with so few, below {' and below '.join(unseen)} means never" if unseen else ""
 
 
 def across_seeds(results: Results, name: str) -> list[float]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sae.checks import require_positive
 from lightning_sae.files import write_atomically
 
 
@@ -30,12 +31,17 @@ class Snapshots(NamedTuple):
         """Share of activations on which each latent fires, over `last` windows up to window `end`.
 
         Args:
-            end: Place of the last window, from 0 or, if negative, from behind.
-            last: Windows; fewer, if there are not so many.
+            end: Index of the last window; negative ones count from the end.
+            last: Number of windows; all up to `end` if there are fewer.
         """
         end = end % len(self.steps) + 1
         part = slice(max(0, end - last), end)
         return self.counts[part].sum(0).double() / self.n[part].sum()
+
+
+def frequencies_path(folder: Path, name: str) -> Path:
+    """The file of an SAE's snapshots in the folder of a seed."""
+    return folder / "frequencies" / f"{name}.safetensors"
 
 
 def read_snapshots(path: Path) -> Snapshots:
@@ -45,10 +51,10 @@ def read_snapshots(path: Path) -> Snapshots:
 
 
 class FrequencySnapshots(Callback):
-    """Count each latent's firings on the training activations of every so many steps.
+    """Counts each latent's firings on training activations, in windows of some steps.
 
-    After each window the file is written anew with all windows so far. The weights move while a
-    window is counted, so a frequency is one over a stretch of training. A resumed run is exact.
+    After each window the file is rewritten with all windows so far. Weights change within a window,
+    so frequencies are averages over a stretch of training. A resumed run is exact.
 
     Args:
         path: The file to write, `.safetensors`.
@@ -59,14 +65,11 @@ class FrequencySnapshots(Callback):
     """
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
-        if every_n_steps <= 0:
-            raise ValueError(
-                f"Expected argument `every_n_steps` to be positive but got {every_n_steps}."
-            )
+        require_positive(every_n_steps=every_n_steps)
         self.path, self.every_n_steps = path, every_n_steps
-        self._start_afresh()
+        self._reset()
 
-    def _start_afresh(self) -> None:
+    def _reset(self) -> None:
         self._steps: list[int] = []
         self._n: list[int] = []
         self._counts: list[Tensor] = []
@@ -77,23 +80,23 @@ class FrequencySnapshots(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; resuming loads its state after this."""
         if stage == "fit":
-            self._start_afresh()
+            self._reset()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step that the first batch belongs to."""
+        """Remember the step of the first batch."""
         self._step = trainer.global_step
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and close the window if it completed its last step."""
+        """Count the batch, and close the window after its last step."""
         fired = trainer.strategy.reduce(outputs["fired"].clone(), reduce_op="sum")
         self._open = self._open.to(fired.device) + fired
         self._n_open += len(batch) * trainer.world_size
         step, self._step = self._step, trainer.global_step
-        # A micro-batch that completes no step leaves the count of steps as it was.
+        # Under gradient accumulation not every batch completes a step.
         if self._step > step and self._step % self.every_n_steps == 0:
             self._close(trainer)
 

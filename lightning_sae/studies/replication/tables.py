@@ -1,10 +1,9 @@
-"""Tables and words of the study of replication."""
+"""Tables, sentences and comparison of the study of replication."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
-from typing import Any
 
-from lightning_sae.studies.replication.plots import (
+from lightning_sae.studies.replication.settings import (
     CONSTRAINED,
     LABELS,
     LOSS_SQUARED,
@@ -13,24 +12,20 @@ from lightning_sae.studies.replication.plots import (
     PRUNED,
     REINITIALIZE,
 )
-from lightning_sae.studies.shared.page import Table, with_spread
-
-Row = dict[str, Any]
-"""All figures of one SAE and seed."""
+from lightning_sae.studies.shared.page import Compared, Table
+from lightning_sae.studies.shared.rows import Row, distinct, known, select, with_spread
 
 
 def _values(rows: Sequence[Row], name: str, figure: str) -> list[float]:
-    found = [row.get(figure) for row in rows if row["sae"] == name]
-    return [value for value in found if value is not None]
+    return known(select(rows, sae=name), figure)
 
 
-def _cell(rows: Sequence[Row], name: str, figure: str, form: str = ".3f") -> str:
-    values = _values(rows, name, figure)
-    return with_spread(values, form) if values else ""
+def _cell(rows: Sequence[Row], name: str, figure: str, form: str = ".3f", none: str = "") -> str:
+    return with_spread(_values(rows, name, figure), form, none)
 
 
 def _present(rows: Sequence[Row]) -> list[str]:
-    return [name for name in LABELS if any(row["sae"] == name for row in rows)]
+    return [name for name in LABELS if name in distinct(rows, "sae")]
 
 
 def _table(
@@ -108,7 +103,7 @@ def rare_table(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> Ta
         "furthest along their mean, and on any one; cosine of that mean with the mean activation."
     )
     table = _table(rows, names, columns, note)
-    seeds = [with_spread(across[n], ".3f") if across.get(n) else "" for n in names]
+    seeds = [with_spread(across.get(n, []), ".3f") for n in names]
     return Table(
         [*table.headings, "cos between seeds"],
         [[*row, cell] for row, cell in zip(table.rows, seeds, strict=True)],
@@ -168,22 +163,18 @@ def rare_text(rows: Sequence[Row]) -> str:
     )
 
 
-Compared = Iterator[tuple[str, str, str]]
-"""What is asked, what the document says, what is seen here."""
-
-
-def comparison(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> Compared:
-    """All that the document has a figure of."""
+def comparison(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> Iterator[Compared]:
+    """Everything for which the document gives a figure."""
     yield from _of_loss(rows)
     yield from _of_rare_rows(rows, across.get(PLAIN) or [])
     yield from _of_what_becomes_of_them(rows)
 
 
 def _here(rows: Sequence[Row], name: str, figure: str, form: str) -> str:
-    return _cell(rows, name, figure, form) or "no rare latents"
+    return _cell(rows, name, figure, form, "no rare latents")
 
 
-def _of_loss(rows: Sequence[Row]) -> Compared:
+def _of_loss(rows: Sequence[Row]) -> Iterator[Compared]:
     recovered = _here(rows, PLAIN, "loss_recovered_zero", ".1%")
     yield (
         "loss recovered against zero ablation",
@@ -208,7 +199,7 @@ def _of_loss(rows: Sequence[Row]) -> Compared:
     )
 
 
-def _of_rare_rows(rows: Sequence[Row], between: Sequence[float]) -> Compared:
+def _of_rare_rows(rows: Sequence[Row], between: Sequence[float]) -> Iterator[Compared]:
     yield (
         "rare encoder rows with a cosine above .95 with their mean",
         "97.5 %",
@@ -222,7 +213,7 @@ def _of_rare_rows(rows: Sequence[Row], between: Sequence[float]) -> Compared:
     yield (
         "cosine of the rare mean between seeds",
         ".96",
-        with_spread(between, ".3f") if between else "fewer than two seeds with rare latents",
+        with_spread(between, ".3f", "fewer than two seeds with rare latents"),
     )
     yield (
         "rare latents that fire on the input furthest along their mean",
@@ -236,7 +227,7 @@ def _of_rare_rows(rows: Sequence[Row], between: Sequence[float]) -> Compared:
     )
 
 
-def _of_what_becomes_of_them(rows: Sequence[Row]) -> Compared:
+def _of_what_becomes_of_them(rows: Sequence[Row]) -> Iterator[Compared]:
     yield (
         "kept orthogonal to that direction",
         "a cluster of its own, in another direction",

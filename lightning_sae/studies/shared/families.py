@@ -1,10 +1,9 @@
-"""Families of SAEs that differ in the weight of their penalty alone, and how users choose them."""
+"""Families of SAEs that differ only in the weight of their penalty."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_sae.checks import require_positive
 from lightning_sae.studies.shared.setting import Setting
 
 CALLBACKS = "lightning_sae.callbacks"
@@ -12,14 +11,14 @@ CALLBACKS = "lightning_sae.callbacks"
 
 @dataclass(frozen=True)
 class Family:
-    """SAEs that differ in the weight of their penalty alone.
+    """SAEs that differ only in the weight of their penalty.
 
     Attributes:
         name: For files and arguments.
         label: For tables and pictures.
         architecture: `class_path` of the SAE.
         coefficients: Weights of the penalty, rising.
-        arguments: `init_args` of the SAE beside those of all.
+        arguments: `init_args` of the SAE beside those that all SAEs of a study share.
     """
 
     name: str
@@ -36,8 +35,8 @@ class Family:
     def member(self, setting: Setting, name: str, coefficient: float, lr: float) -> dict[str, Any]:
         """The description of an SAE for `SideBySide`.
 
-        The penalty comes into force over the first tenth of the run; decoder rows are kept at norm
-        1 unless the SAE weights its penalty by their norms.
+        The penalty rises over the first tenth of the run; decoder rows are kept at norm 1 unless
+        the SAE weights its penalty by their norms.
         """
         own = {**self.arguments, "l1_coefficient": coefficient, "lr": lr}
         warmup = {"n_steps": max(1, setting.share(0.1))}
@@ -50,30 +49,30 @@ class Family:
         return {"name": name, "sae": sae, "callbacks": callbacks}
 
 
-def chosen(
+def choose(
     families: Sequence[Family],
     names: str,
     coefficients: Mapping[str, Sequence[float]] | None,
     argument: str,
 ) -> list[Family]:
-    """Families by name, with coefficients of their own where some are given.
+    """Families by name, with the user's coefficients in place of their own.
 
     Args:
-        families: All there are; the first is what others are compared with, and is always there.
-        names: Which, with commas between them.
-        coefficients: By name; those of the family by default.
-        argument: How the user calls `names`.
+        families: All families; the first is the baseline and has to be among the names.
+        names: Names with commas between them.
+        coefficients: By name; a family without an entry keeps its own.
+        argument: What the user calls `names`, for errors.
 
     Raises:
-        ValueError: If a name or a coefficient is none.
+        ValueError: If a name or a coefficient is not valid.
     """
-    known = {family.name: family for family in families}
+    by_name = {family.name: family for family in families}
     wanted = [name.strip() for name in names.split(",")]
     first = families[0].name
-    if not {first} <= {*wanted} <= {*known} or len({*wanted}) < len(wanted) or len(wanted) < 2:
+    if not {first} <= {*wanted} <= {*by_name} or len({*wanted}) < len(wanted) or len(wanted) < 2:
         raise ValueError(
             f"Expected argument `{argument}` to be `{first}` and different ones of "
-            f"{', '.join(name for name in known if name != first)} with commas between them but "
+            f"{', '.join(name for name in by_name if name != first)} with commas between them but "
             f"got {names!r}."
         )
     given = dict(coefficients or {})
@@ -83,10 +82,11 @@ def chosen(
             f"for {', '.join(sorted({*given} - {*wanted}))}."
         )
     return [
-        replace(known[name], coefficients=_rising(name, given[name]))
-        if name in given
-        else known[name]
-        for name in sorted(wanted, key=list(known).index)
+        replace(family, coefficients=_rising(family.name, given[family.name]))
+        if family.name in given
+        else family
+        for family in families
+        if family.name in wanted
     ]
 
 
@@ -97,13 +97,3 @@ def _rising(name: str, coefficients: Sequence[float]) -> tuple[float, ...]:
             f"`{name}` but got {list(coefficients)}."
         )
     return tuple(sorted(map(float, coefficients)))
-
-
-def require_rates(learning_rates: Sequence[float], tuning_steps: int) -> None:
-    """Raise a ValueError if there is nothing to tune with."""
-    require_positive(tuning_steps=tuning_steps)
-    if len({*learning_rates}) < max(1, len(learning_rates)) or min(learning_rates) <= 0:
-        raise ValueError(
-            "Expected argument `learning_rates` to be different positive numbers but got "
-            f"{list(learning_rates)}."
-        )

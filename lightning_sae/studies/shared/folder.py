@@ -1,25 +1,26 @@
-"""The folder of a study: new, or that of the same study, which then goes on."""
+"""The folder of a study and its files."""
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_sae.files import write_atomically
+from lightning_sae.studies.shared.rows import Row
 
 SETTINGS = "settings.json"
 
 
 def open_folder(output: str | Path, settings: dict[str, Any]) -> Path:
-    """Make the folder of a study, or go on in that of one with the same settings.
+    """Make the folder of a study, or reopen the folder of a study with the same settings.
 
     Args:
         output: The folder.
         settings: What the study's results depend on, as plain values.
 
     Raises:
-        ValueError: If the folder has something else in it; says which settings differ.
+        ValueError: If the folder holds anything else; names the settings that differ.
     """
     folder = Path(output)
     path, text = folder / SETTINGS, json.dumps(settings, indent=1) + "\n"
@@ -43,6 +44,13 @@ def _difference(path: Path, settings: dict[str, Any]) -> str:
     return "is of a study with another " + ", ".join(f"`{name}`" for name in names)
 
 
+def computed_once(path: Path, compute: Callable[[], Any]) -> Any:
+    """The plain values in a JSON file; they are computed and written first if it is missing."""
+    if not path.is_file():
+        write_json(path, compute())
+    return json.loads(path.read_text())
+
+
 def write_json(path: Path, content: Any) -> Path:
     """Write plain values."""
     text = json.dumps(content, indent=1) + "\n"
@@ -50,8 +58,8 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write rows; columns are the keys of all of them, in the order in which they come."""
+def write_csv(path: Path, rows: Sequence[Row]) -> Path:
+    """Write rows; the columns are the keys of all rows, in the order of their first appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
 
     def write(temporary: Path) -> None:

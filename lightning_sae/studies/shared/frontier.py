@@ -1,4 +1,4 @@
-"""How far one curve against L0 lies from another: interpolation where both are known, no further.
+"""Distances between curves against L0, within the range in which both were measured.
 
 A curve is measured at a few L0 and taken to be straight between them over log L0.
 """
@@ -75,11 +75,34 @@ def mean_over(curve: Curve, within: Range) -> float:
     return sum(areas) / (within[1] - within[0])
 
 
+def mean_over_common(curve: Curve, other: Curve) -> float | None:
+    """Mean of `curve` over the log L0 that both have; None if they have none in common."""
+    within = common_l0([curve, other])
+    return None if within is None else mean_over(curve, within)
+
+
+def gap(curve: Curve, baseline: Curve, part: float = 1.0) -> float | None:
+    """Mean of `curve` less `baseline` over the lower part of the log L0 that both have.
+
+    None if no L0 is common to both.
+    """
+    within = common_l0([curve, baseline])
+    if within is None:
+        return None
+    lower = (within[0], within[0] + part * (within[1] - within[0]))
+    return mean_over(curve, lower) - mean_over(baseline, lower)
+
+
+def gap_at_low_l0(curve: Curve, baseline: Curve) -> float | None:
+    """`gap` over the lower half."""
+    return gap(curve, baseline, part=0.5)
+
+
 def area_between(curve: Curve, baseline: Curve) -> float | None:
     """Integral of `curve` less `baseline` over the log L0 that both have.
 
-    In units of the figure: it is the mean difference times the number of e-folds of L0. None if
-    no L0 is common to both.
+    In units of the figure: the mean difference times the number of e-folds of L0. None if no L0 is
+    common to both.
     """
     within = common_l0([curve, baseline])
     if within is None:
@@ -114,7 +137,7 @@ def _knots(curves: Sequence[Curve], within: Range) -> list[float]:
 def common_levels(curves: Sequence[Curve]) -> Range | None:
     """The levels of a rising figure that all curves reach within their L0; None if there are none.
 
-    What a curve would need for a level below that of its least L0 is not known.
+    Which L0 a curve needs for a level below that of its least L0 was not measured.
     """
     low = max(curve.values[0] for curve in curves)
     high = min(max(curve.values) for curve in curves)

@@ -1,24 +1,29 @@
 """A study's report: one HTML page that needs no other file, and its tables for the terminal."""
 
 import base64
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_sae.files import write_atomically
+from lightning_sae.studies.shared.folder import write_csv, write_json
+from lightning_sae.studies.shared.rows import Row
+
+Compared = tuple[str, str, str]
+"""What is compared, what the document reports, and what this study found."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a table, the first column their names.
+    """A table of texts.
 
     Attributes:
         headings: Of all columns.
-        rows: Texts.
+        rows: Texts; the first of each row is its name.
         note: What a reader has to know of the columns.
     """
 
@@ -37,33 +42,35 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A result: what is seen, in words, tables and pictures.
+    """A result in words, tables and pictures.
 
     Attributes:
         title: Its heading.
         text: Paragraphs.
         tables: Tables.
-        pictures: Files, with a line on what each shows.
+        pictures: Files, each with its caption.
+        details: Sections that a reader unfolds; they are not shown in the terminal.
     """
 
     title: str
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Mapping[Path, str] = field(default_factory=dict)
+    details: Sequence["Section"] = ()
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a study asked, how, what came out, and how that compares with its source.
+    """What a study asked, how it measured, what it found and what its source reports.
 
     Attributes:
-        title: The study.
+        title: Name of the study.
         question: What it asks.
-        method: How, in paragraphs.
-        settings: Names and values.
+        method: How it measures, in paragraphs.
+        settings: Values by name.
         sections: Results.
-        comparison: What the document says and what is seen here: rows of three texts.
-        source: The document.
+        comparison: The document's statements beside the results.
+        source: The document, if there is one.
     """
 
     title: str
@@ -71,11 +78,11 @@ class Page:
     method: Sequence[str]
     settings: Mapping[str, Any]
     sections: Sequence[Section]
-    comparison: Sequence[tuple[str, str, str]]
-    source: str
+    comparison: Sequence[Compared] = ()
+    source: str = ""
 
     def lines(self) -> Iterator[str]:
-        """Results and comparison for the terminal."""
+        """Tables and comparison for the terminal."""
         for section in self.sections:
             for table in section.tables:
                 yield f"\n{section.title}"
@@ -86,7 +93,7 @@ class Page:
                 yield f"  {what}: {there} | {here}"
 
     def write(self, path: Path) -> Path:
-        """Write the page, with all pictures in it."""
+        """Write the page with all pictures in it."""
         environment = Environment(
             loader=PackageLoader("lightning_sae.studies.shared", "."),
             autoescape=True,
@@ -104,8 +111,21 @@ def _embedded(picture: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
-def with_spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean and standard deviation of a sample, as text; the value alone if there is one."""
-    if len(values) == 1:
-        return f"{values[0]:{form}}"
-    return f"{mean(values):{form}} ± {stdev(values):{form.lstrip('+')}}"
+def publish(
+    page: Page, folder: Path, results: Any, tables: Mapping[str, Sequence[Row]], of: str
+) -> None:
+    """Write results and page, print the page's tables, and list the files that were made.
+
+    Args:
+        page: The report, for `report.html`.
+        folder: The study's folder.
+        results: Plain values for `results.json`.
+        tables: Rows of CSV files by name.
+        of: End of the last line: how much was trained, or how long it took.
+    """
+    made = [write_json(folder / "results.json", results)]
+    made += [write_csv(folder / f"{name}.csv", rows) for name, rows in tables.items()]
+    made += [picture for section in page.sections for picture in section.pictures]
+    made += [page.write(folder / "report.html")]
+    last = f"Made: {', '.join(map(str, made))}, {of}."
+    sys.stdout.write("\n".join([*page.lines(), "", last]) + "\n")

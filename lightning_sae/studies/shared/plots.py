@@ -1,4 +1,4 @@
-"""Pictures in one style: what curves, bars, scatters and histograms are drawn on."""
+"""Pictures in one style."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ Point = tuple[float, float]
 def panels(
     columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3.8
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with axes in the style of all pictures, row by row."""
+    """A figure and its axes, row by row."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     found = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in found:
@@ -48,11 +48,11 @@ def curves(
 
     Args:
         axes: Where to draw.
-        series: Points by label, in the order in which colours are given out; one without points
+        series: Points by label; colours are assigned in this order, and a series without points
             keeps its colour for other panels.
-        x: Words for the horizontal axis.
-        y: Words for the vertical axis.
-        spread: Half lengths of error bars of each point, in both directions.
+        x: Label of the horizontal axis.
+        y: Label of the vertical axis.
+        spread: Half lengths of the error bars of each point, in both directions.
         logarithmic: Whether the horizontal axis is.
     """
     for place, (label, points) in enumerate(series.items()):
@@ -74,7 +74,7 @@ def curves(
         )
     if logarithmic:
         axes.set_xscale("log")
-        # The default labels its minor ticks, too, where an axis spans a decade or so: they overlap.
+        # By default minor ticks of an axis of about one decade are labelled too, and overlap.
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -83,7 +83,7 @@ def curves(
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a picture; with a legend for all panels beside them, if any curve has a label."""
+    """Write a picture, with one legend beside the panels if their curves have labels."""
     labelled = [axes for axes in figure.axes if axes.get_legend_handles_labels()[0]]
     legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
     if labelled and not any(legends):

@@ -1,127 +1,88 @@
-"""Many runs, several at a time, each in a process with one thread."""
+"""Many training runs, several at a time, each in a process with one thread."""
 
 import multiprocessing
 import os
+import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 Result = TypeVar("Result")
-Work = Callable[[Any, Callable[[int], None]], Result]
-"""Does one run and tells how many activations more it was through with."""
+Report = Callable[[int], None]
+"""Takes the number of activations that were trained on since the last call."""
+Work = Callable[[Any, Report], Result]
+"""Does one run."""
 
-_done: Any = None  # activations done by all processes; each process has its own name for it
-
-
-class ProgressLine:
-    """Says how far all runs are, how fast they go and how long it will take.
-
-    On a terminal it is one line, renewed each second; elsewhere a line each half a minute.
-
-    Args:
-        total: Activations of all runs.
-        n_runs: Number of runs.
-    """
-
-    def __init__(self, total: int, n_runs: int) -> None:
-        self.total, self.n_runs = total, n_runs
-        self.done, self.finished = 0, 0
-        self.began = self.said = time.perf_counter()
-        self.interval = 1.0 if sys.stderr.isatty() else 30.0
-
-    def add(self, samples: int) -> None:
-        """Note that so many more were trained on."""
-        self.at(self.done + samples)
-
-    def at(self, done: int) -> None:
-        """Note how many were trained on, and say so if it is time."""
-        self.done = done
-        if time.perf_counter() - self.said >= self.interval:
-            self.say()
-
-    def say(self) -> None:
-        """Say it."""
-        self.said = time.perf_counter()
-        passed = self.said - self.began
-        left = _clock(max(0.0, passed * (self.total / self.done - 1))) if self.done else "?"
-        text = (
-            f"{self.finished} of {self.n_runs} runs; {self.done / 1e6:,.0f} of "
-            f"{self.total / 1e6:,.0f} million activations; {self.done / passed:,.0f}/s; "
-            f"{_clock(passed)} passed, {left} left"
-        )
-        sys.stderr.write(f"\r\x1b[K{text}" if sys.stderr.isatty() else f"{text}\n")
-        sys.stderr.flush()
-
-    def end(self) -> None:
-        """Leave the line behind."""
-        self.say()
-        if sys.stderr.isatty():
-            sys.stderr.write("\n")
+_done: Any = None  # in a worker process: activations that all workers have trained on
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
+def run_all(work: Work[Result], runs: Sequence[Any], workers: int | None) -> list[Result]:
+    """Do all runs with a progress bar on stderr; the results are in the order of `runs`.
 
-
-def run_all(
-    work: Work[Result], runs: Sequence[Any], line: ProgressLine, workers: int
-) -> list[Result]:
-    """Do all runs; results in their order, whatever the number of processes.
+    If a run fails or the user presses Ctrl-C, all workers end at once. Files that finished runs
+    have written stay.
 
     Args:
-        work: What to do; importable, as processes are started anew.
-        runs: What to do it on, each with a size in `samples`.
-        line: Where it is said how far it is.
-        workers: Processes at one time; 1 for none but this one.
+        work: Does one run; importable, since worker processes import it.
+        runs: Its first arguments, each with its number of activations in `samples`.
+        workers: Processes at one time, 1 for this process alone; None for one for each core.
     """
-    if workers == 1:
-        results = _in_turn(work, runs, line)
-    else:
-        results = _in_processes(work, runs, line, workers)
-    line.end()
-    return results
+    interval = 1.0 if sys.stderr.isatty() else 30.0
+    total = sum(run.samples for run in runs)
+    bar = tqdm(total=total, unit=" activations", unit_scale=True, mininterval=interval)
+    workers = min(workers or cores(), len(runs))
+    with bar:
+        if workers == 1:
+            return _in_turn(work, runs, bar)
+        return _in_processes(work, runs, bar, workers)
 
 
-def _in_turn(work: Work[Result], runs: Sequence[Any], line: ProgressLine) -> list[Result]:
+def _in_turn(work: Work[Result], runs: Sequence[Any], bar: Any) -> list[Result]:
     threads, results = torch.get_num_threads(), []
-    torch.set_num_threads(1)  # faster at this size, and the same sums as in a process of its own
+    torch.set_num_threads(1)  # faster at this size, and the same sums as in a worker process
     try:
         for run in runs:
-            results.append(work(run, line.add))
-            line.finished += 1
+            results.append(work(run, bar.update))
+            bar.set_description(f"{len(results)} of {len(runs)} runs", refresh=False)
     finally:
         torch.set_num_threads(threads)
     return results
 
 
-def _in_processes(
-    work: Work[Result], runs: Sequence[Any], line: ProgressLine, workers: int
-) -> list[Result]:
+def _in_processes(work: Work[Result], runs: Sequence[Any], bar: Any, workers: int) -> list[Result]:
     context = multiprocessing.get_context("spawn")  # forked threads of torch may hang
     done = context.Value("q", 0)
-    pool = ProcessPoolExecutor(min(workers, len(runs)), context, _begin, (done,))
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (done,))
     try:
-        futures: list[Future[Result]] = [pool.submit(_do, work, run) for run in runs]
-        waiting = set(futures)
+        waiting = futures = [pool.submit(_do, work, run) for run in runs]
         while waiting:
-            ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            for future in ended:
-                future.result()  # a run that failed ends them all
-            line.finished += len(ended)
-            line.at(done.value)
+            wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in futures:
+                if future.done():
+                    future.result()  # raises if the run failed
+            waiting = [future for future in futures if not future.done()]
+            finished = len(runs) - len(waiting)
+            bar.set_description(f"{finished} of {len(runs)} runs", refresh=False)
+            bar.update(done.value - bar.n)
         return [future.result() for future in futures]
+    except BaseException:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(done: Any) -> None:
+def _start_worker(done: Any) -> None:
     global _done
     _done = done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the workers
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""What the studies of language models have in common: model, text, budget, folder."""
+"""What studies of language models have in common: model, text, length of training, folder."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Setting:
         seeds: Repetitions, with seeds from 0 on: of first weights and of the order of the text.
         device: `auto`, `cpu` or `cuda`.
         output: A new or empty folder, or that of this study with the same settings, which then
-            goes on.
+            resumes.
 
     Raises:
         ValueError: If a number is out of range.
@@ -78,20 +78,20 @@ class Setting:
 
     def plain(self) -> dict[str, Any]:
         """All but the folder and the device, as plain values."""
-        own = {name: value for name, value in vars(self).items() if name not in UNSETTLED}
+        own = {name: value for name, value in vars(self).items() if name not in MAY_CHANGE}
         return dict(json.loads(json.dumps(own, default=str)))
 
     def open(self, **settings: Any) -> Path:
-        """Take the folder for this study; see `open_folder`.
+        """Make or reopen the study's folder; see `open_folder`.
 
         Args:
             settings: What a study adds to the common settings.
         """
-        _ = self.data().d_in  # raises where sizes do not fit, or the model has no such hook
+        _ = self.data().d_in  # raises if sizes do not fit or the model has no such hook
         return open_folder(self.folder, {**self.plain(), **settings})
 
     def data(self, seed: int = 0, hook_names: Sequence[str] | None = None) -> ActivationDataModule:
-        """The stream of activations at all hooks, or at those named; a hook alone is no list."""
+        """The stream of activations at all hooks or at those named."""
         names = list(hook_names or self.hook_names)
         data = ActivationDataModule(
             names[0] if len(names) == 1 else names,
@@ -109,19 +109,19 @@ class Setting:
             seed=seed,
         )
         if self.device != "cpu" and torch.cuda.is_available():
-            data.language_model.to("cuda")  # where it is read without a trainer, too
+            data.language_model.to("cuda")  # some figures are measured without a trainer
         return data
 
     def held_out(self, hook_names: Sequence[str] | None = None) -> ActivationDataModule:
-        """The data that is evaluated on: the same for all seeds, so that spread is the SAEs'."""
+        """The data for evaluation: the same for all seeds, so that only the SAEs differ."""
         return self.data(0, hook_names)
 
     def share(self, part: float) -> int:
-        """A share of the run, in steps."""
+        """The steps that a share of the run comes to."""
         return int(part * self.steps)
 
     def arguments(self, **own: Any) -> dict[str, Any]:
-        """Arguments of an SAE: those common to all, and its own."""
+        """Arguments of an SAE: those that all share, and its own."""
         common = {
             "d_sae": self.d_sae,
             "lr": self.lr,
@@ -132,5 +132,5 @@ class Setting:
         return {**common, **own}
 
 
-UNSETTLED = ("folder", "device", "seeds")
-"""What may be another when a study goes on."""
+MAY_CHANGE = ("folder", "device", "seeds")
+"""What may differ when a study resumes."""

@@ -1,28 +1,34 @@
-"""Families trained at all weights of their penalties, on one pass of the model for each seed."""
+"""Families of SAEs, trained at all weights of their penalties on one pass for each seed."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import Any, TypeVar
 
-from lightning_sae.studies.shared.evaluation import evaluate
-from lightning_sae.studies.shared.families import Family, require_rates
-from lightning_sae.studies.shared.folder import write_csv, write_json
+from lightning_sae.studies.shared.evaluation import evaluate, scalars
+from lightning_sae.studies.shared.families import Family, choose
 from lightning_sae.studies.shared.frontier import Curve
-from lightning_sae.studies.shared.page import Page, Section, Table, with_spread
+from lightning_sae.studies.shared.page import Page, Section, Table, publish
+from lightning_sae.studies.shared.plots import Point, curves, panels, save
+from lightning_sae.studies.shared.rows import Row, known, select, spread, with_spread
 from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.shared.training import train_together
-from lightning_sae.studies.shared.tuning import Tuned, tune
-
-Row = dict[str, Any]
-"""Figures of one SAE, with its `family`, `coefficient`, `lr` and `seed`."""
+from lightning_sae.studies.shared.tuning import Tuned, require_rates, tune
 
 Answers = dict[str, list[float | None]]
-"""Comparisons of a family with the first one, by seed; None where they have no common range."""
+"""Comparisons of a family with the baseline, by seed; None where they have no common range."""
 
-Point = tuple[float, float]
+Answer = TypeVar("Answer")
+
+BIAS = "relative_reconstruction_bias"
+
+METHOD = (
+    "Each family is swept over the weight of its penalty. All SAEs of a seed see the same batches, "
+    "from one pass of the language model; all figures are of held-out text. Learning rates are "
+    "each family's own, chosen on a seed of its own by the family's objective on held-out text."
+)
 
 
 @dataclass(frozen=True)
@@ -30,43 +36,72 @@ class Swept:
     """All SAEs of a study.
 
     Attributes:
-        families: What was trained; the first is what others are compared with.
+        families: What was trained; the first is the baseline.
         seeds: Repetitions.
         tuned: How learning rates were chosen.
-        rows: Figures of all SAEs that did not diverge.
+        rows: Figures of each SAE that did not diverge, with its `family`, `coefficient`, `lr` and
+            `seed`.
+        folder: The study's.
+        settings: The study's, as plain values.
     """
 
     families: Sequence[Family]
     seeds: int
     tuned: Tuned
     rows: Sequence[Row]
+    folder: Path = Path()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def labels(self) -> dict[str, str]:
-        """By name."""
+        """Labels of the families by name."""
         return {family.name: family.label for family in self.families}
 
     @property
     def diverged(self) -> list[str]:
         """SAEs that are missing."""
-        there = {(row["family"], row["coefficient"], row["seed"]) for row in self.rows}
         return [
             f"{family.label} at {coefficient:g} with seed {seed}"
             for seed in range(self.seeds)
             for family in self.families
             for coefficient in family.coefficients
-            if (family.name, coefficient, seed) not in there
+            if not select(self.at(family, coefficient), seed=seed)
         ]
+
+    def at(self, family: Family, coefficient: float) -> list[Row]:
+        """The rows of one family and coefficient."""
+        return select(self.rows, family=family.name, coefficient=coefficient)
 
     def curve(self, family: Family, seed: int, figure: str) -> Curve | None:
         """A family's figure against L0 in one repetition."""
-        own = [row for row in self.rows if (row["family"], row["seed"]) == (family.name, seed)]
+        own = select(self.rows, family=family.name, seed=seed)
         return Curve.of([(row["l0"], row[figure]) for row in own])
 
-    def values(self, family: Family, coefficient: float, figure: str) -> list[float]:
-        """A figure of one family at one coefficient, by seed."""
-        key = (family.name, coefficient)
-        return [row[figure] for row in self.rows if (row["family"], row["coefficient"]) == key]
+    def compare(
+        self, family: Family, figure: str, question: Callable[[Curve, Curve], Answer | None]
+    ) -> list[Answer | None]:
+        """What `question` gives for the curves of a family and the baseline, by seed."""
+        answers = []
+        for seed in range(self.seeds):
+            own, baseline = (self.curve(each, seed, figure) for each in (family, self.families[0]))
+            answers.append(None if own is None or baseline is None else question(own, baseline))
+        return answers
+
+    def draw(self, path: Path, figures: Mapping[str, str], dotted: Mapping[str, float]) -> Path:
+        """Draw figures against L0, means over seeds with their spread.
+
+        Args:
+            path: The picture.
+            figures: Figures with the labels of their axes, three in a row.
+            dotted: Where a figure has a dotted line.
+        """
+        picture, axes = panels(3, len(figures) // 3)
+        for panel, (name, label) in zip(axes, figures.items(), strict=True):
+            means, spreads = self.points(name)
+            curves(panel, means, x="L0 (active latents)", y=label, spread=spreads, logarithmic=True)
+            if name in dotted:
+                panel.axhline(dotted[name], color="#5b6673", linewidth=0.8, linestyle=":")
+        return save(picture, path)
 
     def points(self, figure: str) -> tuple[dict[str, list[Point]], dict[str, list[Point]]]:
         """Means over seeds of L0 and a figure by label and coefficient, and their spreads."""
@@ -74,16 +109,16 @@ class Swept:
         spreads: dict[str, list[Point]] = {}
         for family in self.families:
             both = [
-                (self.values(family, coefficient, "l0"), self.values(family, coefficient, figure))
-                for coefficient in family.coefficients
+                (known(rows, "l0"), known(rows, figure))
+                for rows in (self.at(family, coefficient) for coefficient in family.coefficients)
+                if any(row["l0"] > 0 for row in rows)
             ]
-            known = [pair for pair in both if pair[0] and mean(pair[0]) > 0]
-            means[family.label] = [(mean(l0), mean(values)) for l0, values in known]
-            spreads[family.label] = [(_spread(l0), _spread(values)) for l0, values in known]
+            means[family.label] = [(mean(l0), mean(values)) for l0, values in both]
+            spreads[family.label] = [(spread(l0), spread(values)) for l0, values in both]
         return means, spreads
 
-    def table(self, figures: Mapping[str, tuple[str, str]]) -> Table:
-        """All families and coefficients.
+    def section(self, figures: Mapping[str, tuple[str, str]]) -> Section:
+        """The table of all families and coefficients.
 
         Args:
             figures: Heading and format of each figure.
@@ -93,9 +128,7 @@ class Swept:
                 family.label,
                 f"{coefficient:g}",
                 *(
-                    with_spread(values, form)
-                    if (values := self.values(family, coefficient, figure))
-                    else "diverged"
+                    with_spread(known(self.at(family, coefficient), figure), form, "diverged")
                     for figure, (_, form) in figures.items()
                 ),
             ]
@@ -103,75 +136,82 @@ class Swept:
             for coefficient in family.coefficients
         ]
         headings = ["", "coefficient", *(heading for heading, _ in figures.values())]
-        return Table(headings, rows, f"Mean ± standard deviation over {self.seeds} seeds.")
-
-    def section(self, title: str, figures: Mapping[str, tuple[str, str]]) -> Section:
-        """A section on all SAEs, with a word on those that are missing."""
+        note = f"Mean ± standard deviation over {self.seeds} seeds."
         text = [f"Training diverged: {'; '.join(self.diverged)}."] if self.diverged else []
-        return Section(title, text, [self.table(figures)])
+        return Section("All SAEs", text, [Table(headings, rows, note)])
 
-    def present(
-        self,
-        setting: Setting,
-        settings: dict[str, Any],
-        answers: dict[str, Answers],
-        draw: Callable[["Swept", Path], Path],
-        report: Callable[["Swept", dict[str, Answers], Path, dict[str, Any]], Page],
-        name: str,
-    ) -> None:
-        """Write figures, picture and page, print what was found, and say what was made.
-
-        Args:
-            setting: The study's.
-            settings: What the study adds to it.
-            answers: Comparisons by family.
-            draw: Draws the picture into a file.
-            report: Makes the page.
-            name: Of the picture, less `.png`.
-        """
-        shown = {**setting.plain(), **settings, "seeds": setting.seeds}
-        made = self._write(setting.folder, shown, answers)
-        picture = draw(self, setting.folder / f"{name}.png")
-        page = report(self, answers, picture, shown)
-        made += [picture, page.write(setting.folder / "report.html")]
-        last = f"Made: {', '.join(map(str, made))}, from {len(self.rows)} SAEs."
-        sys.stdout.write("\n".join([*page.lines(), "", last]) + "\n")
-
-    def _write(
-        self, folder: Path, settings: dict[str, Any], answers: dict[str, Answers]
-    ) -> list[Path]:
-        """Figures of all SAEs as `results.json` and `results.csv`."""
-        content = {
-            "settings": settings,
+    def publish(self, answers: Mapping[str, Answers], page: Page) -> None:
+        """Write results and page, and print what was found."""
+        results = {
+            "settings": self.settings,
             "tuning": self.tuned.plain(),
             "answers": answers,
             "diverged": self.diverged,
-            "saes": list(self.rows),
+            "saes": self.rows,
         }
-        json = write_json(folder / "results.json", content)
-        return [json, write_csv(folder / "results.csv", self.rows)]
+        of = f"from {len(self.rows)} SAEs"
+        publish(page, self.folder, results, {"results": self.rows}, of)
 
 
-def _spread(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
-
-
-def train_all(
-    setting: Setting, families: Sequence[Family], learning_rates: Sequence[float], tuning_steps: int
+def train_families(
+    families: Sequence[Family],
+    names: str,
+    argument: str,
+    output: str,
+    coefficients: dict[str, list[float]] | None = None,
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2),
+    tuning_steps: int = 300,
+    d_sae: int = 512,
+    steps: int = 800,
+    batch_size: int = 1024,
+    held_out_tokens: int = 32768,
+    hook_name: str = "blocks.1.hook_resid_post",
+    **common: Any,
 ) -> Swept:
-    """Tune, then train and evaluate all families with all seeds; done parts are read.
+    """Choose learning rates, then train and evaluate families with all seeds.
+
+    Everything is kept in the study's folder; what is there is read and not done again.
 
     Args:
-        setting: The study's; its folder keeps what was done.
-        families: What is trained.
-        learning_rates: To choose from, for each family.
-        tuning_steps: Optimiser steps of the runs for that.
+        families: All that the study knows; the first is the baseline.
+        names: Names of those to train, with commas between them.
+        argument: What the user calls `names`, for errors.
+        output: The study's folder.
+        coefficients: Weights of the penalty by family.
+        learning_rates: One is chosen for each family.
+        tuning_steps: Optimiser steps of the runs for that choice.
+        d_sae: Latents of each SAE.
+        steps: Optimiser steps of each SAE.
+        batch_size: Activations in a step.
+        held_out_tokens: Held-out tokens that every SAE is evaluated on.
+        hook_name: TransformerLens name of the hook.
+        common: As for every study of a language model; see `Setting`.
+
+    Raises:
+        ValueError: If an argument is out of range or `output` has something else in it.
     """
-    tuned = tune(setting, families, learning_rates, tuning_steps)
-    rows = [
-        row for seed in range(setting.seeds) for row in sweep(setting, families, tuned.chosen, seed)
-    ]
-    return Swept(families, setting.seeds, tuned, rows)
+    chosen = choose(families, names, coefficients, argument)
+    require_rates(learning_rates, tuning_steps)
+    setting = Setting(
+        output,
+        hook_name,
+        d_sae=d_sae,
+        steps=steps,
+        batch_size=batch_size,
+        held_out_tokens=held_out_tokens,
+        lr=min(learning_rates),
+        **common,
+    )
+    settings = {
+        "coefficients": {family.name: list(family.coefficients) for family in chosen},
+        "lr": [*learning_rates],  # in place of the one of `Setting`
+        "tuning_steps": tuning_steps,
+    }
+    folder = setting.open(**settings)
+    tuned = tune(setting, chosen, learning_rates, tuning_steps)
+    rows = [row for s in range(setting.seeds) for row in sweep(setting, chosen, tuned.chosen, s)]
+    shown = {**setting.plain(), **settings, "seeds": setting.seeds}
+    return Swept(chosen, setting.seeds, tuned, rows, folder, shown)
 
 
 def sweep(
@@ -201,26 +241,23 @@ def sweep(
             "coefficient": coefficient,
             "lr": learning_rates[family.name],
             "seed": seed,
-            **{key: value for key, value in figures[name].items() if key != "frequency"},
+            **scalars(figures[name]),
         }
         for name, (family, coefficient) in names.items()
         if name in figures
     ]
 
 
-def settings_of(
-    families: Sequence[Family], learning_rates: Sequence[float], tuning_steps: int
-) -> dict[str, Any]:
-    """What a sweep adds to the common settings; learning rates in the place of the one."""
-    require_rates(learning_rates, tuning_steps)
-    coefficients = {family.name: list(family.coefficients) for family in families}
-    return {"coefficients": coefficients, "lr": [*learning_rates], "tuning_steps": tuning_steps}
-
-
 def over_seeds(values: Sequence[float | None], form: str = ".2f") -> str:
-    """Mean and spread of a comparison, where it could be made."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "no common range"
-    text = with_spread(known, form)
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} seeds)"
+    """Mean and spread of a comparison over the seeds in which it could be made."""
+    found = [value for value in values if value is not None]
+    text = with_spread(found, form, "no common range")
+    partly = 0 < len(found) < len(values)
+    return f"{text} ({len(found)} of {len(values)} seeds)" if partly else text
+
+
+def in_every_repetition(ratios: Sequence[float]) -> str:
+    """Whether ratios of L0 are less or more than 1 in all seeds."""
+    if max(ratios) < 1 or min(ratios) > 1:
+        return f"{'less' if max(ratios) < 1 else 'more'} in every repetition"
+    return "less or more by repetition"

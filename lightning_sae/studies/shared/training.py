@@ -1,4 +1,4 @@
-"""SAEs of a study, trained on one pass of the language model, or read where they were trained."""
+"""SAEs of a study, trained together on one pass of the language model."""
 
 import shutil
 import sys
@@ -33,10 +33,10 @@ def train_together(
     data: ActivationDataModule | None = None,
     watching: Sequence[Callback] = (),
 ) -> dict[str, SparseAutoencoder]:
-    """Train SAEs side by side, each as if alone; go on where an earlier attempt stopped.
+    """Train SAEs side by side, each as if alone; resume where an earlier run stopped.
 
-    Members are exported to `<folder>/saes/<name>` when all are done, and read from there if that
-    has happened before. Curves for TensorBoard are in `<folder>/tensorboard`.
+    When all are trained they are exported to `<folder>/saes/<name>`; SAEs that were exported before
+    are only read. Curves for TensorBoard are in `<folder>/tensorboard`.
 
     Args:
         setting: The study's setting.
@@ -48,7 +48,8 @@ def train_together(
         watching: Callbacks that see the whole run.
 
     Returns:
-        The SAEs by name, on raw activations; those whose loss did not stay finite are left out.
+        The SAEs by name, which act on raw activations; those whose loss did not stay finite are
+        left out.
     """
     done, saes = folder / "trained.json", folder / "saes"
     if not done.is_file():
@@ -60,7 +61,7 @@ def train_together(
         _export(model, saes)
         names = [member.name for member in model.active]
         write_json(done, {"trained": names, "stopped": model.stopped})
-        shutil.rmtree(folder / "checkpoints")  # to go on from, which is over
+        shutil.rmtree(folder / "checkpoints")  # needed only to resume
     return {path.name: load(path) for path in sorted(saes.iterdir())}
 
 
@@ -86,13 +87,13 @@ def _fit(
     )
     try:
         trainer.fit(model, datamodule=data, ckpt_path=last if last.is_file() else None)
-    except SystemExit:  # so Lightning ends on Ctrl-C, its checkpoint written
-        sys.stderr.write("\nStopped. The same command again goes on from here.\n")
+    except SystemExit:  # Lightning raises it on Ctrl-C, after the checkpoint is written
+        sys.stderr.write("\nStopped. Run the same command again to resume.\n")
         raise
 
 
 def _export(model: SideBySide, folder: Path) -> None:
-    """All SAEs or none, whenever this is interrupted."""
+    """Export all SAEs, or none if this is interrupted."""
     part = folder.with_suffix(".part")
     for left_over in (part, folder):
         shutil.rmtree(left_over, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Learning rates, each family's own: tried in short runs, chosen by the held-out objective."""
+"""Learning rates, chosen for each family in short runs by the held-out objective."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.checks import require_positive
 from lightning_sae.data.datamodule import HeldOutBatches
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.studies.shared.families import Family
@@ -21,12 +22,12 @@ from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.shared.training import train_together
 
 SEED = 1_000_003
-"""Of tuning: no seed of the sweeps."""
+"""Of the short runs; no sweep has it."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came out at each learning rate.
+    """The objective at each learning rate.
 
     Attributes:
         objective: Held-out objective by family and learning rate, None where training diverged.
@@ -86,6 +87,16 @@ def _best(name: str, tried: Mapping[float, float | None]) -> float:
     return min(known)[1]
 
 
+def require_rates(learning_rates: Sequence[float], tuning_steps: int) -> None:
+    """Raise a ValueError if there is nothing to tune with."""
+    require_positive(tuning_steps=tuning_steps)
+    if len({*learning_rates}) < max(1, len(learning_rates)) or min(learning_rates) <= 0:
+        raise ValueError(
+            "Expected argument `learning_rates` to be different positive numbers but got "
+            f"{list(learning_rates)}."
+        )
+
+
 def tune(
     setting: Setting,
     families: Sequence[Family],
@@ -94,41 +105,42 @@ def tune(
 ) -> Tuned:
     """Try all learning rates for each family, at the middle one of its coefficients.
 
-    Runs are shorter than those of the study, with shares of warm-up and decay as there, on a seed
-    of their own. The criterion is the family's own objective on held-out text, which can be
-    compared between learning rates, though not between coefficients or families.
+    The runs are shorter than those of the study, with the same shares of warm-up and decay, and
+    have a seed of their own. The criterion is the family's own objective on held-out text: it can
+    be compared between learning rates, but not between coefficients or families.
 
     Args:
-        setting: The study's; its folder keeps what was done.
+        setting: The study's; results are kept in its folder.
         families: What is tuned.
         learning_rates: The grid.
-        steps: Optimiser steps of each.
+        steps: Optimiser steps of each run.
     """
     folder = setting.folder / "tuning"
+    path = folder / "objective.json"
     middle = {family.name: family.middle for family in families}
-    kept = folder / "objective.json"
     names = {f"{family.name}-lr={lr}": (family, lr) for family in families for lr in learning_rates}
-    if not kept.is_file():
-        shorter = copy(setting)
-        shorter.steps = steps
+    shorter = copy(setting)
+    shorter.steps = steps
+    if not path.is_file():
         members = [
             family.member(shorter, name, middle[family.name], lr)
             for name, (family, lr) in names.items()
         ]
-        watching = HeldOutObjective(setting.held_out_tokens, kept)
+        watching = HeldOutObjective(setting.held_out_tokens, path)
         train_together(shorter, folder, members, seed=SEED, watching=[watching])
-    found = json.loads(kept.read_text())
-    objective: dict[str, dict[float, float | None]] = {family.name: {} for family in families}
-    for name, (family, lr) in names.items():
-        objective[family.name][lr] = found.get(name)
+    found = json.loads(path.read_text())
+    objective = {
+        family.name: {lr: found.get(f"{family.name}-lr={lr}") for lr in learning_rates}
+        for family in families
+    }
     return Tuned(objective, middle)
 
 
 class HeldOutObjective(Callback):
-    """Writes the objective of each SAE that is trained side by side, when training ends.
+    """Writes the held-out objective of each SAE that is trained side by side, at the end.
 
-    It is the mean over held-out activations, in the space of training: scaled, as the
-    coefficients of the penalties are meant.
+    It is the mean over held-out activations in the space of training, in which the coefficients of
+    penalties are given.
 
     Args:
         n_tokens: Held-out tokens to read.

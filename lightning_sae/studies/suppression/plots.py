@@ -4,38 +4,32 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_sae.studies.shared.plots import COLORS, MARKERS, panels, save
+from lightning_sae.studies.shared.rows import Row, distinct, known, select, spread
 from lightning_sae.studies.suppression.train import METHODS, ORIGINAL
-
-Row = dict[str, Any]
 
 
 def words(method: str) -> str:
-    """A method's name for a reader."""
+    """A method's name in tables and pictures."""
     return method.replace("_", " ")
 
 
 def short(hooks: Sequence[str]) -> dict[str, str]:
-    """Hooks by layer, where that tells them apart."""
+    """Short names of hooks: their layers, where these differ."""
     layers = {hook: re.search(r"blocks\.(\d+)\.(.*)", hook) for hook in hooks}
     if all(layers.values()) and len({found[2] for found in layers.values() if found}) == 1:
         return {hook: f"layer {found[1]}" for hook, found in layers.items() if found}
     return {hook: hook for hook in hooks}
 
 
-def hooks_of(rows: Sequence[Row]) -> list[str]:
-    """Hooks in the order in which they come."""
-    return list(dict.fromkeys(row["hook"] for row in rows))
-
-
 def draw_bars(rows: Sequence[Row], path: Path) -> Path:
-    """What the document shows in its figures A1 to A3 and 2."""
+    """L2 ratio, L0 and what fine-tuning recovers, as in the document's figures A1 to A3 and 2."""
     figure, axes = panels(2, 2, width=6.2, height=3.4)
     shown = (
         ("l2_ratio", "L2 ratio", (ORIGINAL, *METHODS), 1.0),
@@ -54,17 +48,14 @@ def draw_bars(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _bars(axes: Axes, rows: Sequence[Row], name: str, methods: Sequence[str]) -> None:
-    hooks, width = hooks_of(rows), 0.84 / len(methods)
+    hooks, width = distinct(rows, "hook"), 0.84 / len(methods)
     for place, method in enumerate(methods):
-        found = [
-            [row[name] for row in rows if (row["hook"], row["method"]) == (hook, method)]
-            for hook in hooks
-        ]
+        found = [known(select(rows, hook=hook, method=method), name) for hook in hooks]
         axes.bar(
             [i + (place - (len(methods) - 1) / 2) * width for i in range(len(hooks))],
             [mean(values) for values in found],
             width,
-            yerr=[stdev(values) if len(values) > 1 else 0.0 for values in found],
+            yerr=[spread(values) for values in found],
             error_kw={"elinewidth": 0.8},
             color=COLORS[(ORIGINAL, *METHODS).index(method)],
             label=words(method),
@@ -75,18 +66,15 @@ def _bars(axes: Axes, rows: Sequence[Row], name: str, methods: Sequence[str]) ->
 
 
 def draw_frequencies(rows: Sequence[Row], path: Path) -> Path:
-    """Sorted frequencies at each hook, for each seed; dead latents apart."""
-    hooks = hooks_of(rows)
+    """Sorted frequencies at each hook and seed; dead latents are left of a dotted line."""
+    hooks = distinct(rows, "hook")
     figure, axes = panels(len(hooks), width=4.0, height=3.4)
     for each, hook in zip(axes, hooks, strict=True):
-        own = [row for row in rows if row["hook"] == hook]
-        for seed in sorted({row["seed"] for row in own}):
-            found = sorted(
-                (row["frequency"], row["alive"])
-                for row in own
-                if row["seed"] == seed and row["frequency"] > 0
-            )
-            silent = sum(row["seed"] == seed for row in own) - len(found)
+        own = select(rows, hook=hook)
+        for seed in distinct(own, "seed"):
+            of_seed = select(own, seed=seed)
+            found = sorted((r["frequency"], r["alive"]) for r in of_seed if r["frequency"] > 0)
+            silent = len(of_seed) - len(found)
             places = range(silent, silent + len(found))
             logs = [math.log10(frequency) for frequency, _ in found]
             colour = COLORS[seed % len(COLORS)]
@@ -102,8 +90,8 @@ def draw_frequencies(rows: Sequence[Row], path: Path) -> Path:
 
 
 def draw_latents(rows: Sequence[Row], path: Path) -> Path:
-    """Living latents of one seed, by frequency and strength: scaling, what was added, cosine."""
-    hooks = hooks_of(rows)
+    """Scaling, addition and cosine of living latents of one seed, by frequency and strength."""
+    hooks = distinct(rows, "hook")
     figure, axes = panels(len(hooks), 3, width=4.4, height=3.3)
     shown = (
         ("scaling", "learned scaling", None),
@@ -112,8 +100,7 @@ def draw_latents(rows: Sequence[Row], path: Path) -> Path:
     )
     for line, (name, label, least) in enumerate(shown):
         for column, hook in enumerate(hooks):
-            own = [row for row in rows if row["hook"] == hook and row["alive"]]
-            own = [row for row in own if row["seed"] == 0]
+            own = select(rows, hook=hook, alive=True, seed=0)
             each = axes[line * len(hooks) + column]
             _scatter(figure, each, own, name, label, least)
             if line == 0:
@@ -127,7 +114,7 @@ def _scatter(
     values = sorted(row[name] for row in rows)
     if not values:
         return
-    # Colours for all but the outermost latents, which would leave the rest in one.
+    # The colour range leaves out the outermost latents, beside which all others would look alike.
     low, high = values[len(values) // 50], values[-1 - len(values) // 50]
     dots = axes.scatter(
         [math.log10(row["frequency"]) for row in rows],
@@ -146,11 +133,11 @@ def _scatter(
 
 
 def draw_theory(rows: Sequence[Row], path: Path) -> Path:
-    """Strength of toy features as learnt, against their own, and by how much it is less."""
-    coefficients = sorted({row["l1_coefficient"] for row in rows})
+    """Learnt strength of toy features against their own, and the difference."""
+    coefficients = sorted(distinct(rows, "l1_coefficient"))
     figure, axes = panels(2, width=5.0, height=3.8)
     for place, coefficient in enumerate(coefficients):
-        own = [row for row in rows if row["l1_coefficient"] == coefficient]
+        own = select(rows, l1_coefficient=coefficient)
         style: dict[str, Any] = {
             "color": COLORS[place % len(COLORS)],
             "marker": MARKERS[place % len(MARKERS)],
@@ -175,7 +162,7 @@ def draw_theory(rows: Sequence[Row], path: Path) -> Path:
     axes[0].set_xlabel("strength of the feature", fontsize=9)
     axes[0].set_ylabel("strength at which it is rebuilt", fontsize=9)
     axes[1].set_xscale("log")
-    frequencies = sorted({row["frequency"] for row in rows})
+    frequencies = sorted(distinct(rows, "frequency"))
     axes[1].set_xticks(frequencies, [f"{frequency:.2g}" for frequency in frequencies])
     axes[1].minorticks_off()
     axes[1].set_ylim(bottom=0)

@@ -1,35 +1,28 @@
-"""What the study of suppression reports: tables, comparison with the document, page and files."""
+"""Tables and page of the study of suppression."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sae.studies.shared.folder import SETTINGS, write_csv, write_json
-from lightning_sae.studies.shared.page import Page, Section, Table, with_spread
-from lightning_sae.studies.suppression.latents import LEAST_GAP, RARE, associations
-from lightning_sae.studies.suppression.plots import (
-    draw_bars,
-    draw_frequencies,
-    draw_latents,
-    draw_theory,
-    hooks_of,
-    short,
-    words,
-)
-from lightning_sae.studies.suppression.train import (
-    ENCODER_IS_FROZEN,
-    METHODS,
-    ORIGINAL,
-)
-from lightning_sae.studies.suppression.verdict import (
+from lightning_sae.studies.shared.page import Page, Section, Table
+from lightning_sae.studies.shared.rows import Row, distinct, known, select, with_spread
+from lightning_sae.studies.suppression.comparison import (
     comparison,
     killed,
     of_method,
     theory_text,
 )
+from lightning_sae.studies.suppression.measure import LEAST_GAP, RARE, associations
+from lightning_sae.studies.suppression.plots import (
+    draw_bars,
+    draw_frequencies,
+    draw_latents,
+    draw_theory,
+    short,
+    words,
+)
+from lightning_sae.studies.suppression.train import ENCODER_IS_FROZEN, METHODS, ORIGINAL
 
-Row = dict[str, Any]
 Results = Sequence[Mapping[str, list[Row]]]
 
 SOURCE = (
@@ -52,44 +45,51 @@ PICTURES = {
 }
 
 
-def report(folder: Path, results: Results) -> tuple[Page, list[Path]]:
-    """Write everything the study makes into its folder.
+def report(
+    folder: Path, settings: Mapping[str, Any], results: Results
+) -> tuple[Page, dict[str, Any], dict[str, list[Row]]]:
+    """The page, the content of `results.json`, and the rows of the tables.
 
-    Returns:
-        The page, and the files.
+    Args:
+        folder: The study's, for pictures.
+        settings: The study's.
+        results: Of each seed.
     """
     methods = [row for each in results for row in each["methods"]]
     latents = [row for each in results for row in each["latents"]]
     toy = [row for each in results for row in each["toy"]]
-    settings = json.loads((folder / SETTINGS).read_text()) | {"seeds": len(results)}
+    shown = {**settings, "seeds": len(results)}
     found = correlations(latents)
     compared = comparison(methods, found, toy)
-    everything = {"settings": settings, "methods": methods, "correlations": found, "toy": toy}
-    everything["comparison"] = [list(row) for row in compared]
     pictures = [
         draw_bars(methods, folder / "bars.png"),
         draw_frequencies(latents, folder / "frequencies.png"),
         draw_latents(latents, folder / "latents.png"),
         draw_theory(toy, folder / "theory.png"),
     ]
+    bars, frequencies, scatters, theory = ({path: PICTURES[path.name]} for path in pictures)
     page = Page(
         "Feature suppression",
         QUESTION,
         _method(settings),
-        settings,
-        _sections(methods, found, toy, {path: PICTURES[path.name] for path in pictures}),
+        shown,
+        [
+            Section("Methods", [_frozen(methods)], [_table(methods)], bars),
+            Section("Averages over hooks", (), [_averages(methods)]),
+            Section(
+                "Which latents are suppressed",
+                (),
+                [_correlation_table(found)],
+                frequencies | scatters,
+            ),
+            Section("Known features", [theory_text(toy)], [_toy_table(toy)], theory),
+        ],
         compared,
         SOURCE,
     )
-    made = [
-        write_json(folder / "results.json", everything),
-        write_csv(folder / "methods.csv", methods),
-        write_csv(folder / "latents.csv", latents),
-        write_csv(folder / "toy.csv", toy),
-        *pictures,
-        page.write(folder / "report.html"),
-    ]
-    return page, made
+    content = {"settings": shown, "methods": methods, "correlations": found, "toy": toy}
+    tables = {"methods": methods, "latents": latents, "toy": toy}
+    return page, {**content, "comparison": [list(row) for row in compared]}, tables
 
 
 def correlations(latents: Sequence[Row]) -> list[Row]:
@@ -98,10 +98,10 @@ def correlations(latents: Sequence[Row]) -> list[Row]:
         {
             "seed": seed,
             "hook": hook,
-            **associations([r for r in latents if (r["seed"], r["hook"]) == (seed, hook)]),
+            **associations(select(latents, seed=seed, hook=hook)),
         }
-        for seed in sorted({row["seed"] for row in latents})
-        for hook in hooks_of(latents)
+        for seed in sorted(distinct(latents, "seed"))
+        for hook in distinct(latents, "hook")
     ]
 
 
@@ -130,35 +130,13 @@ def _method(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _sections(
-    methods: Sequence[Row],
-    found: Sequence[Row],
-    toy: Sequence[Row],
-    pictures: Mapping[Path, str],
-) -> list[Section]:
-    by_name = {path.name: {path: text} for path, text in pictures.items()}
-    return [
-        Section("Methods", _frozen(methods), [_table(methods)], by_name["bars.png"]),
-        Section("Averages over hooks", (), [_averages(methods)]),
-        Section(
-            "Which latents are suppressed",
-            (),
-            [_correlation_table(found)],
-            by_name["frequencies.png"] | by_name["latents.png"],
-        ),
-        Section(
-            "Features that are known", [theory_text(toy)], [_toy_table(toy)], by_name["theory.png"]
-        ),
-    ]
-
-
-def _frozen(methods: Sequence[Row]) -> list[str]:
+def _frozen(methods: Sequence[Row]) -> str:
     own = [row for row in methods if row["method"] in ENCODER_IS_FROZEN]
     differing = sum(row["differing"] for row in own)
-    return [
+    return (
         f"With the encoder frozen ({', '.join(map(words, ENCODER_IS_FROZEN))}) the set of latents "
         f"that fire differs from the original's on {differing:,} held-out tokens, over all copies."
-    ]
+    )
 
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -174,16 +152,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def _table(methods: Sequence[Row]) -> Table:
-    labels = short(hooks_of(methods))
     rows = []
-    for hook in labels:
-        own = [row for row in methods if row["hook"] == hook]
+    for hook, label in short(distinct(methods, "hook")).items():
         for method in (ORIGINAL, *METHODS):
-            of = [row for row in own if row["method"] == method]
-            cells = [
-                with_spread([r[name] for r in of], form) for name, (_, form) in COLUMNS.items()
-            ]
-            rows.append([f"{labels[hook]}, {words(method)}", *cells])
+            own = select(methods, hook=hook, method=method)
+            cells = [with_spread(known(own, name), form) for name, (_, form) in COLUMNS.items()]
+            rows.append([f"{label}, {words(method)}", *cells])
     clean, ce = methods[0]["perplexity_clean"], methods[0]["ce_clean"]
     note = (
         f"The model's own perplexity is {clean:.2f}, its cross-entropy {ce:.3f} nats per token. "
@@ -204,7 +178,7 @@ def _averages(methods: Sequence[Row]) -> Table:
 
 
 def _correlation_table(found: Sequence[Row]) -> Table:
-    labels = short(list(dict.fromkeys(row["hook"] for row in found)))
+    labels = short(distinct(found, "hook"))
     rows = []
     for effect, label in (("scaling", "scaling"), ("added", "added activation")):
         for cause in ("log_strength", "log_frequency"):
@@ -222,15 +196,14 @@ def _correlation_table(found: Sequence[Row]) -> Table:
 
 
 def _spread(found: Sequence[Row], hook: str, name: str, form: str = "+.3f") -> str:
-    values = [row[name] for row in found if row["hook"] == hook and row[name] is not None]
-    return with_spread(values, form) if values else "-"
+    return with_spread(known(select(found, hook=hook), name), form, "-")
 
 
 def _toy_table(toy: Sequence[Row]) -> Table:
-    frequencies = sorted({row["frequency"] for row in toy})
+    frequencies = sorted(distinct(toy, "frequency"))
     rows = []
-    for coefficient in sorted({row["l1_coefficient"] for row in toy}):
-        own = [row for row in toy if row["l1_coefficient"] == coefficient]
+    for coefficient in sorted(distinct(toy, "l1_coefficient")):
+        own = select(toy, l1_coefficient=coefficient)
         worst = max(abs(row["learnt"] - row["predicted"]) for row in own)
         n, of = killed(own)
         rows.append(
@@ -254,5 +227,5 @@ def _toy_table(toy: Sequence[Row]) -> Table:
 
 
 def _shrinkage(toy: Sequence[Row], frequency: float) -> str:
-    alive = [row for row in toy if row["predicted"] > 0 and row["frequency"] == frequency]
+    alive = [row for row in select(toy, frequency=frequency) if row["predicted"] > 0]
     return with_spread([row["strength"] - row["learnt"] for row in alive])

@@ -1,32 +1,28 @@
-r"""How much an L1 penalty shrinks a feature: what theory says, and what an SAE learns.
+r"""How much an L1 penalty shrinks a feature: by theory, and in SAEs trained on toy features.
 
 A binary feature of strength g, orthogonal to all others, with its own latent: an activation a
-costs :math:`p\,[(g - a)^2 + \lambda a]`, least at :math:`a = g - \lambda / 2`, or at 0 where that
-is negative. The frequency p is a factor of both terms and drops out.
+costs :math:`p\,[(g - a)^2 + \lambda a]`, which is least at :math:`a = g - \lambda / 2`, or at 0 if
+that is negative. The frequency p is a factor of both terms and drops out.
 """
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from lightning_sae.architectures import ReLUSAE
 from lightning_sae.callbacks import DecoderNormProjection
 from lightning_sae.data import ToyDataModule
-from lightning_sae.studies.shared.folder import write_json
-from lightning_sae.studies.shared.toy_training import quiet
+from lightning_sae.studies.shared.folder import computed_once
+from lightning_sae.studies.shared.rows import Row
+from lightning_sae.studies.shared.toy_training import train_on_toy
 
 STRENGTHS = (0.2, 0.4, 0.75, 1.25, 2.0, 3.0)
 FREQUENCIES = (0.02, 0.05, 0.1, 0.2)
 COEFFICIENTS = (0.5, 1.0, 2.0)
 BATCH_SIZE = 1024
 NOISE = 0.05
-"""Standard deviation of each entry by which first directions differ from the features."""
-
-Row = dict[str, Any]
+"""Standard deviation of the noise on each entry of the initial directions."""
 
 
 def shrunk(strength: float, l1_coefficient: float) -> float:
@@ -52,18 +48,20 @@ def world(seed: int) -> ToyDataModule:
     )
 
 
-def shrunk_features(seed: int, steps: int, kept: Path) -> list[Row]:
-    """Features of the world as SAEs of several coefficients learn them; read if done before.
+def shrunk_features(seed: int, steps: int, path: Path) -> list[Row]:
+    """Features of the world as SAEs of several coefficients learn them; computed once.
 
     Returns:
-        A row for each coefficient and feature: `strength`, `frequency`, `predicted`, `learnt`,
-        the strength at which the SAE rebuilds the feature on its own.
+        A row for each coefficient and feature: `strength`, `frequency`, `predicted`, and `learnt`,
+        the strength at which the SAE reconstructs the feature alone.
     """
-    if not kept.is_file():
+
+    def rows() -> list[Row]:
         sys.stderr.write(f"toy features: {len(COEFFICIENTS)} SAEs of {steps:,} steps\n")
-        rows = [row for each in COEFFICIENTS for row in _learnt(seed, steps, each)]
-        write_json(kept, [{"seed": seed, **row} for row in rows])
-    return list(json.loads(kept.read_text()))
+        found = [row for each in COEFFICIENTS for row in _learnt(seed, steps, each)]
+        return [{"seed": seed, **row} for row in found]
+
+    return list(computed_once(path, rows))
 
 
 def _learnt(seed: int, steps: int, l1_coefficient: float) -> list[Row]:
@@ -86,14 +84,14 @@ def _learnt(seed: int, steps: int, l1_coefficient: float) -> list[Row]:
 
 
 def _trained(toy: ToyDataModule, seed: int, steps: int, l1_coefficient: float) -> ReLUSAE:
-    """An SAE with a latent for each feature, which starts near it, and no decoder bias."""
+    """An SAE without a decoder bias, with a latent for each feature that starts near it."""
     sae = ReLUSAE(
         toy.d_in,
         toy.n_features,
         l1_coefficient,
         lr=3e-3,
         lr_decay_steps=steps // 2,
-        clip_grad_norm=None,  # which would weigh batches by how many features happen to fire
+        clip_grad_norm=None,  # clipping would weight batches by how many features fire
         b_dec_init="zero",
         apply_b_dec_to_input=False,
     )
@@ -102,14 +100,6 @@ def _trained(toy: ToyDataModule, seed: int, steps: int, l1_coefficient: float) -
     with torch.no_grad():
         sae.W_dec.copy_(torch.nn.functional.normalize(toy.features + noise, dim=-1))
         sae.W_enc.copy_(sae.W_dec.T)
-    sae.b_dec.requires_grad_(False)  # theory leaves it out; it would take over a part of the mean
-    with quiet():
-        trainer = Trainer(
-            accelerator="cpu",
-            barebones=True,
-            max_steps=steps,
-            limit_val_batches=0,
-            callbacks=[DecoderNormProjection()],
-        )
-        trainer.fit(sae, datamodule=toy)
-    return sae.eval()
+    sae.b_dec.requires_grad_(False)  # not in the theory; it would learn a part of the mean
+    train_on_toy(sae, toy, steps, [DecoderNormProjection()])
+    return sae

@@ -1,17 +1,16 @@
 """Two ways to do the same steps."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_sae.studies.broken_latents import overhead as module
-from lightning_sae.studies.broken_latents.experiments import BATCH_SIZE, EXPERIMENTS
 from lightning_sae.studies.broken_latents.overhead import by_trainer, in_plain_loop, overhead
-from lightning_sae.studies.shared.toy_training import Run
+from lightning_sae.studies.broken_latents.settings import BATCH_SIZE, EXPERIMENTS
+from lightning_sae.studies.broken_latents.train import ExperimentRun
 
-RUN = Run(EXPERIMENTS[3], EXPERIMENTS[3].variants[0], 0, 5 * BATCH_SIZE, Path())
+RUN = ExperimentRun(EXPERIMENTS[3], EXPERIMENTS[3].variants[0], 0, 5 * BATCH_SIZE)
 
 
 def test_both_ways_train_to_the_same_weights() -> None:

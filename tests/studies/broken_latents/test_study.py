@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +17,7 @@ from lightning_sae.studies import main
 from lightning_sae.studies.broken_latents import overhead
 from lightning_sae.studies.broken_latents.report import cost_in_words
 from lightning_sae.studies.broken_latents.study import broken_latents
+from lightning_sae.studies.broken_latents.train import ExperimentRun, train
 
 PICTURES = ("activations", "cosines", "firings")
 
@@ -38,13 +40,14 @@ def study(output: Path, *arguments: str) -> None:
 def test_lightning_sae_study_runs_it_and_ends_bad_input_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["lightning-sae", "study", "broken-latents", "--samples=2048", "--workers=1"]
+    words = ["lightning-sae", "study", "broken-latents", "--experiments=7", "--workers=1"]
     words += ["--seeds=1", f"--output={tmp_path / 'out'}"]
-    monkeypatch.setattr(sys, "argv", [*words, "--experiments=7"])
+    monkeypatch.setattr(sys, "argv", [*words, "--samples=2048"])
     command()
     assert capsys.readouterr().out.splitlines()[-1].startswith("Made: ")
     assert (tmp_path / "out" / "report.html").is_file()
-    with pytest.raises(SystemExit, match=r"lightning-sae: ValueError: .*`output` to be a new"):
+    monkeypatch.setattr(sys, "argv", [*words, "--samples=1024"])
+    with pytest.raises(SystemExit, match=r"ValueError: .*`output` .* with another `samples`"):
         command()
 
 
@@ -123,8 +126,8 @@ def test_the_page_has_each_expectation_and_its_count(
     page = (output / "report.html").read_text(encoding="utf-8")
     for result in results:
         for check in result["verdict"]["checks"]:
-            words = check["expected"].replace(">", "&gt;").replace("<", "&lt;")
-            assert f"{int(check['met'])} of 1</span>: {words}" in page
+            words = check["expected"].replace(">", "&gt;").replace("'", "&#39;")
+            assert f"{int(check['met'])} of 1: {words}" in page
 
 
 def test_the_command_ends_with_what_was_seen_and_made(
@@ -133,9 +136,28 @@ def test_the_command_ends_with_what_was_seen_and_made(
     study(tmp_path / "out", "--experiments", "7", "--seeds", "2")
     said = capsys.readouterr().out
     assert "7. A single latent" in said
-    assert "of 2  one latent has features 0, 1 and 2 in it, not 3" in said
-    assert "seed 1: " in said
-    assert re.search(r"Made: \S+results.json, \S+report.html and the pictures of 4 SAEs", said)
+    assert "of 2: one latent has features 0, 1 and 2 in it, not 3" in said
+    assert "untied, seed 1  " in said
+    assert re.search(r"Made: \S+results.json, \S+report.html, and the pictures of 4 SAEs", said)
+
+
+def test_a_study_that_was_stopped_trains_what_is_missing(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(output, tmp_path / "again")
+    before = json.loads((output / "results.json").read_text())["runs"]
+    shutil.rmtree(tmp_path / "again" / "7-tied-seed-0")
+    module, trained = sys.modules[broken_latents.__module__], []
+
+    def noted(run: ExperimentRun, report: Any) -> Any:
+        trained.append(run.name)
+        return train(run, report)
+
+    monkeypatch.setattr(module, "train", noted)
+    study(tmp_path / "again", "--experiments", "4,7", "--seeds", "1")
+    assert trained == ["7-tied-seed-0"]
+    again = json.loads((tmp_path / "again" / "results.json").read_text())["runs"]
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in before]
 
 
 @pytest.mark.parametrize("experiments", ["10", "", "1,1", "4;5", "one"])

@@ -1,4 +1,4 @@
-"""The league: its world, its figures, its table, and the study from arguments to files."""
+"""The study of ground truth: its world, its figures, its table, and the command."""
 
 import csv
 import json
@@ -12,16 +12,20 @@ import torch
 from lightning_sae.callbacks import DecoderNormProjection, TargetL0
 from lightning_sae.data import ToyDataModule
 from lightning_sae.studies import main
-from lightning_sae.studies.ground_truth import league
-from lightning_sae.studies.ground_truth.league import ARCHITECTURES, Run, World, measure
+from lightning_sae.studies.ground_truth import measure as measuring
+from lightning_sae.studies.ground_truth import settings
+from lightning_sae.studies.ground_truth import study as studying
+from lightning_sae.studies.ground_truth.measure import held_out, measure
 from lightning_sae.studies.ground_truth.report import standings
+from lightning_sae.studies.ground_truth.settings import ARCHITECTURES, World
+from lightning_sae.studies.ground_truth.train import ArchitectureRun
 
 SMALL = ("--n_features", "8", "--d_in", "8", "--d_sae", "8", "--samples", "2000", "--workers", "1")
 
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(league, "HELD_OUT", 2 * league.CHUNK)
+    monkeypatch.setattr(measuring, "HELD_OUT", 2 * measuring.CHUNK)
 
 
 def study(folder: Path, *arguments: str) -> None:
@@ -34,7 +38,7 @@ def study(folder: Path, *arguments: str) -> None:
 def test_all_features_follow_zipfs_law_and_children_need_their_parents() -> None:
     world = World(32, 32)
     fires = world.data(0).sample(40_000, torch.Generator().manual_seed(0)).magnitudes > 0
-    first, last = league.PROBABILITIES
+    first, last = settings.PROBABILITIES
     exponent = torch.log(torch.tensor(first / last)) / torch.log(torch.tensor(32.0))
     expected = first * torch.arange(1, 33) ** -exponent
     torch.testing.assert_close(fires.float().mean(0), expected, atol=0.01, rtol=0.05)
@@ -53,7 +57,7 @@ def test_worlds_of_different_seeds_have_other_features() -> None:
 def test_more_features_than_dimensions_lie_in_superposition() -> None:
     features = World(64, 32).data(0).features
     cosines = (features @ features.T).fill_diagonal_(0).abs()
-    assert 0.1 < cosines.max() <= league.MAX_COSINE
+    assert 0.1 < cosines.max() <= settings.MAX_COSINE
 
 
 # Entrants.
@@ -61,9 +65,9 @@ def test_more_features_than_dimensions_lie_in_superposition() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_l0_is_set_or_steered_to(name: str) -> None:
-    run = Run(name, 3, 0, World(16, 16), 16, 10_240, Path())
+    run = ArchitectureRun(name, 3, 0, World(16, 16), 16, 10_240)
     sae = run.sae()
-    assert (sae.d_in, sae.d_sae, sae.lr) == (16, 16, league.RECIPE["lr"])
+    assert (sae.d_in, sae.d_sae, sae.lr) == (16, 16, settings.RECIPE["lr"])
     steering = [c.target for c in run.callbacks() if isinstance(c, TargetL0)]
     assert steering == ([3] if sae.coefficient_name else [])
     assert steering or sae.k == 3
@@ -71,7 +75,7 @@ def test_l0_is_set_or_steered_to(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_decoder_rows_are_kept_where_their_norm_is_to_be_one(name: str) -> None:
-    run = Run(name, 3, 0, World(16, 16), 16, 10_240, Path())
+    run = ArchitectureRun(name, 3, 0, World(16, 16), 16, 10_240)
     kept = any(isinstance(c, DecoderNormProjection) for c in run.callbacks())
     sees_strength = name in ("relu", "sqrt", "tied", "gated")
     assert kept == (run.sae().decoder_norm == "unit") == sees_strength
@@ -80,7 +84,7 @@ def test_decoder_rows_are_kept_where_their_norm_is_to_be_one(name: str) -> None:
 @pytest.mark.parametrize("norm", ["unit", "free"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_norms_can_be_the_same_for_all(name: str, norm: str) -> None:
-    run = Run(name, 3, 0, World(16, 16), 16, 10_240, Path(), norm)
+    run = ArchitectureRun(name, 3, 0, World(16, 16), 16, 10_240, norm)
     kept = any(isinstance(c, DecoderNormProjection) for c in run.callbacks())
     assert (run.sae().decoder_norm, kept) == (norm, norm == "unit")
 
@@ -97,7 +101,7 @@ def test_norms_asked_for_are_those_of_the_study(tmp_path: Path) -> None:
 
 def test_weights_follow_from_the_seed_and_chance_is_left_alone() -> None:
     def weights(seed: int) -> torch.Tensor:
-        return Run("relu", 3, seed, World(8, 8), 8, 1024, Path()).sae().W_dec
+        return ArchitectureRun("relu", 3, seed, World(8, 8), 8, 1024).sae().W_dec
 
     state = torch.get_rng_state()
     assert torch.equal(weights(1), weights(1))
@@ -123,7 +127,7 @@ def measured(data: ToyDataModule, scale: float = 1.0, silent: int = 0) -> dict[s
         encode=lambda x: torch.where((f := x @ W_dec.T) > 1e-4, f, 0.0) * on,
         decode=lambda f: f @ W_dec,
     )
-    return measure(sae, league.held_out(data), data.features, data.pairs)
+    return measure(sae, held_out(data), data.features, data.pairs)
 
 
 def test_latents_that_are_the_features_have_perfect_figures(data: ToyDataModule) -> None:
@@ -205,15 +209,15 @@ def test_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     study(tmp_path / "a", "--l0", "2", "--seeds", "1", "--architectures", "topk")
     before = json.loads((tmp_path / "a/results.json").read_text())["runs"]
     trained: list[str] = []
-    train = league.train
+    train = studying.train
 
-    def noted(run: Run, *arguments: Any) -> Any:
-        trained.append(run.path.name)
+    def noted(run: ArchitectureRun, *arguments: Any) -> Any:
+        trained.append(run.name)
         return train(run, *arguments)
 
-    monkeypatch.setattr(league, "train", noted)
+    monkeypatch.setattr(studying, "train", noted)
     study(tmp_path / "a", "--l0", "2", "--seeds", "2", "--architectures", "topk")
-    assert trained == ["topk-l0-2-seed-1.json"]
+    assert trained == ["topk-l0-2-seed-1"]
     assert json.loads((tmp_path / "a/results.json").read_text())["runs"][0] == before[0]
 
 

@@ -14,15 +14,17 @@ from lightning_sae import SideBySide, load
 from lightning_sae.analysis import evaluate_in_model
 from lightning_sae.functional.penalties import L1, Sqrt
 from lightning_sae.studies import main
-from lightning_sae.studies.low_activations import removing, study
-from lightning_sae.studies.low_activations.figures import (
+from lightning_sae.studies.low_activations import measure as measuring
+from lightning_sae.studies.low_activations import study
+from lightning_sae.studies.low_activations.costs import (
     first_places,
     frontier,
     halving,
     mean_rises,
     value_at,
 )
-from lightning_sae.studies.low_activations.removing import WAYS, firings_of, measure, variants
+from lightning_sae.studies.low_activations.measure import WAYS, firings_of, measure, removals
+from lightning_sae.studies.low_activations.train import families_of, members_of
 from lightning_sae.studies.shared.evaluation import held_out_figures
 from lightning_sae.studies.shared.setting import Setting
 
@@ -129,8 +131,8 @@ def test_given_saes_are_taken_in_place_of_training(
 
 
 def test_members_of_the_square_root_family_have_its_penalty(setting: Setting) -> None:
-    families = study._families((0.5, 2.0), (1.0,))
-    members = study._members(setting, families)
+    families = families_of((0.5, 2.0), (1.0,))
+    members = members_of(setting, families)
     assert [member["name"] for member in members] == ["l1-0.5", "l1-2", "sqrt-1"]
     built = SideBySide(members, d_in=8)
     assert [type(built[m["name"]].penalty) for m in members] == [L1, L1, Sqrt]
@@ -170,7 +172,7 @@ def test_what_cannot_be_is_refused(
 def test_the_whole_sae_has_the_figures_of_its_evaluation(output: Path, setting: Setting) -> None:
     data, name = setting.data(), "l1-0.5"
     saes = {name: load(output / "seed-0" / "saes" / name)}
-    ways = {name: variants(firings_of(saes, data, 512)[name], SHARES)}
+    ways = {name: removals(firings_of(saes, data, 512)[name], SHARES)}
     points, clean = measure(saes, ways, data, 1024)
     inside = evaluate_in_model(saes[name], data, 1024)
     outside = held_out_figures(saes, data, 1024)[name]
@@ -187,7 +189,7 @@ def test_each_variant_is_the_sae_with_that_code_in_the_model(
 ) -> None:
     data, name = setting.data(), "l1-2"
     sae = load(output / "seed-0" / "saes" / name)
-    ways = variants(firings_of({name: sae}, data, 512)[name], (0.5,))
+    ways = removals(firings_of({name: sae}, data, 512)[name], (0.5,))
     points, _ = measure({name: sae}, {name: ways}, data, 512)
 
     class Less(type(sae)):  # type: ignore[misc]
@@ -205,9 +207,9 @@ def test_the_model_reads_and_an_sae_encodes_each_block_once(
 ) -> None:
     data, name = setting.data(), "l1-2"
     sae = load(output / "seed-0" / "saes" / name)
-    ways = {name: variants(firings_of({name: sae}, data, 512)[name], SHARES)}
+    ways = {name: removals(firings_of({name: sae}, data, 512)[name], SHARES)}
     calls = {"block": 0, "encode": 0, "ranks": 0}
-    encode, ranks, block = sae.encode, removing.ranks_among_firing, removing.Block
+    encode, ranks, block = sae.encode, measuring.ranks_among_firing, measuring.Block
 
     def counted(key: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -217,8 +219,8 @@ def test_the_model_reads_and_an_sae_encodes_each_block_once(
         return call
 
     monkeypatch.setattr(sae, "encode", counted("encode", encode))
-    monkeypatch.setattr(removing, "ranks_among_firing", counted("ranks", ranks))
-    monkeypatch.setattr(removing, "Block", counted("block", block))
+    monkeypatch.setattr(measuring, "ranks_among_firing", counted("ranks", ranks))
+    monkeypatch.setattr(measuring, "Block", counted("block", block))
     points, _ = measure({name: sae}, ways, data, 2048)
     assert calls == dict.fromkeys(calls, len(list(data.held_out_tokens(2048))))
     assert len(points) >= 1 + 3 * len(SHARES)

@@ -10,8 +10,8 @@ from lightning_sae import load
 from lightning_sae.studies import main
 from lightning_sae.studies.penalties import study
 from lightning_sae.studies.penalties.report import below, left
-from lightning_sae.studies.penalties.study import against_l1, gap, gap_at_low_l0
-from lightning_sae.studies.shared.frontier import Curve
+from lightning_sae.studies.penalties.study import against_l1
+from lightning_sae.studies.shared.frontier import Curve, gap, gap_at_low_l0
 from lightning_sae.studies.shared.sweep import Swept
 from lightning_sae.studies.shared.tuning import Tuned
 

@@ -13,8 +13,9 @@ import torch
 
 from lightning_sae import ReLUSAE, load
 from lightning_sae.studies import main
-from lightning_sae.studies.replication import study
-from lightning_sae.studies.replication.plots import (
+from lightning_sae.studies.replication import measure, study
+from lightning_sae.studies.replication.report import across_seeds
+from lightning_sae.studies.replication.settings import (
     CONSTRAINED,
     LOSS_SQUARED,
     OUT,
@@ -22,7 +23,6 @@ from lightning_sae.studies.replication.plots import (
     PRUNED,
     REINITIALIZE,
 )
-from lightning_sae.studies.replication.report import across_seeds
 from lightning_sae.studies.replication.snapshots import read_snapshots
 
 SEEDS, STEPS = 2, 20
@@ -119,7 +119,7 @@ def test_shares_of_latents_are_those_of_the_last_windows(
 def test_without_its_rare_latents_an_sae_keeps_its_code_and_loses_their_part() -> None:
     sae = ReLUSAE(6, 4)
     x, gone = torch.randn(5, 6), torch.tensor([True, False, False, True])
-    without = study.without_latents(sae, gone)
+    without = measure.without_latents(sae, gone)
     torch.testing.assert_close(without.encode(x), sae.encode(x))
     expected = sae.decode(sae.encode(x) * ~gone)
     torch.testing.assert_close(without(x), expected)
@@ -136,7 +136,7 @@ def test_directions_of_seeds_are_compared_where_there_are_rare_latents() -> None
 
 
 def test_figures_that_are_not_there_are_null_in_json() -> None:
-    found = study._known({"a": math.nan, "b": {"c": 1.0, "d": [True]}})
+    found = measure.without_nan({"a": math.nan, "b": {"c": 1.0, "d": [True]}})
     assert found == {"a": None, "b": {"c": 1.0, "d": [True]}}
 
 
@@ -151,7 +151,7 @@ def test_a_finished_study_trains_and_measures_nothing(
         raise AssertionError
 
     monkeypatch.setattr("lightning_sae.studies.shared.training._fit", refuse)
-    monkeypatch.setattr(study, "_figures", refuse)
+    monkeypatch.setattr(study, "measure", refuse)
     arguments = [*words_without(words), *OWN, f"--seeds={SEEDS}"]
     main(["replication", f"--output={output}", *arguments])
     assert json.loads((output / "results.json").read_text()) == results

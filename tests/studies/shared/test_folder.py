@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sae.studies.shared.folder import SETTINGS, open_folder, write_csv, write_json
+from lightning_sae.studies.shared.folder import (
+    SETTINGS,
+    computed_once,
+    open_folder,
+    write_csv,
+    write_json,
+)
 
 
 def test_a_new_folder_and_an_empty_one_are_taken(tmp_path: Path) -> None:
@@ -59,3 +65,9 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": [1.5, None]}
     assert [kept.name for kept in path.parent.iterdir()] == ["results.json"]
+
+
+def test_what_is_in_a_file_is_not_computed_again(tmp_path: Path) -> None:
+    path, values = tmp_path / "new" / "kept.json", iter([{"a": (1, 2)}, {"a": 3}])
+    assert computed_once(path, lambda: next(values)) == {"a": [1, 2]}
+    assert computed_once(path, lambda: next(values)) == {"a": [1, 2]}

@@ -1,13 +1,14 @@
 """Pages, tables and pictures."""
 
 import base64
+import json
 import re
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
-from lightning_sae.studies.shared.page import Page, Section, Table, with_spread
+from lightning_sae.studies.shared.page import Page, Section, Table, publish
 from lightning_sae.studies.shared.plots import COLORS, curves, panels, save
 
 
@@ -33,11 +34,6 @@ def test_columns_are_aligned_in_the_terminal() -> None:
     ]
 
 
-def test_mean_and_spread_are_those_of_a_sample() -> None:
-    assert with_spread([1.0, 3.0], ".2f") == "2.00 ± 1.41"
-    assert with_spread([2.0]) == "2.000"
-
-
 def test_the_page_needs_no_other_file_and_escapes_what_it_is_given(tmp_path: Path) -> None:
     picture = tmp_path / "dots.png"
     picture.write_bytes(b"not really a picture")
@@ -60,6 +56,31 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_is_given(tmp_path: Pat
     embedded = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
     assert [base64.b64decode(code) for code in embedded] == [b"not really a picture"]
     assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_details_are_folded_up_on_the_page_and_not_in_the_terminal(tmp_path: Path) -> None:
+    one = Section("Run 1", ["Its figures."], [Table(["latent"], [["0"]])])
+    shown = page(sections=[Section("Runs", details=[one])])
+    text = shown.write(tmp_path / "p.html").read_text(encoding="utf-8")
+    assert text.index("<details>") < text.index("Run 1") < text.index("Its figures.")
+    assert text.index("Its figures.") < text.index("<td>0") < text.index("</details>")
+    assert list(shown.lines()) == []
+
+
+def test_publishing_writes_all_files_and_lists_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "dots.png"
+    picture.write_bytes(b"dots")
+    shown = page(
+        sections=[Section("Results", tables=[Table(["x"], [["1"]])], pictures={picture: ""})]
+    )
+    publish(shown, tmp_path, {"a": 1}, {"points": [{"x": 1}, {"x": 2}]}, "in 3 s")
+    assert json.loads((tmp_path / "results.json").read_text()) == {"a": 1}
+    assert (tmp_path / "points.csv").read_text().split() == ["x", "1", "2"]
+    names = ("results.json", "points.csv", "dots.png", "report.html")
+    made = ", ".join(str(tmp_path / name) for name in names)
+    assert capsys.readouterr().out == f"\nResults\nx\n1\n\nMade: {made}, in 3 s.\n"
 
 
 def test_the_terminal_has_all_tables_and_the_comparison() -> None:

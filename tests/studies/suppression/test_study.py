@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_sae import GatedSAE, ReLUSAE, RescaledSAE, load
+from lightning_sae.data.datamodule import HeldOutBatches
 from lightning_sae.functional.correlation import correlation, partial_correlation
 from lightning_sae.studies import main
 from lightning_sae.studies.shared import evaluation as evaluating
@@ -19,18 +20,18 @@ from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.suppression import report as suppression_report
 from lightning_sae.studies.suppression import theory
 from lightning_sae.studies.suppression import train as stages
-from lightning_sae.studies.suppression.latents import (
-    associations,
-    learned_scaling,
-    living,
-)
-from lightning_sae.studies.suppression.plots import short
-from lightning_sae.studies.suppression.verdict import (
+from lightning_sae.studies.suppression.comparison import (
     AVERAGES,
     comparison,
     killed,
     order_in_words,
 )
+from lightning_sae.studies.suppression.measure import (
+    associations,
+    learned_scaling,
+    living,
+)
+from lightning_sae.studies.suppression.plots import short
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
 OWN = [f"--hook_name={json.dumps(HOOKS)}", "--fine_tune_steps=6", "--toy_steps=4", "--lr=0.003"]
@@ -125,7 +126,7 @@ def test_latents_are_those_that_a_plain_loop_finds(output: Path, small: dict[str
     start = load(output / "seed-0" / "fine-tuned" / "starts" / hook)
     decoder = load(output / f"seed-0/fine-tuned/saes/{hook}-decoder", RescaledSAE)
     data = Setting(output, hook, **small).data()
-    x = torch.cat(list(stages.HeldOutBatches(data, small["held_out_tokens"])))
+    x = torch.cat(list(HeldOutBatches(data, small["held_out_tokens"])))
     rows = [row for row in rows_of(output / "latents.csv") if row["hook"] == hook]
     for j in (0, 7, 23):
         fired = [float(f) for f in start.encode(x)[:, j] if f > 0]

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_sae.studies.broken_latents.measure import Measured
-from lightning_sae.studies.broken_latents.verdicts import (
+from lightning_sae.studies.broken_latents.checks import (
     absorbed,
     clean,
     dead,
@@ -18,6 +17,7 @@ from lightning_sae.studies.broken_latents.verdicts import (
     spare_latents_misused,
     takes_in,
 )
+from lightning_sae.studies.broken_latents.measure import Measured
 
 
 def measured(decoder: list[list[float]], dead: tuple[int, ...] = ()) -> Measured:

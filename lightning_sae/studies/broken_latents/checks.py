@@ -1,4 +1,4 @@
-"""Whether an SAE shows what the document says: tests on its cosines, peaks and silences."""
+"""Tests of whether an SAE shows what the document reports."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from functools import partial
 from lightning_sae.studies.broken_latents.measure import Measured
 
 CLEAN = 0.98  # |cosine| with one feature above which a latent is that feature's
-MIXED = 0.93  # below which it is no feature's
+MIXED = 0.93  # |cosine| below which a latent is a mixture
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Check:
 
     Attributes:
         words: What is expected.
-        met: Whether an SAE shows it; a function of a module, for runs are sent to processes.
+        met: Whether an SAE shows it; picklable, since runs are sent to processes.
     """
 
     words: str
@@ -65,7 +65,7 @@ def _dead(m: Measured, n: int) -> bool:
 
 
 def mixed(at_least: int = 2, below: float = MIXED) -> Check:
-    """Several latents are no feature's."""
+    """Several latents mix features."""
     words = f"at least {at_least} latents have no feature with |cos| >= {below:g}"
     return Check(words, partial(_mixed, at_least=at_least, below=below))
 
@@ -87,7 +87,7 @@ def _takes_in(m: Measured, parent: int, children: Sequence[int], more_than: floa
 
 
 def several_peaks(below: float = MIXED, at_least: float = CLEAN) -> Check:
-    """Mixed latents show by their activations."""
+    """Activations of mixed latents have several peaks, those of clean ones one."""
     words = "activations of mixed latents have several peaks, of clean ones a single one"
     return Check(words, partial(_several_peaks, below=below, at_least=at_least))
 
@@ -98,7 +98,7 @@ def _several_peaks(m: Measured, below: float, at_least: float) -> bool:
 
 
 def absorbed() -> Check:
-    """A parent's latent keeps silent where the child fires, whose latent has the parent in it."""
+    """The parent's latent is silent where the child fires, whose latent includes the parent."""
     words = (
         "the parent's latent is silent where the child fires, and only there; the decoder of the "
         "child's latent has the parent in it"

@@ -1,14 +1,12 @@
-"""What the document says of suppression, and what the figures of a study say to that."""
+"""The document's statements on suppression beside the figures of this study."""
 
 from collections.abc import Sequence
 from statistics import mean
-from typing import Any
 
-from lightning_sae.studies.shared.page import with_spread
-from lightning_sae.studies.suppression.plots import hooks_of, words
+from lightning_sae.studies.shared.page import Compared
+from lightning_sae.studies.shared.rows import Row, distinct, known, select, with_spread
+from lightning_sae.studies.suppression.plots import words
 from lightning_sae.studies.suppression.train import BASELINE, ENCODER_IS_FROZEN, ORIGINAL
-
-Row = dict[str, Any]
 
 AVERAGES = {
     BASELINE: (0.002, 0.005),
@@ -31,28 +29,23 @@ CORRELATIONS = {
 """Those of the document, of its layer 5."""
 
 ALIKE = 0.25
-"""Two methods are alike that differ by less than this share of what the best of all achieves."""
+"""Two methods count as equal if they differ by less than this share of the best method's figure."""
 
 KILLED = 0.05
-"""Strength below which a toy feature is not learnt, as a share of its own."""
+"""Share of its strength below which a toy feature counts as not learnt."""
 
 SHRINKS = ("scale", "unrotated_decoder", "decoder")
 
 
 def of_method(methods: Sequence[Row], method: str, name: str) -> list[float]:
     """A figure's mean over hooks, for each seed."""
-    seeds = sorted({row["seed"] for row in methods})
-    return [
-        mean(row[name] for row in methods if (row["method"], row["seed"]) == (method, seed))
-        for seed in seeds
-    ]
+    own = select(methods, method=method)
+    return [mean(known(select(own, seed=seed), name)) for seed in sorted(distinct(own, "seed"))]
 
 
-def comparison(
-    methods: Sequence[Row], found: Sequence[Row], toy: Sequence[Row]
-) -> list[tuple[str, str, str]]:
-    """What, the document's, and that of this study."""
-    rows = []
+def comparison(methods: Sequence[Row], found: Sequence[Row], toy: Sequence[Row]) -> list[Compared]:
+    """The document's statements beside this study's figures."""
+    rows: list[Compared] = []
     for place, (name, label) in enumerate(
         (("mse_removed", "MSE removed"), ("perplexity_recovered", "perplexity gap recovered"))
     ):
@@ -76,9 +69,9 @@ def comparison(
 
 
 def order_in_words(methods: Sequence[Row], name: str) -> str:
-    """The four methods of the document by a figure, and whether that is the document's order.
+    """The document's four methods ordered by a figure, and whether that is the document's order.
 
-    The document's is: decoder first, baseline last, and between them two that are alike.
+    The document has decoder first, baseline last, and two about equal methods between them.
     """
     values = {method: mean(of_method(methods, method, name)) for method in AVERAGES}
     ranked = sorted(values, key=lambda method: -values[method])
@@ -93,7 +86,7 @@ def order_in_words(methods: Sequence[Row], name: str) -> str:
     )
 
 
-def _l2_row(methods: Sequence[Row]) -> tuple[str, str, str]:
+def _l2_row(methods: Sequence[Row]) -> Compared:
     before = mean(of_method(methods, ORIGINAL, "l2_ratio"))
     after = {method: mean(of_method(methods, method, "l2_ratio")) for method in SHRINKS}
     closer = all(abs(value - 1) < abs(before - 1) for value in after.values())
@@ -103,9 +96,10 @@ def _l2_row(methods: Sequence[Row]) -> tuple[str, str, str]:
     return "L2 ratio", "0.845 to 0.995; closer to 1 with scale and both decoder methods", here
 
 
-def _l0_row(methods: Sequence[Row]) -> tuple[str, str, str]:
+def _l0_row(methods: Sequence[Row]) -> Compared:
     before = mean(of_method(methods, ORIGINAL, "l0"))
-    others = [m for m in _methods(methods) if m not in (*ENCODER_IS_FROZEN, ORIGINAL, BASELINE)]
+    untrained = (*ENCODER_IS_FROZEN, ORIGINAL, BASELINE)
+    others = [method for method in distinct(methods, "method") if method not in untrained]
     after = {method: mean(of_method(methods, method, "l0")) for method in others}
     figures = ", ".join(
         f"{words(method)} {value:.1f} ({value / before:.2f} times)"
@@ -116,15 +110,11 @@ def _l0_row(methods: Sequence[Row]) -> tuple[str, str, str]:
     return "L0 of methods that train the encoder", "drastically raised", here
 
 
-def _firing_row(methods: Sequence[Row]) -> tuple[str, str, str]:
+def _firing_row(methods: Sequence[Row]) -> Compared:
     own = [row for row in methods if row["method"] in ENCODER_IS_FROZEN]
     n = sum(row["differing"] for row in own)
     here = f"differ on {n:,} held-out tokens, of {len(own)} SAEs"
     return "latents that fire, encoder frozen", "unchanged", here
-
-
-def _methods(methods: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in methods))
 
 
 def _title(name: str) -> str:
@@ -136,26 +126,23 @@ def _title(name: str) -> str:
 
 def _mean_of_hooks(found: Sequence[Row], name: str) -> str:
     """The mean over hooks of each seed with its spread, and the range over hooks."""
-    values = [row[name] for row in found if row[name] is not None]
+    values = known(found, name)
     if not values:
         return "too few living latents"
-    seeds = sorted({row["seed"] for row in found if row[name] is not None})
-    means = [
-        mean(r[name] for r in found if r["seed"] == seed and r[name] is not None) for seed in seeds
-    ]
-    text = with_spread(means, "+.3f")
-    several = len(hooks_of(found)) > 1
+    of_seeds = [known(select(found, seed=seed), name) for seed in sorted(distinct(found, "seed"))]
+    text = with_spread([mean(each) for each in of_seeds if each], "+.3f")
+    several = len(distinct(found, "hook")) > 1
     return f"{text} ({min(values):+.3f} to {max(values):+.3f} over hooks)" if several else text
 
 
 def killed(rows: Sequence[Row]) -> tuple[int, int]:
-    """How many toy features that are dead by theory are not learnt, and how many such there are."""
-    own = [row for row in rows if row["predicted"] == 0]
+    """How many of the toy features that are dead by theory are not learnt, and of how many."""
+    own = select(rows, predicted=0)
     return sum(row["learnt"] < KILLED * row["strength"] for row in own), len(own)
 
 
 def theory_text(toy: Sequence[Row]) -> str:
-    """Theory and measurement in a sentence."""
+    """How theory and measurement agree, in a sentence."""
     alive = [row for row in toy if row["predicted"] > 0]
     errors = [abs(row["learnt"] - row["predicted"]) for row in alive]
     shares = [(row["strength"] - row["learnt"]) / (row["l1_coefficient"] / 2) for row in alive]

@@ -2,13 +2,12 @@
 
 import pickle
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_sae.studies.broken_latents.experiments import EXPERIMENTS, Experiment, Variant
-from lightning_sae.studies.shared.toy_training import Run
+from lightning_sae.studies.broken_latents.settings import EXPERIMENTS, Experiment, Variant
+from lightning_sae.studies.broken_latents.train import ExperimentRun
 
 ALL = [(experiment, variant) for experiment in EXPERIMENTS for variant in experiment.variants]
 
@@ -26,7 +25,7 @@ def test_experiments_are_numbered_and_their_saes_differently_named() -> None:
 
 @pytest.mark.parametrize(("experiment", "variant"), ALL)
 def test_every_world_and_sae_can_be_built(experiment: Experiment, variant: Variant) -> None:
-    run = Run(experiment, variant, seed=3, samples=5000, output=Path())
+    run = ExperimentRun(experiment, variant, seed=3, samples=5000)
     world = run.world()
     sae = run.sae(world.d_in)
     assert (sae.d_in, sae.d_sae, sae.tied) == (world.d_in, experiment.d_sae, variant.tied)
@@ -37,7 +36,7 @@ def test_every_world_and_sae_can_be_built(experiment: Experiment, variant: Varia
 
 
 def test_features_4_to_8_have_the_largest_expected_squared_error() -> None:
-    world = Run(of(3), of(3).variants[0], 0, 1, Path()).world()
+    world = ExperimentRun(of(3), of(3).variants[0], 0, 1).world()
     expected = world.probabilities * world.magnitudes.square()
     assert sorted(expected.topk(5).indices.tolist()) == [4, 5, 6, 7, 8]
     assert world.magnitudes[0] == 20
@@ -49,7 +48,7 @@ def test_features_4_to_8_have_the_largest_expected_squared_error() -> None:
 
 @pytest.mark.parametrize(("number", "parent"), [(4, 12), (5, 6), (6, 6)])
 def test_a_parent_fires_whenever_a_child_does(number: int, parent: int) -> None:
-    world = Run(of(number), of(number).variants[0], 0, 1, Path()).world()
+    world = ExperimentRun(of(number), of(number).variants[0], 0, 1).world()
     fires = world.sample(5000, torch.Generator().manual_seed(0)).magnitudes > 0
     child = fires[:, 5] | fires[:, 7]
     assert fires[child, parent].all()
@@ -59,7 +58,7 @@ def test_a_parent_fires_whenever_a_child_does(number: int, parent: int) -> None:
 
 
 def test_superposition_has_cosines_near_a_twentieth() -> None:
-    world = Run(of(6), of(6).variants[0], 0, 1, Path()).world()
+    world = ExperimentRun(of(6), of(6).variants[0], 0, 1).world()
     cosines = (world.features @ world.features.T).abs()
     off = cosines[~torch.eye(20, dtype=torch.bool)]
     assert world.features.shape == (20, 19)

@@ -1,16 +1,17 @@
-"""The seven experiments of "Broken latents", as data: worlds, SAEs, and what the document reports.
+"""The experiments of the study of broken latents: worlds, SAEs, and what the document reports.
 
 Source: Chanin et al., Broken latents: studying SAEs and feature co-occurrence in toy models (2024).
-Where it is silent, the choice is ours: all sizes of batches and learning rates, probabilities of
-experiment 1, L1 coefficients but that of experiment 6, and lengths. Its own length is 150 million
-samples, of which the auxiliary loss is off for a third and rises for a third; shares are kept here.
+It does not give batch sizes, learning rates, the probabilities of experiment 1 and the L1
+coefficients of experiments other than 6; these are chosen here, and so are shorter runs. Of the
+document's 150 million samples the auxiliary loss is off for a third and rises for a third; here
+too.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_sae.studies.broken_latents.verdicts import (
+from lightning_sae.studies.broken_latents.checks import (
     Check,
     absorbed,
     clean,
@@ -35,9 +36,9 @@ class Variant:
     """One kind of SAE in an experiment.
 
     Attributes:
-        name: What it is called.
+        name: Its name in tables.
         reported: What the document reports of it.
-        checks: The same as tests.
+        checks: Tests of what is reported.
         tied: Whether encoder and decoder are one matrix.
         sae: Further arguments of the SAE.
         world: Arguments of `ToyDataModule` that differ from the experiment's.
@@ -52,7 +53,7 @@ class Variant:
 
     @property
     def has_loss(self) -> bool:
-        """Whether it has the auxiliary loss, and so a delay and a warm-up."""
+        """Whether it has the auxiliary loss."""
         return "aux_coefficient" in self.sae
 
 
@@ -61,8 +62,8 @@ class Experiment:
     """A world and the SAEs that are trained on it.
 
     Attributes:
-        number: As in the command's `experiments`.
-        title: What it asks.
+        number: Its number in the command's `experiments`.
+        title: What it is about.
         world: Arguments of `ToyDataModule`.
         d_sae: Number of latents.
         l1_coefficient: Weight of the penalty.

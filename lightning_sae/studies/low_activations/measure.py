@@ -1,8 +1,7 @@
-"""Trained SAEs whose lowest activations are removed, by each way and level, on one pass."""
+"""Figures of SAEs whose lowest activations are removed, for all ways and levels on one pass."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +19,7 @@ from lightning_sae.functional.removal import (
     without_lowest,
 )
 from lightning_sae.metrics import FVU, L0, MSE
+from lightning_sae.studies.shared.rows import Row
 
 WHOLE = "whole"
 WAYS = {
@@ -28,47 +28,44 @@ WAYS = {
     "quantile": "below a quantile of each latent",
     "global": "below one threshold",
 }
-"""The ways by name, in the order of the source, with the words for pictures."""
-
-Point = dict[str, Any]
-"""One SAE, way and level, and its figures."""
+"""The ways of removing by name, in the order of the source, with their labels."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A way of removing, at one level.
+class Removal:
+    """A way of removing low activations, at one level.
 
     Attributes:
-        way: Its name in `WAYS`, or `whole` for nothing removed.
-        share: The share of all firings that it is meant to remove.
-        level: k, share of the maximum, quantile or threshold, whichever the way has.
-        remove: From latent activations and their ranks, what is left of them.
+        way: Its name in `WAYS`, or `whole` if nothing is removed.
+        share: Target share of all firings to remove.
+        level: k, share of the maximum, quantile or threshold, depending on the way.
+        apply: Maps latent activations and their ranks to what is left of them.
     """
 
     way: str
     share: float
     level: float
-    remove: Callable[[Tensor, Tensor], Tensor]
+    apply: Callable[[Tensor, Tensor], Tensor]
 
 
-def variants(found: Firings, shares: Sequence[float]) -> list[Variant]:
+def removals(found: Firings, shares: Sequence[float]) -> list[Removal]:
     """Nothing removed, and each way at the levels that remove these shares of all firings.
 
     Args:
-        found: How strongly the latents fire on text of which nothing is evaluated.
+        found: How strongly latents fire, on text that is not used for evaluation.
         shares: Each from 0 to below 1.
     """
-    made = [Variant(WHOLE, 0.0, 0.0, lambda f, _: f)]
+    made = [Removal(WHOLE, 0.0, 0.0, lambda f, _: f)]
     for share in shares:
         k, part = found.lowest_per_token(share), found.share_of_maximum(share)
-        if k not in [variant.level for variant in made if variant.way == "lowest_k"] and k > 0:
-            made.append(Variant("lowest_k", share, k, _lowest(k)))
+        if k not in [removal.level for removal in made if removal.way == "lowest_k"] and k > 0:
+            made.append(Removal("lowest_k", share, k, _lowest(k)))
         made += [
-            Variant("share_of_maximum", share, part, _below(part * found.maxima)),
-            Variant("quantile", share, share, _below(found.quantile_thresholds(share))),
+            Removal("share_of_maximum", share, part, _below(part * found.maxima)),
+            Removal("quantile", share, share, _below(found.quantile_thresholds(share))),
         ]
         threshold = found.global_threshold(share)
-        made.append(Variant("global", share, threshold, _below(threshold)))
+        made.append(Removal("global", share, threshold, _below(threshold)))
     return made
 
 
@@ -84,12 +81,12 @@ def _below(threshold: float | Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 def firings_of(
     saes: Mapping[str, SparseAutoencoder], data: ActivationDataModule, n_tokens: int
 ) -> dict[str, Firings]:
-    """How strongly latents fire on training text, which no held-out figure has seen.
+    """How strongly latents fire on training text.
 
     Args:
         saes: By name.
         data: The stream at their hook.
-        n_tokens: Tokens to read, about. Their activations are held in memory.
+        n_tokens: Approximate number of tokens to read. Their activations are held in memory.
     """
     batches = list(_training_rows(data, n_tokens))
     return {name: firings(sae.encode(rows) for rows in batches) for name, sae in saes.items()}
@@ -106,15 +103,15 @@ def _training_rows(
 
 
 class Block:
-    """Some held-out tokens, their activations at the hook, and what the model predicts of them.
+    """Some held-out tokens, their activations at the hook, and the model's predictions.
 
     Args:
         data: The stream at the hook.
         tokens: The tokens.
 
     Attributes:
-        clean: Logits of the model as it is.
-        rows: The activations that training keeps.
+        clean: Logits of the unchanged model.
+        rows: The activations that the data's filter keeps.
     """
 
     def __init__(
@@ -124,7 +121,7 @@ class Block:
         found: list[Tensor] = []
 
         def note(activations: Tensor) -> Tensor:
-            found.append(activations.clone())  # the model goes on, maybe in place
+            found.append(activations.clone())  # the model may change them in place
             return activations
 
         self.clean = self.model.logits(tokens, note)
@@ -144,12 +141,12 @@ class Block:
         return self.model.logits(self.tokens, lambda _: replaced)
 
     def cross_entropy(self, logits: Tensor) -> tuple[float, int]:
-        """Nats of the predictions that count, and their number."""
+        """Sum of nats over the predictions of ordinary tokens, and their number."""
         nats, n = next_token_cross_entropy(logits, self.target, self.counted)
         return float(nats), int(n)
 
     def divergence(self, logits: Tensor) -> float:
-        """Nats by which the predictions that count differ from the model's own."""
+        """KL divergence from the unchanged model, summed over predictions of ordinary tokens."""
         return float(kl_divergence(self.clean, logits, self.counted)[0])
 
 
@@ -160,7 +157,7 @@ class Tally:
     metrics: MetricCollection
     nats: float = 0.0
     divergence: float = 0.0
-    n: int = field(default=0)
+    n: int = 0
 
     def add(self, block: Block, f: Tensor, x_hat: Tensor) -> None:
         """Add a block, its latents and its reconstruction."""
@@ -179,23 +176,24 @@ class Tally:
 @torch.no_grad()
 def measure(
     saes: Mapping[str, SparseAutoencoder],
-    ways: Mapping[str, Sequence[Variant]],
+    ways: Mapping[str, Sequence[Removal]],
     data: ActivationDataModule,
     n_tokens: int,
-) -> tuple[list[Point], float]:
+) -> tuple[list[Row], float]:
     """Figures of all SAEs, ways and levels on the same held-out text, which is read once.
 
-    Each SAE encodes an activation once; what its variants leave of the code is decoded and put in
+    Each SAE encodes an activation once; what its removals leave of the code is decoded and put in
     the activation's place.
 
     Args:
         saes: By name, on raw activations.
-        ways: The variants of each.
+        ways: The removals of each.
         data: The stream at their hook.
         n_tokens: Held-out tokens to read.
 
     Returns:
-        The points, and the cross-entropy of the model as it is, in nats per token.
+        A row for each SAE, way and level, and the cross-entropy of the unchanged model in nats per
+        token.
     """
     tallies = {
         name: [Tally(_metrics(saes[name].d_in)) for _ in each] for name, each in ways.items()
@@ -208,16 +206,16 @@ def measure(
         for name, sae in saes.items():
             f = sae.encode(block.rows)
             ranks = ranks_among_firing(f)
-            for variant, tally in zip(ways[name], tallies[name], strict=True):
-                left = variant.remove(f, ranks)
+            for removal, tally in zip(ways[name], tallies[name], strict=True):
+                left = removal.apply(f, ranks)
                 tally.add(block, left, sae.decode(left))
-    points = [
-        {"sae": name, "way": variant.way, "share": variant.share, "level": variant.level}
+    rows = [
+        {"sae": name, "way": removal.way, "share": removal.share, "level": removal.level}
         | tally.figures()
         for name, each in ways.items()
-        for variant, tally in zip(each, tallies[name], strict=True)
+        for removal, tally in zip(each, tallies[name], strict=True)
     ]
-    return points, clean / n_clean
+    return rows, clean / n_clean
 
 
 def _metrics(d_in: int) -> MetricCollection:

@@ -1,24 +1,23 @@
 """One run: what follows from its seed, and the schedule of the auxiliary loss."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lightning_sae.callbacks import AuxThresholdWarmup
-from lightning_sae.studies.broken_latents.experiments import BATCH_SIZE, EXPERIMENTS
-from lightning_sae.studies.shared.toy_training import Run, train
+from lightning_sae.studies.broken_latents.settings import BATCH_SIZE, EXPERIMENTS
+from lightning_sae.studies.broken_latents.train import ExperimentRun, train
 
 ONE_LATENT = EXPERIMENTS[6]
 PARENT = EXPERIMENTS[3]
 
 
-def run(seed: int = 0, steps: int = 4) -> Run:
-    return Run(ONE_LATENT, ONE_LATENT.variants[1], seed, steps * BATCH_SIZE, Path())
+def run(seed: int = 0, steps: int = 4) -> ExperimentRun:
+    return ExperimentRun(ONE_LATENT, ONE_LATENT.variants[1], seed, steps * BATCH_SIZE)
 
 
-def trained(asked: Run) -> torch.Tensor:
-    return train(asked, lambda _: None).sae.W_dec.detach()
+def trained(asked: ExperimentRun) -> torch.Tensor:
+    sae, _, _ = train(asked, lambda _: None)
+    return sae.W_dec.detach()
 
 
 def test_weights_follow_from_the_seed() -> None:
@@ -39,15 +38,15 @@ def test_the_callers_chance_is_left_alone() -> None:
 
 
 def test_rows_have_norm_one_and_an_untied_sae_has_two_matrices() -> None:
-    untied = Run(ONE_LATENT, ONE_LATENT.variants[0], 0, 4 * BATCH_SIZE, Path())
-    sae = train(untied, lambda _: None).sae
+    untied = ExperimentRun(ONE_LATENT, ONE_LATENT.variants[0], 0, 4 * BATCH_SIZE)
+    sae, _, _ = train(untied, lambda _: None)
     assert sae.W_dec.norm(dim=1).item() == pytest.approx(1.0)
     assert not torch.equal(sae.W_enc.T, sae.W_dec)
     assert not sae.training
 
 
 def test_the_loss_is_off_for_a_third_and_rises_for_a_third() -> None:
-    asked = Run(PARENT, PARENT.variants[1], 0, 300 * BATCH_SIZE, Path())
+    asked = ExperimentRun(PARENT, PARENT.variants[1], 0, 300 * BATCH_SIZE)
     warmup = next(c for c in asked.callbacks() if isinstance(c, AuxThresholdWarmup))
     shares = [warmup.share(step) for step in (0, 99, 149, 199, 299)]
     assert shares == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])
@@ -57,7 +56,7 @@ def test_the_loss_is_off_for_a_third_and_rises_for_a_third() -> None:
     ("samples", "steps"), [(1, 1), (BATCH_SIZE, 1), (BATCH_SIZE + 1, 2), (10 * BATCH_SIZE, 10)]
 )
 def test_samples_are_whole_batches(samples: int, steps: int) -> None:
-    assert Run(ONE_LATENT, ONE_LATENT.variants[0], 0, samples, Path()).steps == steps
+    assert ExperimentRun(ONE_LATENT, ONE_LATENT.variants[0], 0, samples).steps == steps
 
 
 def test_progress_is_told_in_activations() -> None:
@@ -67,4 +66,4 @@ def test_progress_is_told_in_activations() -> None:
 
 
 def test_folders_of_runs_are_plain_names() -> None:
-    assert Run(PARENT, PARENT.variants[1], 2, 1, Path()).name == "4-tied-auxiliary-loss-seed-2"
+    assert ExperimentRun(PARENT, PARENT.variants[1], 2, 1).name == "4-tied-auxiliary-loss-seed-2"

@@ -5,34 +5,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from lightning_sae.studies.low_activations.removing import WAYS, WHOLE, Point
+from lightning_sae.studies.low_activations.measure import WAYS, WHOLE
 from lightning_sae.studies.shared.frontier import Curve
+from lightning_sae.studies.shared.rows import Row, distinct, select
 
 FIGURES = ("ce", "kl", "mse", "fvu")
 
-Row = dict[str, Any]
+
+def of_way(points: Sequence[Row], sae: str, way: str) -> list[Row]:
+    """The points of one SAE and way, and that of the whole SAE."""
+    return [point for point in select(points, sae=sae) if point["way"] in (WHOLE, way)]
 
 
-def of_way(points: Sequence[Point], sae: str, way: str) -> list[Point]:
-    """The points of one SAE and way, the whole SAE first."""
-    return [point for point in points if point["sae"] == sae and point["way"] in (WHOLE, way)]
-
-
-def names(points: Sequence[Point]) -> list[str]:
+def names(points: Sequence[Row]) -> list[str]:
     """The SAEs, densest first."""
-    whole = [point for point in points if point["way"] == WHOLE]
-    return list(dict.fromkeys(p["sae"] for p in sorted(whole, key=lambda p: -p["l0"])))
+    whole = sorted(select(points, way=WHOLE), key=lambda point: -point["l0"])
+    return distinct(whole, "sae")
 
 
-def value_at(points: Sequence[Point], figure: str, l0: float) -> float | None:
-    """A figure at some L0, between measured points straight over log L0; None outside of them."""
+def value_at(points: Sequence[Row], figure: str, l0: float) -> float | None:
+    """A figure at some L0, interpolated over log L0; None outside of the measured range."""
     curve = Curve.of([(point["l0"], point[figure]) for point in points])
     if curve is None or not curve.log_l0[0] <= math.log(l0) <= curve.log_l0[-1]:
         return None
     return curve.at(math.log(l0))
 
 
-def halving(points: Sequence[Point]) -> list[Row]:
+def halving(points: Sequence[Row]) -> list[Row]:
     """For each SAE and way, by how much each figure rises when half of L0 is removed.
 
     Returns:
@@ -53,14 +52,12 @@ def halving(points: Sequence[Point]) -> list[Row]:
     return rows
 
 
-def frontier(
-    points: Sequence[Point], families: Mapping[str, str], way: str = "global"
-) -> list[Row]:
-    """Each SAE beside denser ones of its family, from which is removed until they have its L0.
+def frontier(points: Sequence[Row], families: Mapping[str, str], way: str = "global") -> list[Row]:
+    """Each SAE beside denser ones of its family, reduced to its L0 by removing activations.
 
     Args:
         points: Of one seed.
-        families: Of each SAE; those of others are not compared.
+        families: Of each SAE; SAEs of different families are not compared.
         way: The way of removing.
 
     Returns:
@@ -70,7 +67,7 @@ def frontier(
     return list(_pairs(points, families, way))
 
 
-def _pairs(points: Sequence[Point], families: Mapping[str, str], way: str) -> Iterator[Row]:
+def _pairs(points: Sequence[Row], families: Mapping[str, str], way: str) -> Iterator[Row]:
     order = names(points)
     for place, sparse in enumerate(order):
         whole = of_way(points, sparse, WHOLE)[0]
@@ -90,7 +87,7 @@ def _pairs(points: Sequence[Point], families: Mapping[str, str], way: str) -> It
 
 
 def first_places(rows: Sequence[Row]) -> dict[str, int]:
-    """For how many SAEs and seeds each way pays the least cross-entropy to halve L0.
+    """For how many SAEs and seeds halving L0 costs the least cross-entropy, by way.
 
     Args:
         rows: Of `halving`, of all seeds, with `seed`; SAEs that not all ways can halve are left

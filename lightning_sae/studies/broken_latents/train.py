@@ -1,0 +1,80 @@
+"""Training of one SAE of an experiment."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import Callback
+
+from lightning_sae.architectures import ReLUSAE, TiedSAE
+from lightning_sae.callbacks import AuxThresholdWarmup, DecoderNormProjection
+from lightning_sae.data import ToyDataModule
+from lightning_sae.studies.broken_latents.settings import (
+    BATCH_SIZE,
+    OPTIMISATION,
+    Experiment,
+    Variant,
+)
+from lightning_sae.studies.shared.pool import Report
+from lightning_sae.studies.shared.toy_training import Progress, train_on_toy
+
+
+@dataclass(frozen=True)
+class ExperimentRun:
+    """One SAE to train.
+
+    Attributes:
+        experiment: Its world.
+        variant: Its kind.
+        seed: Of the world, its samples and the SAE's first weights.
+        samples: Activations to train on.
+    """
+
+    experiment: Experiment
+    variant: Variant
+    seed: int
+    samples: int
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        words = "".join(c if c.isalnum() else " " for c in self.variant.name).split()
+        return f"{self.experiment.number}-{'-'.join(words)}-seed-{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return -(-self.samples // BATCH_SIZE)
+
+    def world(self) -> ToyDataModule:
+        """The experiment's world with the variant's changes."""
+        arguments = self.experiment.world | self.variant.world
+        return ToyDataModule(**arguments, batch_size=BATCH_SIZE, seed=self.seed)
+
+    def sae(self, d_in: int) -> ReLUSAE:
+        """The SAE before training."""
+        kind = TiedSAE if self.variant.tied else ReLUSAE
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return kind(
+                d_in,
+                self.experiment.d_sae,
+                self.experiment.l1_coefficient,
+                **(OPTIMISATION | self.variant.sae),
+            )
+
+    def callbacks(self) -> list[Callback]:
+        """Unit decoder rows; the auxiliary loss is off for a third of the run and rises for one."""
+        found: list[Callback] = [DecoderNormProjection()]
+        if self.variant.has_loss:
+            found.append(AuxThresholdWarmup(self.steps // 3, max(1, self.steps // 3)))
+        return found
+
+
+def train(run: ExperimentRun, report: Report) -> tuple[ReLUSAE, ToyDataModule, float]:
+    """The trained SAE of a run, its world, and the seconds that training took."""
+    world = run.world()
+    sae = run.sae(world.d_in)
+    began = time.perf_counter()
+    train_on_toy(sae, world, run.steps, [*run.callbacks(), Progress(report)])
+    return sae, world, time.perf_counter() - began
