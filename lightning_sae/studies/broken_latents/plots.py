@@ -68,10 +68,7 @@ def _parts(cosines: Float[Tensor, " n_features"], at_most: int = 3) -> list[int]
 
 
 def _one_histogram(
-    axes: Axes,
-    f: Float[Tensor, " n"],
-    parts: list[int],
-    fires: Bool[Tensor, "n n_features"],
+    axes: Axes, f: Float[Tensor, " n"], parts: list[int], fires: Bool[Tensor, "n n_features"]
 ) -> None:
     shown = f > FAINT * f.max()
     if not shown.any():

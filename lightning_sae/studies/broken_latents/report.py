@@ -23,27 +23,26 @@ METHOD = (
 )
 
 
-def report(
-    folder: Path, experiments: Sequence[Experiment], results: Sequence[Row], step: dict[str, float]
-) -> Page:
+def report(folder: Path, experiments: Sequence[Experiment], results: dict[str, Any]) -> Page:
     """The study's page.
 
     Args:
         folder: The study's, with the pictures of all SAEs.
         experiments: What was trained.
-        results: Of all SAEs.
-        step: What `overhead` measured.
+        results: Seconds that it took, what `overhead` measured as `step`, and all `runs`.
     """
-    own = [select(results, experiment=experiment.number) for experiment in experiments]
+    own = [select(results["runs"], experiment=each.number) for each in experiments]
+    pairs = list(zip(experiments, own, strict=True))
     return Page(
         "Broken latents",
         "When does a latent stand for one feature, and when for a mixture?",
-        [*METHOD, cost_in_words(step)],
+        [*METHOD, cost_in_words(results["step"])],
         {name: values for experiment in experiments for name, values in _settings(experiment)},
-        [_section(folder, *pair) for pair in zip(experiments, own, strict=True)],
-        [row for pair in zip(experiments, own, strict=True) for row in comparison(*pair)],
+        [_section(folder, *pair) for pair in pairs],
+        [row for pair in pairs for row in comparison(*pair)],
         "Chanin et al., Broken latents: studying SAEs and feature co-occurrence in toy models "
         "(2024)",
+        results,
     )
 
 

@@ -82,11 +82,7 @@ class Experiment:
     seeds: int = 3
 
 
-AUXILIARY: dict[str, Any] = {
-    "aux_coefficient": 1e4,
-    "aux_threshold_share": 0.7,
-    "aux_window": 50,
-}
+AUXILIARY: dict[str, Any] = {"aux_coefficient": 1e4, "aux_threshold_share": 0.7, "aux_window": 50}
 MIXTURE = AUXILIARY | {"aux_threshold": "mixture"}
 MANY: dict[str, Any] = {
     "n_features": 20,

@@ -66,9 +66,8 @@ def broken_latents(
     began = time.perf_counter()
     rows = run_all(partial(one_run, folder=folder), runs, workers)
     seconds = time.perf_counter() - began
-    results = {"seconds": seconds, "step": step, "runs": rows}
-    of = f"and the pictures of {len(runs)} SAEs, in {seconds:.0f} s"
-    publish(report(folder, chosen, rows, step), folder, results, {}, of)
+    page = report(folder, chosen, {"seconds": seconds, "step": step, "runs": rows})
+    publish(page, folder, f"and the pictures of {len(runs)} SAEs, in {seconds:.0f} s")
 
 
 def _chosen(experiments: str) -> list[Experiment]:

@@ -6,9 +6,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from lightning_sae.studies.ground_truth.settings import ARCHITECTURES
-from lightning_sae.studies.shared.page import Page, Section, Table
+from lightning_sae.studies.shared.page import Page, Section, Table, figures_table
 from lightning_sae.studies.shared.plots import curves, panels, save
-from lightning_sae.studies.shared.rows import Row, distinct, known, select, spread, with_spread
+from lightning_sae.studies.shared.rows import Row, distinct, known, select, spread
 
 COLUMNS = {
     "l0": ("L0", ".1f"),
@@ -60,12 +60,10 @@ def _standing(name: str, runs: Sequence[Row]) -> Row:
 
 
 def _table(target: int, standing: Sequence[Row], results: Sequence[Row]) -> Table:
-    rows = []
-    for row in standing:
-        runs = select(results, target_l0=target, architecture=row["architecture"])
-        cells = [with_spread(known(runs, name), form) for name, (_, form) in COLUMNS.items()]
-        rows.append([row["title"], *cells])
-    return Table(["", *(heading for heading, _ in COLUMNS.values())], rows)
+    names = {row["title"]: row["architecture"] for row in standing}
+    own = select(results, target_l0=target)
+    groups = {title: select(own, architecture=name) for title, name in names.items()}
+    return figures_table(groups, COLUMNS)
 
 
 def draw(results: Sequence[Row], path: Path) -> Path:
@@ -101,7 +99,7 @@ def report(folder: Path, settings: Mapping[str, Any], results: Sequence[Row]) ->
     caption = "Figures against the L0 reached; bars are standard deviations over seeds."
     everything = [[_cell(value) for value in row.values()] for row in results]
     runs = Section(f"All {len(results)} runs", tables=[Table(list(results[0]), everything)])
-    world = settings["world"]
+    world, table = settings["world"], standings(results)
     return Page(
         "Ground truth",
         "Which architecture finds the most of the features of a known world at the same L0?",
@@ -120,10 +118,12 @@ def report(folder: Path, settings: Mapping[str, Any], results: Sequence[Row]) ->
             Section("Against L0", pictures={draw(results, folder / "pareto.png"): caption}),
             *(
                 Section(f"L0 {target}", tables=[_table(target, rows, results)])
-                for target, rows in standings(results).items()
+                for target, rows in table.items()
             ),
             Section("Runs", details=[runs]),
         ],
+        results={**settings, "table": table, "runs": results},
+        csv={"results": results},
     )
 
 

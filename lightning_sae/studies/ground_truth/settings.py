@@ -69,9 +69,7 @@ ARCHITECTURES = {
     "tied": Architecture("Tied, L1", TiedSAE),
     "gated": Architecture("Gated", GatedSAE),
     "jumprelu": Architecture(
-        "JumpReLU",
-        JumpReLUSAE,
-        {"bandwidth": 1.0, "threshold_init": 0.1, **FREE},
+        "JumpReLU", JumpReLUSAE, {"bandwidth": 1.0, "threshold_init": 0.1, **FREE}
     ),
     "topk": Architecture("TopK", TopKSAE, FREE),
     "batchtopk": Architecture("BatchTopK", BatchTopKSAE, FREE),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_sae.studies.ground_truth.measure import held_out, measure
-from lightning_sae.studies.ground_truth.report import report, standings
+from lightning_sae.studies.ground_truth.report import report
 from lightning_sae.studies.ground_truth.settings import ARCHITECTURES, RECIPE, World
 from lightning_sae.studies.ground_truth.train import ArchitectureRun, train
 from lightning_sae.studies.shared.folder import computed_once, open_folder
@@ -80,8 +80,7 @@ def ground_truth(
     began = time.perf_counter()
     rows = run_all(partial(one_run, folder=folder / "runs"), runs, workers)
     of = f"from {len(runs)} SAEs, in {time.perf_counter() - began:.0f} s"
-    results = {**settings, "table": standings(rows), "runs": rows}
-    publish(report(folder, settings, rows), folder, results, {"results": rows}, of)
+    publish(report(folder, settings, rows), folder, of)
 
 
 def _names(architectures: str) -> list[str]:

@@ -5,19 +5,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lightning_sae.studies.low_activations.costs import (
-    first_places,
-    frontier,
-    halving,
-    mean_rises,
-)
+from lightning_sae.studies.low_activations.costs import first_places, frontier, halving, mean_rises
 from lightning_sae.studies.low_activations.measure import WAYS
 from lightning_sae.studies.low_activations.plots import draw_frontier, draw_ways
 from lightning_sae.studies.shared.page import Compared, Page, Section, Table
 from lightning_sae.studies.shared.rows import Row, distinct, known, select, with_spread
-
-Results = Sequence[Mapping[str, Any]]
-"""Of each seed: `ce_clean`, and `points`."""
 
 SOURCE = (
     "Logan Riggs Smith, Improving SAE's by Sqrt()-ing L1 & Removing Lowest Activating Features "
@@ -32,15 +24,15 @@ SHORT = {
 
 
 def report(
-    folder: Path, settings: Mapping[str, Any], families: Mapping[str, str], results: Results
-) -> tuple[Page, dict[str, Any], dict[str, list[Row]]]:
-    """The page, the content of `results.json`, and the rows of the tables.
+    folder: Path, settings: Row, results: Sequence[Row], families: Mapping[str, str]
+) -> Page:
+    """The study's page.
 
     Args:
         folder: The study's, for pictures.
         settings: The study's.
+        results: Of each seed: `ce_clean`, and `points`.
         families: Of each SAE; SAEs of different families are not compared on the frontier.
-        results: Of each seed.
     """
     halved, compared, points = [], [], []
     for seed, each in enumerate(results):
@@ -49,7 +41,7 @@ def report(
         points += [{"seed": seed, **point} for point in each["points"]]
     removal = draw_ways(points, folder / "removal.png")
     sweep = draw_frontier(points, families, folder / "frontier.png")
-    page = Page(
+    return Page(
         "Removing low activations",
         "What does it cost to remove the lowest activations of a trained SAE, which way costs "
         "least, and does removing from a dense SAE beat training a sparse one?",
@@ -76,14 +68,9 @@ def report(
         ],
         _comparison(halved, compared),
         SOURCE,
+        {"settings": settings, "seeds": results, "halving": halved, "frontier": compared},
+        {"points": points, "halving": halved, "frontier": compared},
     )
-    content = {
-        "settings": settings,
-        "seeds": list(results),
-        "halving": halved,
-        "frontier": compared,
-    }
-    return page, content, {"points": points, "halving": halved, "frontier": compared}
 
 
 REMOVAL = (

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning_sae.studies.low_activations.measure import firings_of, measure, r
 from lightning_sae.studies.low_activations.report import report
 from lightning_sae.studies.low_activations.train import families_of, given_saes, members_of
 from lightning_sae.studies.shared.folder import computed_once
-from lightning_sae.studies.shared.page import publish
+from lightning_sae.studies.shared.seeds import run_seeds
 from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.shared.training import train_together
 
@@ -62,17 +63,14 @@ def low_activations(
         "shares": list(shares),
         "calibration_tokens": calibration_tokens,
     }
-    folder = setting.open(**own)
-    began = time.perf_counter()
-    results = []
-    for seed in range(1 if given else setting.seeds):
-        part = folder / f"seed-{seed}"
+
+    def one_seed(part: Path, seed: int) -> dict[str, Any]:
         saes = given or train_together(setting, part, members_of(setting, families), seed=seed)
-        results.append(_measured(saes, setting, shares, calibration_tokens, part))
-    of = {f"{f.name}-{value:g}": f.label for f in families for value in f.coefficients}
-    settings = setting.plain() | own
-    page, content, tables = report(folder, settings, dict.fromkeys(given, "") or of, results)
-    publish(page, folder, content, tables, f"in {time.perf_counter() - began:.0f} s")
+        return _measured(saes, setting, shares, calibration_tokens, part)
+
+    labels = {f"{f.name}-{value:g}": f.label for f in families for value in f.coefficients}
+    of = dict.fromkeys(given, "") or labels
+    run_seeds(setting, own, one_seed, partial(report, families=of), seeds=1 if given else None)
 
 
 def _check(

@@ -29,11 +29,7 @@ from lightning_sae.studies.replication.settings import (
     RARE,
     RAREST,
 )
-from lightning_sae.studies.replication.snapshots import (
-    Snapshots,
-    frequencies_path,
-    read_snapshots,
-)
+from lightning_sae.studies.replication.snapshots import Snapshots, frequencies_path, read_snapshots
 from lightning_sae.studies.shared.evaluation import evaluate, scalars
 from lightning_sae.studies.shared.setting import Setting
 

@@ -1,9 +1,8 @@
 """Files and the page of the study of replication."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,10 +23,10 @@ from lightning_sae.studies.replication.settings import (
 )
 from lightning_sae.studies.replication.tables import (
     comparison,
-    figures_table,
-    frequency_table,
+    figures,
+    frequencies,
     hooks_text,
-    rare_table,
+    rare_latents,
     rare_text,
     time_text,
 )
@@ -40,10 +39,8 @@ SOURCE = (
 )
 
 
-def report(
-    folder: Path, settings: Mapping[str, Any], results: Results
-) -> tuple[Page, dict[str, Any], dict[str, list[Row]]]:
-    """The page, the content of `results.json`, and the rows of the tables.
+def report(folder: Path, settings: Row, results: Results) -> Page:
+    """The study's page.
 
     Args:
         folder: The study's, for pictures.
@@ -52,47 +49,52 @@ def report(
     """
     rows = list(_rows(results))
     across = {name: across_seeds(results, name) for name in (PLAIN, CONSTRAINED)}
-    pictures = {
-        "time": {
-            draw_over_time(results, folder / "over_time.png"): "How many latents fire how often, "
-            "in the first seed, on the activations of the last windows up to each step. Dashed: "
-            "1e-4 and 1e-5. The lowest row never fired.",
-            draw_shares(results, folder / "shares.png"): "Shares of rare latents over training; "
-            "means over seeds, bars one standard deviation.",
-        },
-        "end": {
-            draw_frequencies(results, folder / "frequencies.png"): "Frequencies at the end of "
-            "training, mean over seeds; the vertical axis is logarithmic above 10."
-        },
-        "cosines": {
-            draw_cosines(results, folder / "cosines.png"): "Of rare latents and the others, all "
-            "seeds together: cosines with the mean direction of the rare, and of encoder with "
-            "decoder."
-        },
-    }
-    page = Page(
-        title="Replication on an MLP layer",
-        question="What do SAEs on MLP activations recover, what does resampling do to latents that "
-        "do not fire, and are ultra-rare latents all the same?",
-        method=_method(results),
-        settings={**settings, "seeds": len(results)},
-        sections=[
-            Section("Reconstruction", [hooks_text(rows)], [figures_table(rows)]),
-            Section("Frequencies", [time_text(rows)], [frequency_table(rows)], pictures["end"]),
-            Section("Over training", [], [], pictures["time"]),
+    plain = [{k: each[k] for k in ("figures", "latents", "rare")} for each in results]
+    return Page(
+        "Replication on an MLP layer",
+        "What do SAEs on MLP activations recover, what does resampling do to latents that do not "
+        "fire, and are ultra-rare latents all the same?",
+        _method(results),
+        {**settings, "seeds": len(results)},
+        [
+            Section("Reconstruction", [hooks_text(rows)], [figures(rows)]),
+            Section(
+                "Frequencies",
+                [time_text(rows)],
+                [frequencies(rows)],
+                {draw_frequencies(results, folder / "frequencies.png"): FREQUENCIES},
+            ),
+            Section(
+                "Over training",
+                pictures={
+                    draw_over_time(results, folder / "over_time.png"): OVER_TIME,
+                    draw_shares(results, folder / "shares.png"): SHARES,
+                },
+            ),
             Section(
                 "The rare latents",
                 [rare_text(rows)],
-                [rare_table(rows, across)],
-                pictures["cosines"],
+                [rare_latents(rows, across)],
+                {draw_cosines(results, folder / "cosines.png"): COSINES},
             ),
         ],
-        comparison=list(comparison(rows, across)),
-        source=SOURCE,
+        comparison(rows, across),
+        SOURCE,
+        {"settings": settings, "seeds": plain, "rare_mean_across_seeds": across},
+        {"members": rows, "frequencies": list(_frequency_rows(results))},
     )
-    plain = [{k: each[k] for k in ("figures", "latents", "rare")} for each in results]
-    content = {"settings": settings, "seeds": plain, "rare_mean_across_seeds": across}
-    return page, content, {"members": rows, "frequencies": list(_frequency_rows(results))}
+
+
+FREQUENCIES = "Frequencies at the end of training, mean over seeds; vertically logarithmic above 10."
+OVER_TIME = (
+    "How many latents fire how often, in the first seed, on the activations of the last windows up "
+    "to each step. Dashed: 1e-4 and 1e-5. The lowest row never fired."
+)
+SHARES = "Shares of rare latents over training; means over seeds, bars one standard deviation."
+COSINES = (
+    "Of rare latents and the others, all seeds together: cosines with the mean direction of the "
+    "rare, and of encoder with decoder."
+)
 
 
 def _method(results: Results) -> list[str]:

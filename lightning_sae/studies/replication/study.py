@@ -1,7 +1,6 @@
 """The study of replication: SAEs on MLP activations, dead latents, and the ultra-rare ones."""
 
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lightning_sae.studies.replication.report import report
 from lightning_sae.studies.replication.settings import OUT, PLAIN, RESAMPLE_EVERY
 from lightning_sae.studies.replication.train import constrained, members_of
 from lightning_sae.studies.shared.folder import computed_once
-from lightning_sae.studies.shared.page import publish
+from lightning_sae.studies.shared.seeds import run_seeds
 from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.shared.training import train_together
 
@@ -55,11 +54,7 @@ def replication(
             f"latents are resampled within a run, but got {setting.steps}."
         )
     own = {"l1_coefficient": l1_coefficient, "out_l1_coefficient": out_l1_coefficient}
-    folder = setting.open(**own)
-    began = time.perf_counter()
-    results = [_one_seed(setting, folder / f"seed-{s}", s, own) for s in range(setting.seeds)]
-    page, content, tables = report(folder, setting.plain() | own, results)
-    publish(page, folder, content, tables, f"in {time.perf_counter() - began:.0f} s")
+    run_seeds(setting, own, lambda part, seed: _one_seed(setting, part, seed, own), report)
 
 
 def _output_of(hook_name: str) -> str:

@@ -1,6 +1,6 @@
 """Tables, sentences and comparison of the study of replication."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from lightning_sae.studies.replication.settings import (
@@ -12,7 +12,7 @@ from lightning_sae.studies.replication.settings import (
     PRUNED,
     REINITIALIZE,
 )
-from lightning_sae.studies.shared.page import Compared, Table
+from lightning_sae.studies.shared.page import Compared, Table, figures_table
 from lightning_sae.studies.shared.rows import Row, distinct, known, select, with_spread
 
 
@@ -31,29 +31,21 @@ def _present(rows: Sequence[Row]) -> list[str]:
 def _table(
     rows: Sequence[Row], names: Sequence[str], columns: Mapping[str, tuple[str, str]], note: str
 ) -> Table:
-    """A row for each SAE; columns are a heading, a figure and its form."""
-    return Table(
-        ["SAE", *columns],
-        [
-            [LABELS[name], *(_cell(rows, name, *column) for column in columns.values())]
-            for name in names
-        ],
-        note,
-    )
+    return figures_table({LABELS[name]: select(rows, sae=name) for name in names}, columns, note)
 
 
-def figures_table(rows: Sequence[Row]) -> Table:
+def figures(rows: Sequence[Row]) -> Table:
     """What each SAE recovers of activations and of the model's loss."""
     columns = {
-        "L0": ("l0", ".1f"),
-        "FVU": ("fvu", ".3f"),
-        "CE": ("ce_spliced", ".3f"),
-        "CE, zero": ("ce_zero_ablation", ".3f"),
-        "CE, mean": ("ce_mean_ablation", ".3f"),
-        "CE, clean": ("ce_clean", ".3f"),
-        "recovered, zero": ("loss_recovered_zero", ".3f"),
-        "recovered, mean": ("loss_recovered_mean", ".3f"),
-        "mean ablation": ("mean_ablation_recovers", ".3f"),
+        "l0": ("L0", ".1f"),
+        "fvu": ("FVU", ".3f"),
+        "ce_spliced": ("CE", ".3f"),
+        "ce_zero_ablation": ("CE, zero", ".3f"),
+        "ce_mean_ablation": ("CE, mean", ".3f"),
+        "ce_clean": ("CE, clean", ".3f"),
+        "loss_recovered_zero": ("recovered, zero", ".3f"),
+        "loss_recovered_mean": ("recovered, mean", ".3f"),
+        "mean_ablation_recovers": ("mean ablation", ".3f"),
     }
     note = (
         "Cross-entropies in nats per token: with the reconstruction, with zeros and with the mean "
@@ -64,15 +56,15 @@ def figures_table(rows: Sequence[Row]) -> Table:
     return _table(rows, _present(rows), columns, note)
 
 
-def frequency_table(rows: Sequence[Row]) -> Table:
+def frequencies(rows: Sequence[Row]) -> Table:
     """How often latents fire at the end of training."""
     columns = {
         "never": ("never", ".3f"),
-        "below 1e-5": ("below_1e-5", ".3f"),
-        "below 1e-4": ("below_1e-4", ".3f"),
-        "rose": ("rare_at_half_that_rose", ".3f"),
-        "cos(enc, dec)": ("encoder_decoder_cosine", ".2f"),
-        "of rare": ("encoder_decoder_cosine_rare", ".2f"),
+        "below_1e-5": ("below 1e-5", ".3f"),
+        "below_1e-4": ("below 1e-4", ".3f"),
+        "rare_at_half_that_rose": ("rose", ".3f"),
+        "encoder_decoder_cosine": ("cos(enc, dec)", ".2f"),
+        "encoder_decoder_cosine_rare": ("of rare", ".2f"),
     }
     note = (
         "Shares of latents by how often they fire on the last activations of training; of those "
@@ -82,33 +74,30 @@ def frequency_table(rows: Sequence[Row]) -> Table:
     return _table(rows, [name for name in _present(rows) if name != PRUNED], columns, note)
 
 
-def rare_table(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> Table:
+def rare_latents(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> Table:
     """How alike the rare latents are."""
     columns = {
-        "rare": ("n_rare", ".0f"),
-        "cos with mean": ("cosine_with_mean", ".3f"),
-        "above .95": ("alike", ".3f"),
-        "of others": ("others_with_mean", ".3f"),
-        "encoder, 1 direction": ("encoder_on_one_direction", ".3f"),
-        "decoder, 1 direction": ("decoder_on_one_direction", ".3f"),
-        "fire on most aligned": ("on_most_aligned", ".3f"),
-        "at once": ("most_at_once", ".3f"),
-        "cos with mean activation": ("mean_activation", ".3f"),
+        "n_rare": ("rare", ".0f"),
+        "cosine_with_mean": ("cos with mean", ".3f"),
+        "alike": ("above .95", ".3f"),
+        "others_with_mean": ("of others", ".3f"),
+        "encoder_on_one_direction": ("encoder, 1 direction", ".3f"),
+        "decoder_on_one_direction": ("decoder, 1 direction", ".3f"),
+        "on_most_aligned": ("fire on most aligned", ".3f"),
+        "most_at_once": ("at once", ".3f"),
+        "mean_activation": ("cos with mean activation", ".3f"),
+        "across": ("cos between seeds", ".3f"),
     }
     names = [name for name in _present(rows) if name not in (PRUNED, OUT)]
+    between = [{"sae": name, "across": value} for name in names for value in across.get(name, [])]
     note = (
         "Number of rare latents; median cosine of their encoder rows with their mean, and the "
         "share above .95; the same median of other latents; how much of the rare rows' squared "
         "norm lies on one direction; which share of the rare fires on the held-out activation "
-        "furthest along their mean, and on any one; cosine of that mean with the mean activation."
+        "furthest along their mean, and on any one; cosine of that mean with the mean activation; "
+        "cosine of these means of different seeds."
     )
-    table = _table(rows, names, columns, note)
-    seeds = [with_spread(across.get(n, []), ".3f") for n in names]
-    return Table(
-        [*table.headings, "cos between seeds"],
-        [[*row, cell] for row, cell in zip(table.rows, seeds, strict=True)],
-        note + " The last column is the cosine of these means of different seeds.",
-    )
+    return _table([*rows, *between], names, columns, note)
 
 
 # Words.
@@ -163,81 +152,70 @@ def rare_text(rows: Sequence[Row]) -> str:
     )
 
 
-def comparison(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> Iterator[Compared]:
+def comparison(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> list[Compared]:
     """Everything for which the document gives a figure."""
-    yield from _of_loss(rows)
-    yield from _of_rare_rows(rows, across.get(PLAIN) or [])
-    yield from _of_what_becomes_of_them(rows)
 
+    def here(name: str, figure: str, form: str = ".1%") -> str:
+        return _cell(rows, name, figure, form, "no rare latents")
 
-def _here(rows: Sequence[Row], name: str, figure: str, form: str) -> str:
-    return _cell(rows, name, figure, form, "no rare latents")
-
-
-def _of_loss(rows: Sequence[Row]) -> Iterator[Compared]:
-    recovered = _here(rows, PLAIN, "loss_recovered_zero", ".1%")
-    yield (
-        "loss recovered against zero ablation",
-        "92 %",
-        f"{recovered} at L0 {_here(rows, PLAIN, 'l0', '.1f')}",
-    )
-    yield (
-        "mean ablation, on the scale of zero ablation",
-        "25 %",
-        _here(rows, PLAIN, "mean_ablation_recovers", ".1%"),
-    )
-    yield (
-        "latents below 1e-4",
-        "about 60 %, none dead, a mode of its own",
-        f"{_here(rows, PLAIN, 'below_1e-4', '.1%')}, of which never: "
-        f"{_here(rows, PLAIN, 'never', '.1%')}",
-    )
-    yield (
-        "loss recovered without the rare latents",
-        "92 % becomes 91 %",
-        f"{recovered} becomes {_here(rows, PRUNED, 'loss_recovered_zero', '.1%')}",
-    )
-
-
-def _of_rare_rows(rows: Sequence[Row], between: Sequence[float]) -> Iterator[Compared]:
-    yield (
-        "rare encoder rows with a cosine above .95 with their mean",
-        "97.5 %",
-        _here(rows, PLAIN, "alike", ".1%"),
-    )
-    yield (
-        "rare decoder rows on one direction",
-        "very little",
-        _here(rows, PLAIN, "decoder_on_one_direction", ".1%"),
-    )
-    yield (
-        "cosine of the rare mean between seeds",
-        ".96",
-        with_spread(between, ".3f", "fewer than two seeds with rare latents"),
-    )
-    yield (
-        "rare latents that fire on the input furthest along their mean",
-        "95 %",
-        _here(rows, PLAIN, "on_most_aligned", ".1%"),
-    )
-    yield (
-        "cosine of encoder and decoder rows, median",
-        ".5",
-        _here(rows, PLAIN, "encoder_decoder_cosine", ".2f"),
-    )
-
-
-def _of_what_becomes_of_them(rows: Sequence[Row]) -> Iterator[Compared]:
-    yield (
-        "kept orthogonal to that direction",
-        "a cluster of its own, in another direction",
-        f"below 1e-4: {_here(rows, CONSTRAINED, 'below_1e-4', '.1%')}; median cosine with their "
-        f"own mean: {_here(rows, CONSTRAINED, 'cosine_with_mean', '.2f')}",
-    )
-    yield (
-        "rare latents that become more frequent late in training",
-        "a drift upwards from 1.6 billion tokens on",
-        f"{_here(rows, PLAIN, 'rare_at_half_that_rose', '.1%')} of those rare half-way"
-        if _values(rows, PLAIN, "rare_at_half_that_rose")
-        else "none was rare half-way",
-    )
+    recovered = here(PLAIN, "loss_recovered_zero")
+    rose = here(PLAIN, "rare_at_half_that_rose")
+    had_rare = _values(rows, PLAIN, "rare_at_half_that_rose")
+    return [
+        (
+            "loss recovered against zero ablation",
+            "92 %",
+            f"{recovered} at L0 {here(PLAIN, 'l0', '.1f')}",
+        ),
+        (
+            "mean ablation, on the scale of zero ablation",
+            "25 %",
+            here(PLAIN, "mean_ablation_recovers"),
+        ),
+        (
+            "latents below 1e-4",
+            "about 60 %, none dead, a mode of its own",
+            f"{here(PLAIN, 'below_1e-4')}, of which never: {here(PLAIN, 'never')}",
+        ),
+        (
+            "loss recovered without the rare latents",
+            "92 % becomes 91 %",
+            f"{recovered} becomes {here(PRUNED, 'loss_recovered_zero')}",
+        ),
+        (
+            "rare encoder rows with a cosine above .95 with their mean",
+            "97.5 %",
+            here(PLAIN, "alike"),
+        ),
+        (
+            "rare decoder rows on one direction",
+            "very little",
+            here(PLAIN, "decoder_on_one_direction"),
+        ),
+        (
+            "cosine of the rare mean between seeds",
+            ".96",
+            with_spread(across.get(PLAIN, []), ".3f", "fewer than two seeds with rare latents"),
+        ),
+        (
+            "rare latents that fire on the input furthest along their mean",
+            "95 %",
+            here(PLAIN, "on_most_aligned"),
+        ),
+        (
+            "cosine of encoder and decoder rows, median",
+            ".5",
+            here(PLAIN, "encoder_decoder_cosine", ".2f"),
+        ),
+        (
+            "kept orthogonal to that direction",
+            "a cluster of its own, in another direction",
+            f"below 1e-4: {here(CONSTRAINED, 'below_1e-4')}; median cosine with their own mean: "
+            f"{here(CONSTRAINED, 'cosine_with_mean', '.2f')}",
+        ),
+        (
+            "rare latents that become more frequent late in training",
+            "a drift upwards from 1.6 billion tokens on",
+            f"{rose} of those rare half-way" if had_rare else "none was rare half-way",
+        ),
+    ]

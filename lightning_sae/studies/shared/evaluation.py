@@ -17,10 +17,7 @@ from lightning_sae.studies.shared.rows import Row
 
 
 def evaluate(
-    saes: Mapping[str, SparseAutoencoder],
-    data: ActivationDataModule,
-    n_tokens: int,
-    path: Path,
+    saes: Mapping[str, SparseAutoencoder], data: ActivationDataModule, n_tokens: int, path: Path
 ) -> dict[str, Row]:
     """Held-out metrics of SAEs, and what their reconstructions cost the language model.
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_sae.files import write_atomically
 from lightning_sae.studies.shared.folder import write_csv, write_json
-from lightning_sae.studies.shared.rows import Row
+from lightning_sae.studies.shared.rows import Row, known, with_spread
 
 Compared = tuple[str, str, str]
 """What is compared, what the document reports, and what this study found."""
@@ -38,6 +38,27 @@ class Table:
         for first, *others in cells:
             figures = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
             yield "  ".join([first.ljust(widths[0]), *figures]).rstrip()
+
+
+def figures_table(
+    groups: Mapping[str, Sequence[Row]],
+    columns: Mapping[str, tuple[str, str]],
+    note: str = "",
+    none: str = "",
+) -> Table:
+    """A table of figures, mean ± standard deviation over the rows of each group.
+
+    Args:
+        groups: Rows by the name of their line.
+        columns: Heading and format of each figure.
+        note: What a reader has to know of the columns.
+        none: Text where no row of a group has the figure.
+    """
+    lines = [
+        [name, *(with_spread(known(rows, key), form, none) for key, (_, form) in columns.items())]
+        for name, rows in groups.items()
+    ]
+    return Table(["", *(heading for heading, _ in columns.values())], lines, note)
 
 
 @dataclass(frozen=True)
@@ -71,6 +92,8 @@ class Page:
         sections: Results.
         comparison: The document's statements beside the results.
         source: The document, if there is one.
+        results: Plain values for `results.json`.
+        csv: Rows of CSV files by name.
     """
 
     title: str
@@ -80,6 +103,8 @@ class Page:
     sections: Sequence[Section]
     comparison: Sequence[Compared] = ()
     source: str = ""
+    results: Any = None
+    csv: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
         """Tables and comparison for the terminal."""
@@ -111,20 +136,16 @@ def _embedded(picture: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
-def publish(
-    page: Page, folder: Path, results: Any, tables: Mapping[str, Sequence[Row]], of: str
-) -> None:
-    """Write results and page, print the page's tables, and list the files that were made.
+def publish(page: Page, folder: Path, of: str) -> None:
+    """Write a page and its results, print its tables, and list the files that were made.
 
     Args:
-        page: The report, for `report.html`.
+        page: For `report.html`, `results.json` and CSV files.
         folder: The study's folder.
-        results: Plain values for `results.json`.
-        tables: Rows of CSV files by name.
         of: End of the last line: how much was trained, or how long it took.
     """
-    made = [write_json(folder / "results.json", results)]
-    made += [write_csv(folder / f"{name}.csv", rows) for name, rows in tables.items()]
+    made = [write_json(folder / "results.json", page.results)]
+    made += [write_csv(folder / f"{name}.csv", rows) for name, rows in page.csv.items()]
     made += [picture for section in page.sections for picture in section.pictures]
     made += [page.write(folder / "report.html")]
     last = f"Made: {', '.join(map(str, made))}, {of}."

@@ -7,16 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-COLORS = (
-    "#2f6db5",
-    "#e08a1e",
-    "#3f9b57",
-    "#b8433d",
-    "#7d5fb2",
-    "#8a6d4b",
-    "#d478b4",
-    "#6f7c85",
-)
+COLORS = ("#2f6db5", "#e08a1e", "#3f9b57", "#b8433d", "#7d5fb2", "#8a6d4b", "#d478b4", "#6f7c85")
 MARKERS = "osD^vPX*"
 
 Point = tuple[float, float]

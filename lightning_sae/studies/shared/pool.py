@@ -73,7 +73,7 @@ def _in_processes(work: Work[Result], runs: Sequence[Any], bar: Any, workers: in
     except BaseException:
         for process in multiprocessing.active_children():
             if process not in others:
-                process.terminate()
+                process.kill()  # a Trainer would only note a SIGTERM
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
@@ -149,8 +149,8 @@ class Swept:
             "diverged": self.diverged,
             "saes": self.rows,
         }
-        of = f"from {len(self.rows)} SAEs"
-        publish(page, self.folder, results, {"results": self.rows}, of)
+        page = replace(page, results=results, csv={"results": self.rows})
+        publish(page, self.folder, f"from {len(self.rows)} SAEs")
 
 
 def train_families(

@@ -98,10 +98,7 @@ def require_rates(learning_rates: Sequence[float], tuning_steps: int) -> None:
 
 
 def tune(
-    setting: Setting,
-    families: Sequence[Family],
-    learning_rates: Sequence[float],
-    steps: int,
+    setting: Setting, families: Sequence[Family], learning_rates: Sequence[float], steps: int
 ) -> Tuned:
     """Try all learning rates for each family, at the middle one of its coefficients.
 

@@ -18,12 +18,7 @@ from lightning_sae.studies.shared.evaluation import evaluate, scalars
 from lightning_sae.studies.shared.folder import computed_once
 from lightning_sae.studies.shared.rows import Row, select
 from lightning_sae.studies.shared.setting import Setting
-from lightning_sae.studies.suppression.train import (
-    ENCODER_IS_FROZEN,
-    METHODS,
-    ORIGINAL,
-    SAEs,
-)
+from lightning_sae.studies.suppression.train import ENCODER_IS_FROZEN, METHODS, ORIGINAL, SAEs
 
 RARE = 1e-2
 """Frequency below which a gap in the frequency curve may begin."""
@@ -195,10 +190,7 @@ def associations(rows: Sequence[Row]) -> dict[str, float | None]:
     causes = {"log_strength": of["strength"].log10(), "log_frequency": of["frequency"].log10()}
     found = {"living": float(len(own)), "cosine": float(of["cosine"].mean())}
     for effect in ("scaling", "added"):
-        for name, other in (
-            ("log_strength", "log_frequency"),
-            ("log_frequency", "log_strength"),
-        ):
+        for name, other in (("log_strength", "log_frequency"), ("log_frequency", "log_strength")):
             x, y, given = of[effect], causes[name], causes[other]
             found[f"{effect},{name}"] = float(correlation(x, y))
             found[f"{effect},{name},partial"] = float(partial_correlation(x, y, given))

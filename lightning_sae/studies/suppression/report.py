@@ -4,14 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sae.studies.shared.page import Page, Section, Table
+from lightning_sae.studies.shared.page import Page, Section, Table, figures_table
 from lightning_sae.studies.shared.rows import Row, distinct, known, select, with_spread
-from lightning_sae.studies.suppression.comparison import (
-    comparison,
-    killed,
-    of_method,
-    theory_text,
-)
+from lightning_sae.studies.suppression.comparison import comparison, killed, of_method, theory_text
 from lightning_sae.studies.suppression.measure import LEAST_GAP, RARE, associations
 from lightning_sae.studies.suppression.plots import (
     draw_bars,
@@ -45,10 +40,8 @@ PICTURES = {
 }
 
 
-def report(
-    folder: Path, settings: Mapping[str, Any], results: Results
-) -> tuple[Page, dict[str, Any], dict[str, list[Row]]]:
-    """The page, the content of `results.json`, and the rows of the tables.
+def report(folder: Path, settings: Row, results: Results) -> Page:
+    """The study's page.
 
     Args:
         folder: The study's, for pictures.
@@ -68,7 +61,7 @@ def report(
         draw_theory(toy, folder / "theory.png"),
     ]
     bars, frequencies, scatters, theory = ({path: PICTURES[path.name]} for path in pictures)
-    page = Page(
+    return Page(
         "Feature suppression",
         QUESTION,
         _method(settings),
@@ -86,20 +79,21 @@ def report(
         ],
         compared,
         SOURCE,
+        {
+            "settings": shown,
+            "methods": methods,
+            "correlations": found,
+            "toy": toy,
+            "comparison": compared,
+        },
+        {"methods": methods, "latents": latents, "toy": toy},
     )
-    content = {"settings": shown, "methods": methods, "correlations": found, "toy": toy}
-    tables = {"methods": methods, "latents": latents, "toy": toy}
-    return page, {**content, "comparison": [list(row) for row in compared]}, tables
 
 
 def correlations(latents: Sequence[Row]) -> list[Row]:
     """`associations` of each seed and hook."""
     return [
-        {
-            "seed": seed,
-            "hook": hook,
-            **associations(select(latents, seed=seed, hook=hook)),
-        }
+        {"seed": seed, "hook": hook, **associations(select(latents, seed=seed, hook=hook))}
         for seed in sorted(distinct(latents, "seed"))
         for hook in distinct(latents, "hook")
     ]
@@ -152,19 +146,18 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def _table(methods: Sequence[Row]) -> Table:
-    rows = []
-    for hook, label in short(distinct(methods, "hook")).items():
-        for method in (ORIGINAL, *METHODS):
-            own = select(methods, hook=hook, method=method)
-            cells = [with_spread(known(own, name), form) for name, (_, form) in COLUMNS.items()]
-            rows.append([f"{label}, {words(method)}", *cells])
+    groups = {
+        f"{label}, {words(method)}": select(methods, hook=hook, method=method)
+        for hook, label in short(distinct(methods, "hook")).items()
+        for method in (ORIGINAL, *METHODS)
+    }
     clean, ce = methods[0]["perplexity_clean"], methods[0]["ce_clean"]
     note = (
         f"The model's own perplexity is {clean:.2f}, its cross-entropy {ce:.3f} nats per token. "
         f"Dead: of {methods[0]['d_sae']}, those that never fire on {methods[0]['n_tokens']:,} "
         "tokens. Mean and standard deviation over seeds."
     )
-    return Table(["", *(heading for heading, _ in COLUMNS.values())], rows, note)
+    return figures_table(groups, COLUMNS, note)
 
 
 def _averages(methods: Sequence[Row]) -> Table:

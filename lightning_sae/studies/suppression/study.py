@@ -1,12 +1,11 @@
 """The study of suppression: how much do activations shrink, and does fine-tuning undo it?"""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_sae.checks import require_not_negative, require_positive
-from lightning_sae.studies.shared.page import publish
+from lightning_sae.studies.shared.seeds import run_seeds
 from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.suppression.measure import measure
 from lightning_sae.studies.suppression.report import report
@@ -61,16 +60,13 @@ def suppression(
         "fine_tune_steps": fine_tune_steps,
         "toy_steps": toy_steps,
     }
-    folder = setting.open(**own)
-    began = time.perf_counter()
-    results = []
-    for seed in range(setting.seeds):
-        part = folder / f"seed-{seed}"
+
+    def one_seed(part: Path, seed: int) -> dict[str, Any]:
         originals = given or trained(setting, part, l1_coefficient, seed)
         starts, copies = fine_tuned(
             setting, part / "fine-tuned", originals, fine_tune_steps, seed, setting.data(seed)
         )
         found = measure(setting, part, starts, copies, seed)
-        results.append({**found, "toy": shrunk_features(seed, toy_steps, part / "toy.json")})
-    page, content, tables = report(folder, setting.plain() | own, results)
-    publish(page, folder, content, tables, f"in {time.perf_counter() - began:.0f} s")
+        return {**found, "toy": shrunk_features(seed, toy_steps, part / "toy.json")}
+
+    run_seeds(setting, own, one_seed, report)

@@ -72,10 +72,9 @@ def test_publishing_writes_all_files_and_lists_them(
 ) -> None:
     picture = tmp_path / "dots.png"
     picture.write_bytes(b"dots")
-    shown = page(
-        sections=[Section("Results", tables=[Table(["x"], [["1"]])], pictures={picture: ""})]
-    )
-    publish(shown, tmp_path, {"a": 1}, {"points": [{"x": 1}, {"x": 2}]}, "in 3 s")
+    section = Section("Results", tables=[Table(["x"], [["1"]])], pictures={picture: ""})
+    rows = [{"x": 1}, {"x": 2}]
+    publish(page(sections=[section], results={"a": 1}, csv={"points": rows}), tmp_path, "in 3 s")
     assert json.loads((tmp_path / "results.json").read_text()) == {"a": 1}
     assert (tmp_path / "points.csv").read_text().split() == ["x", "1", "2"]
     names = ("results.json", "points.csv", "dots.png", "report.html")
