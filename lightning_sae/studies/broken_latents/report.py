@@ -90,7 +90,7 @@ def _section(folder: Path, experiment: Experiment, results: Sequence[Row]) -> Se
         [f"{variant.name}, seed {row['seed']}", _verdict(row), _latents_in_words(row)]
         for variant, row in in_order
     ]
-    headings = ["SAE", "", "features of living latents (|cos|, peaks)"]
+    headings = ["SAE", "verdict", "features of living latents (|cos|, peaks)"]
     return Section(
         f"{experiment.number}. {experiment.title}",
         tables=[Table(headings, rows)],
@@ -128,8 +128,8 @@ def _one_sae(folder: Path, variant: Variant, result: Row) -> Section:
 
 def _facts(result: Row) -> str:
     facts = (
-        f"{result['samples'] / 1e6:g} million activations, squared error "
-        f"{result['squared_error']:.4g}, L0 {result['l0']:.3g}"
+        f"{result['samples']:,} activations, squared error {result['squared_error']:.4g}, "
+        f"L0 {result['l0']:.3g}"
     )
     if result["parent_silent_with_child"] is not None:
         facts += (

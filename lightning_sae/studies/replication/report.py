@@ -85,7 +85,7 @@ def report(folder: Path, settings: Row, results: Results) -> Page:
     )
 
 
-FREQUENCIES = "Frequencies at the end of training, mean over seeds; vertically logarithmic above 10."
+FREQUENCIES = "Frequencies at the end of training, mean over seeds; logarithmic above 10 latents."
 OVER_TIME = (
     "How many latents fire how often, in the first seed, on the activations of the last windows up "
     "to each step. Dashed: 1e-4 and 1e-5. The lowest row never fired."

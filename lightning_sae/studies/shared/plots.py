@@ -22,7 +22,7 @@ def panels(
     for axes in found:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(which="both", labelsize=8)
     return figure, found
 
 
