@@ -1,5 +1,6 @@
 """The examples of docs/extending.md, run as they stand."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,23 @@ def test_a_metric_of_ones_own_is_among_the_results(
     run.test(sae, datamodule=data, verbose=False)
     f = sae.encode(data.held_out)
     assert evaluation.results["mean_strength"] == pytest.approx(f[f > 0].mean().item(), rel=1e-5)
+
+
+def test_a_study_of_ones_own_writes_its_report_and_resumes(
+    examples: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train.txt", "held-out.txt"):
+        (tmp_path / name).write_text("def f(x):\n    return x + 1\n" * 200)
+    texts = {"text": str(tmp_path / "train.txt")}
+    texts["validation_text"] = str(tmp_path / "held-out.txt")
+    sizes = {"context_length": 16, "d_sae": 24, "steps": 4, "batch_size": 64, "buffer_size": 256}
+    settings = {**texts, **sizes, "held_out_tokens": 256, "output": str(tmp_path / "study")}
+    examples["top_k"](ks=(2, 5), seeds=1, **settings)
+    rows = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert [row["k"] for row in rows] == [2, 5]
+    assert rows[0]["l0"] <= 2 < rows[1]["l0"] <= 5
+    assert "data:image/png;base64," in (tmp_path / "study" / "report.html").read_text()
+    first = (tmp_path / "study" / "seed-0" / "evaluation.json").stat().st_mtime_ns
+    examples["top_k"](ks=(2, 5), seeds=1, **settings)
+    assert (tmp_path / "study" / "seed-0" / "evaluation.json").stat().st_mtime_ns == first
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Made: ")
