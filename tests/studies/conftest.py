@@ -1,4 +1,4 @@
-"""A study of a few seconds: the embedded model on two small texts."""
+"""Settings for studies of a few seconds: the embedded model on two small texts."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ NAMES = ("decoder.py", "encoder.py", "scanner.py", "tool.py")
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Arguments of a setting that makes SAEs in no time."""
+    """Arguments of a setting that trains SAEs in a second."""
     folder = tmp_path_factory.mktemp("text")
     sources = [Path(json.__file__).with_name(name).read_text() for name in NAMES]
     for name, part in (("train", sources[:2]), ("held-out", sources[2:])):

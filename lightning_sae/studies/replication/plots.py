@@ -58,8 +58,7 @@ def _heat_map(axes: Axes, snapshots: Snapshots) -> Any:
     for level in _visible(edges):
         axes.axhline(level, color="#b8433d", linewidth=0.9, linestyle="--")
     _name_frequencies(axes, edges)
-    axes.set_xlabel("step of training", fontsize=9)
-    axes.set_ylabel("share of activations", fontsize=9)
+    axes.set(xlabel="step of training", ylabel="share of activations")
     return mesh
 
 
@@ -130,8 +129,7 @@ def draw_frequencies(results: Results, path: Path) -> Path:
         color = COLORS[list(LABELS).index(name)]
         axes.stairs(counts / len(of_seeds), edges, color=color, linewidth=1.4, label=LABELS[name])
     _name_frequencies(axes, edges, "x")
-    axes.set_xlabel("share of activations on which a latent fires", fontsize=9)
-    axes.set_ylabel("latents", fontsize=9)
+    axes.set(xlabel="share of activations on which a latent fires", ylabel="latents")
     axes.set_yscale("symlog", linthresh=10)
     for level in _visible(edges):
         axes.axvline(level, color="#6f7c85", linewidth=0.9, linestyle="--")
@@ -149,13 +147,13 @@ def draw_cosines(results: Results, path: Path) -> Path:
     for axes, name in zip(found, shown, strict=False):
         latents = [each["per_latent"][name] for each in results if name in each["per_latent"]]
         _two_histograms(axes, latents, "with_rare_direction")
-        axes.set_xlabel("cosine of encoder row with the rare mean", fontsize=9)
+        axes.set_xlabel("cosine of encoder row with the rare mean")
         axes.set_title(LABELS[name], fontsize=9)
     latents = [each["per_latent"][PLAIN] for each in results]
     _two_histograms(found[-1], latents, "encoder_decoder_cosine")
-    found[-1].set_xlabel("cosine of encoder and decoder rows", fontsize=9)
+    found[-1].set_xlabel("cosine of encoder and decoder rows")
     found[-1].set_title(LABELS[PLAIN], fontsize=9)
-    found[0].set_ylabel("share of the group", fontsize=9)
+    found[0].set_ylabel("share of the group")
     return save(figure, path)
 
 

@@ -49,7 +49,7 @@ def figures(rows: Sequence[Row]) -> Table:
     }
     note = (
         "Cross-entropies in nats per token: with the reconstruction, with zeros and with the mean "
-        "in the activation's place, and of the model as it is. Shares of the loss recovered are "
+        "in the activation's place, and of the unchanged model. Shares of the loss recovered are "
         "against zero and mean ablation; the last column is what mean ablation recovers of zero "
         "ablation."
     )

@@ -101,13 +101,10 @@ def gap_at_low_l0(curve: Curve, baseline: Curve) -> float | None:
 def area_between(curve: Curve, baseline: Curve) -> float | None:
     """Integral of `curve` less `baseline` over the log L0 that both have.
 
-    In units of the figure: the mean difference times the number of e-folds of L0. None if no L0 is
-    common to both.
+    It is `gap` times the number of e-folds of L0; None if no L0 is common to both.
     """
-    within = common_l0([curve, baseline])
-    if within is None:
-        return None
-    return (within[1] - within[0]) * (mean_over(curve, within) - mean_over(baseline, within))
+    within, mean_gap = common_l0([curve, baseline]), gap(curve, baseline)
+    return None if within is None or mean_gap is None else (within[1] - within[0]) * mean_gap
 
 
 def share_below(curve: Curve, baseline: Curve) -> float | None:

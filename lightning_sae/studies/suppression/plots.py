@@ -39,7 +39,7 @@ def draw_bars(rows: Sequence[Row], path: Path) -> Path:
     )
     for each, (name, label, methods, line) in zip(axes, shown, strict=True):
         _bars(each, rows, name, methods)
-        each.set_ylabel(label, fontsize=9)
+        each.set_ylabel(label)
         if line is not None:
             each.axhline(line, color="#1c2430", linewidth=0.8, linestyle="--")
     axes[2].axhline(0, color="#1c2430", linewidth=0.8)
@@ -84,8 +84,10 @@ def draw_frequencies(rows: Sequence[Row], path: Path) -> Path:
                 each.axvline(silent + n_dead - 0.5, color=colour, linewidth=0.8, linestyle=":")
         each.set_xlim(0, max(row["latent"] for row in own) + 1)
         each.set_title(short(hooks)[hook], fontsize=9)
-        each.set_xlabel("latents, sorted (those that never fire left blank)", fontsize=8)
-        each.set_ylabel("log10 of share of tokens", fontsize=9)
+        each.set(
+            xlabel="latents, sorted (those that never fire left blank)",
+            ylabel="log10 of share of tokens",
+        )
     return save(figure, path)
 
 
@@ -128,8 +130,7 @@ def _scatter(
     bar = figure.colorbar(dots, ax=axes, extend="both" if least is None else "min")
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    axes.set_xlabel("log10 frequency", fontsize=8)
-    axes.set_ylabel("log10 mean activation (raw units)", fontsize=8)
+    axes.set(xlabel="log10 frequency", ylabel="log10 mean activation (raw units)")
 
 
 def draw_theory(rows: Sequence[Row], path: Path) -> Path:
@@ -159,13 +160,11 @@ def draw_theory(rows: Sequence[Row], path: Path) -> Path:
             **style,
         )
         axes[1].axhline(coefficient / 2, color=style["color"], linewidth=1.0)
-    axes[0].set_xlabel("strength of the feature", fontsize=9)
-    axes[0].set_ylabel("strength at which it is rebuilt", fontsize=9)
+    axes[0].set(xlabel="strength of the feature", ylabel="strength of its reconstruction")
     axes[1].set_xscale("log")
     frequencies = sorted(distinct(rows, "frequency"))
     axes[1].set_xticks(frequencies, [f"{frequency:.2g}" for frequency in frequencies])
     axes[1].minorticks_off()
     axes[1].set_ylim(bottom=0)
-    axes[1].set_xlabel("frequency of the feature", fontsize=9)
-    axes[1].set_ylabel("shrinkage of living features", fontsize=9)
+    axes[1].set(xlabel="frequency of the feature", ylabel="shrinkage of living features")
     return save(figure, path)

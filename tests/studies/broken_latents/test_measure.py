@@ -1,4 +1,4 @@
-"""Peaks on hand-made histograms; SAEs put together by hand, held against their world."""
+"""Peaks of hand-made histograms; hand-made SAEs compared with their world."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The settings: they can be built, sent to another process, and are what the document says."""
+"""Settings: they can be built, sent to another process, and are those of the document."""
 
 import pickle
 from itertools import pairwise

@@ -24,7 +24,7 @@ PICTURES = ("activations", "cosines", "firings")
 
 @pytest.fixture(scope="module", autouse=True)
 def brief_timing() -> Iterator[None]:
-    """Lightning's share from a few steps, for what it comes to is not looked at here."""
+    """Measure Lightning's share on a few steps, since no test here depends on it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overhead, "UNTIMED", 2)
         module = sys.modules[broken_latents.__module__]

@@ -61,8 +61,8 @@ def test_every_sae_way_and_share_is_measured_once(results: dict[str, Any]) -> No
         assert len(set(found)) == len(found)
         saes = ("l1-0.5", "l1-2")
         ways = [way for way in WAYS if way != "lowest_k"]  # some k may be two shares' nearest
-        wished = {(sae, way, share) for sae in saes for way in ways for share in SHARES}
-        assert wished | {(sae, "whole", 0.0) for sae in saes} <= set(found)
+        expected = {(sae, way, share) for sae in saes for way in ways for share in SHARES}
+        assert expected | {(sae, "whole", 0.0) for sae in saes} <= set(found)
         assert all(math.isfinite(p[name]) for p in each["points"] for name in ("ce", "kl", "fvu"))
         for point in each["points"]:
             whole = next(p for p in each["points"] if p["sae"] == point["sae"])

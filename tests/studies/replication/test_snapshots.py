@@ -1,4 +1,4 @@
-"""Frequencies over training: windows, their sums, and a run that goes on."""
+"""Frequencies over training: windows, their sums, and a resumed run."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -54,7 +54,7 @@ def test_other_settings_are_refused_by_name(
     tmp_path: Path, small: dict[str, Any], change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Setting(tmp_path / "study", **small).open(own=1)
-    # A model of that name there is not, which is not the question.
+    # There is no model of that name, which this test is not about.
     monkeypatch.setattr("lightning_sae.data.ActivationDataModule.d_in", 128)
     settings = {**small, "own": 1, **change}
     own = settings.pop("own")

@@ -1,4 +1,4 @@
-"""SAEs of a study are trained together as if alone, go on when killed, and are measured alike."""
+"""SAEs of a study are trained together as if alone, resume when killed, and are measured alike."""
 
 import json
 from collections.abc import Callable
@@ -80,8 +80,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     with pytest.raises(RuntimeError, match="killed"):
         train_together(setting, folder, members, seed=3, watching=[KilledAt(5)])
     assert not (folder / "trained.json").exists()
-    (folder / "saes.part" / "c").mkdir(parents=True)  # as an export that was killed, too
-    # Weights are drawn from another seed here, in vain: those of the checkpoint count.
+    (folder / "saes.part" / "c").mkdir(parents=True)  # left by an export that was killed
+    # The checkpoint's weights replace those that are drawn here.
     found = train_together(setting, folder, members, seed=3, watching=[KilledAt(2)])
     assert list(found) == ["a", "b"]
     assert all(same(found[name], trained[name]) for name in found)

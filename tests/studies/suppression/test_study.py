@@ -60,7 +60,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which take most of a small study's time, and are drawn in the first."""
+    """Pictures take most of the time of a small study, and the first one has drawn them."""
     for name in ("bars", "frequencies", "latents", "theory"):
         monkeypatch.setattr(suppression_report, f"draw_{name}", lambda _, path: path)
     monkeypatch.setattr(page, "_embedded", lambda _: "")
