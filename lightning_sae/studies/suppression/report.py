@@ -107,12 +107,12 @@ def _method(settings: Mapping[str, Any]) -> list[str]:
         else "At each hook a trained SAE is given"
     )
     return [
-        f"{origin}; activations are centred and scaled to mean norm sqrt(d_in). Copies are trained on for "
-        f"{settings['fine_tune_steps']} steps, all from the same weights, on the same tokens and "
+        f"{origin}; activations are centred and scaled to mean norm sqrt(d_in). Copies are trained "
+        f"for {settings['fine_tune_steps']} steps, from the same weights, on the same tokens and "
         "on one pass of the language model. With a scale s for each latent and without a penalty "
         "train, by method: scale s; decoder s, W_dec, b_dec; unrotated decoder s, b_dec; encoder "
         "s, W_enc, b_enc; unrotated encoder s, b_enc; unrotated all s, b_enc, b_dec. Baseline is "
-        "the unchanged SAE, trained on with its penalty. Learning rates rise over the first 5 % and "
+        "the SAE itself, trained on with its penalty. Learning rates rise over the first 5 % and "
         "fall over the last quarter of the steps.",
         "All figures are of held-out text. MSE is summed over the width of the activations, in raw "
         "units. Removed and recovered are shares of the original SAE's squared error, and of the "
