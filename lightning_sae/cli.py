@@ -22,6 +22,7 @@ from torch import distributed
 from typing_extensions import override
 
 from lightning_sae import configurations
+from lightning_sae.analysis import analyze
 from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
     ExportSAE,
@@ -232,6 +233,8 @@ def command() -> None:
             _study(sys.argv[2:])
         elif sys.argv[1:2] == ["configs"]:
             configurations.main(sys.argv[2:])
+        elif sys.argv[1:2] == ["analyze"]:
+            analyze.main(sys.argv[2:])
         else:
             main()
     except (ValueError, OSError, FloatingPointError, MisconfigurationException) as error:
