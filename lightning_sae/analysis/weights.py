@@ -7,7 +7,7 @@ Monosemanticity (2023), for activations of an MLP, whose coordinates are neurons
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from lightning_sae.architectures import SparseAutoencoder
@@ -168,9 +168,10 @@ def logit_weights(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def summary(values: Float[Tensor, " n"]) -> dict[str, Any]:
+def summary(values: Num[Tensor, " n"] | Bool[Tensor, " n"]) -> dict[str, Any]:
     """Mean and some quantiles, as plain numbers; empty of no finite values."""
-    values = values[values.isfinite()].double()
+    values = values.double()
+    values = values[values.isfinite()]
     if len(values) == 0:
         return {}
     quantiles = {f"q{q:g}": float(values.quantile(q / 100)) for q in (1, 10, 50, 90, 99)}
