@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -240,8 +241,6 @@ def _texts(
 
 def main(args: list[str]) -> None:
     """Run `lightning-sae analyze`."""
-    from jsonargparse import auto_cli
-
     folder = auto_cli(analyze, args=args, prog="lightning-sae analyze")
     results = json.loads((folder / "results.json").read_text())
     sys.stdout.write(
