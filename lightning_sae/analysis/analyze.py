@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_sae.analysis import weights
 from lightning_sae.analysis.reading import AFTER, BEFORE, ContextReader, FiringReader
-from lightning_sae.analysis.store import write_store
+from lightning_sae.analysis.site.writer import write_page, write_site
+from lightning_sae.analysis.store import FeatureStore, write_store
 from lightning_sae.analysis.unembedding import null_space_matrix, unembedding_of
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.data import ActivationDataModule
@@ -45,6 +46,7 @@ def analyze(
     context_length: int | None = None,
     accelerator: str = "auto",
     devices: int = 1,
+    latents: list[int] | None = None,
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     seed: int = 0,
 ) -> Path:
@@ -65,6 +67,7 @@ def analyze(
         context_length: Tokens in a block.
         accelerator: As Lightning's `Trainer` takes it.
         devices: Number of devices, each of which reads its share.
+        latents: Also write these into one self-contained page, `latents.html`.
         precision: As Lightning's `Trainer` takes it.
         seed: Of random baselines.
 
@@ -83,6 +86,11 @@ def analyze(
     if tokens <= 0:
         raise ValueError(f"Expected argument `tokens` to be positive but got {tokens}.")
     trained = load(sae)
+    for latent in latents or ():
+        if not 0 <= latent < trained.d_sae:
+            raise ValueError(
+                f"Expected argument `latents` to be from 0 to {trained.d_sae - 1} but got {latent}."
+            )
     given = {
         "model": model,
         "hook_name": hook_name,
@@ -115,6 +123,10 @@ def analyze(
     trainer.predict(contexts, return_predictions=False)
     if trainer.is_global_zero:
         _write(folder, trained, data, reader, contexts, seed, time.perf_counter() - started)
+        store = FeatureStore(folder)
+        write_site(store)
+        if latents:
+            write_page(store, latents, folder / "latents.html")
     return folder
 
 
@@ -200,8 +212,8 @@ def _write(
 
 
 def _partners(sae: SparseAutoencoder, reader: FiringReader) -> dict[str, Tensor]:
-    fires_on, counts, means = reader.on_tokens.most_frequent(sae.d_sae, 10)
-    partners, together, _ = reader.on_latents.most_frequent(sae.d_sae, 8)
+    fires_on, counts, means = reader.on_tokens.first(sae.d_sae, 10)
+    partners, together, _ = reader.on_latents.first(sae.d_sae, 8)
     neighbours, cosines = weights.nearest(sae.W_dec.detach(), 8)
     return {
         "fires_on": fires_on,
@@ -246,7 +258,7 @@ def main(args: list[str]) -> None:
     sys.stdout.write(
         f"\nRead {results['tokens']:,} tokens in {results['seconds']:.0f} s. Made:\n"
         f"  {folder}  tables, contexts and figures of {results['sae']['d_sae']:,} latents\n"
-        "Next:\n"
-        f'  python -c "from lightning_sae import FeatureStore; print(FeatureStore({str(folder)!r})'
-        '.table)"\n'
+        f"  {folder / 'index.html'}  all of it in a browser, without a network\n"
+        "In Python:\n"
+        f"  lightning_sae.FeatureStore({str(folder)!r}).table\n"
     )

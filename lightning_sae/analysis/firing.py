@@ -5,7 +5,7 @@ merged to what one would have found. Memory grows with the number of latents and
 kept for each, never with the number of tokens.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -113,8 +113,9 @@ class Strengths:
                 continue
             # Share of each logarithmic bin that lies below each edge of the even ones.
             even = torch.arange(1, bins + 1, dtype=torch.float64) / bins * top
-            ends = torch.minimum(starts[some] + widths[some], top)
-            share = (even.unsqueeze(1) - starts[some]) / (ends - starts[some])
+            low = torch.minimum(starts[some], top * (1 - 1e-6))  # bins know tops to rounding only
+            high = torch.minimum(starts[some] + widths[some], top)
+            share = (even.unsqueeze(1) - low) / (high - low)
             below = (share.clamp(0, 1) * counts[some]).sum(1)
             found[i] = below.diff(prepend=below.new_zeros(1))
         return found.float()
@@ -241,16 +242,23 @@ class PairCounts:
     """How often each latent occurs with something else: a token, or another latent.
 
     Counts are exact while a latent has few partners. When there are many, each latent keeps its
-    most frequent ones, and a partner that was dropped and comes back counts from zero.
+    first ones, and a partner that was dropped and comes back counts from zero.
 
     Args:
         n_partners: Number of possible partners.
+        by: What ranks the partners of a latent: `counts`, or `sums` of its activations.
         keep: Partners that each latent keeps when memory is tidied.
         limit: Pairs above which it is.
     """
 
-    def __init__(self, n_partners: int, keep: int = 64, limit: int = 2_000_000) -> None:
-        self.n_partners, self.keep, self.limit = n_partners, keep, limit
+    def __init__(
+        self,
+        n_partners: int,
+        by: Literal["counts", "sums"] = "counts",
+        keep: int = 64,
+        limit: int = 2_000_000,
+    ) -> None:
+        self.n_partners, self.by, self.keep, self.limit = n_partners, by, keep, limit
         self.pairs = torch.zeros(0, dtype=torch.int64)
         self.counts = torch.zeros(0, dtype=torch.int64)
         self.sums = torch.zeros(0, dtype=torch.float64)
@@ -287,17 +295,18 @@ class PairCounts:
             self.sums = self.sums[kept]
 
     def _ranks(self) -> Int[Tensor, " pairs"]:
-        """Place of each pair among those of its latent, the most frequent first."""
+        """Place of each pair among those of its latent."""
         latent = self.pairs // self.n_partners
-        order = self.counts.argsort(descending=True, stable=True)
+        ranked = self.counts if self.by == "counts" else self.sums
+        order = ranked.argsort(descending=True, stable=True)
         order = order[latent[order].argsort(stable=True)]
         starts = torch.searchsorted(latent[order], latent[order])
         ranks = torch.empty_like(order)
         ranks[order] = torch.arange(len(order)) - starts
         return ranks
 
-    def most_frequent(self, d_sae: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Partners of each latent, their counts and mean values, [d_sae, n]; -1 where fewer."""
+    def first(self, d_sae: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """First partners of each latent, counts and mean values, [d_sae, n]; -1 where fewer."""
         self._tidy()
         ranks = self._ranks()
         kept = ranks < n

@@ -108,7 +108,7 @@ class FiringReader(Reader):
         reference, d_sae = max([1e-6, *largest]), self.sae.d_sae
         self.strengths = Strengths(d_sae, reference)
         self.contexts = Contexts(d_sae, self.n_top, self.per_interval, reference)
-        self.on_tokens = PairCounts(len(self.data.language_model.tokenizer))
+        self.on_tokens = PairCounts(len(self.data.language_model.tokenizer), by="sums")
         self.on_latents = PairCounts(d_sae)
 
     def _chunks(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -56,6 +56,12 @@ def test_strengths_are_those_of_the_firings_alone_whoever_reads() -> None:
         assert found.mean()[-1].isnan()
 
 
+def test_even_histogram_counts_a_largest_activation_on_the_edge_of_a_bin() -> None:
+    strengths = Strengths(1, 1.0)
+    strengths.update(firings(torch.tensor([[2.0], [1.0]])), 2)
+    torch.testing.assert_close(strengths.histogram(4).sum(), torch.tensor(2.0))
+
+
 def test_even_histogram_has_all_firings_and_follows_an_exact_one() -> None:
     generator = torch.Generator().manual_seed(1)
     f = torch.rand(20_000, 1, generator=generator) + 1e-3
@@ -130,7 +136,7 @@ def test_pair_counts_are_those_of_a_loop_whoever_reads() -> None:
         counts.update(own.latent, partner[own.token], own.value)
 
     for found in both(lambda: PairCounts(7), f, update):
-        partners, counts, means = found.most_frequent(D_SAE, 7)
+        partners, counts, means = found.first(D_SAE, 7)
         for j in range(D_SAE):
             n = torch.tensor([int((f[:, j][partner == p] > 0).sum()) for p in range(7)])
             assert counts[j].tolist() == n.sort(descending=True).values.tolist()
@@ -148,7 +154,7 @@ def test_many_pairs_leave_each_latent_its_most_frequent_ones() -> None:
         often = 50 if partner in (0, 1) else 1
         latent = torch.zeros(often, dtype=torch.int64)
         counts.update(latent, torch.full((often,), partner), torch.ones(often))
-    partners, found, _ = counts.most_frequent(1, 2)
+    partners, found, _ = counts.first(1, 2)
     assert sorted(partners[0].tolist()) == [0, 1]
     assert found[0].tolist() == [50, 50]
     assert len(counts.pairs) <= 50
