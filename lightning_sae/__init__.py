@@ -1,5 +1,6 @@
 """Train and study sparse autoencoders on a language model's activations with PyTorch Lightning."""
 
+from lightning_sae.analysis import FeatureStore
 from lightning_sae.architectures import (
     BatchTopKSAE,
     GatedSAE,
@@ -21,6 +22,7 @@ __all__ = [
     "ActivationDataModule",
     "ActivationSource",
     "BatchTopKSAE",
+    "FeatureStore",
     "GatedSAE",
     "JumpReLUSAE",
     "MatryoshkaSAE",

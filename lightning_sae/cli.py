@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -22,6 +23,7 @@ from torch import distributed
 from typing_extensions import override
 
 from lightning_sae import configurations
+from lightning_sae.analysis import analyze, compare, steering
 from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
     ExportSAE,
@@ -40,6 +42,14 @@ from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.results import after_fit, after_predict, after_test, after_validate
 
 C = TypeVar("C", bound=Callback)
+
+BESIDE: dict[str, Callable[[list[str]], None]] = {
+    "analyze": analyze.main,
+    "compare": compare.main,
+    "configs": configurations.main,
+    "steer": steering.main,
+}
+"""Commands that need no run."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -230,8 +240,8 @@ def command() -> None:
         sys.argv[1:] = configurations.with_files(sys.argv[1:])  # ranks are started with these
         if sys.argv[1:2] == ["study"]:
             _study(sys.argv[2:])
-        elif sys.argv[1:2] == ["configs"]:
-            configurations.main(sys.argv[2:])
+        elif sys.argv[1:2] and sys.argv[1] in BESIDE:
+            BESIDE[sys.argv[1]](sys.argv[2:])
         else:
             main()
     except (ValueError, OSError, FloatingPointError, MisconfigurationException) as error:
@@ -302,8 +312,9 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         auto_configure_optimizers=False,
         parser_kwargs={
             "description": "Train, measure and study sparse autoencoders. Beside the subcommands "
-            "below there are `lightning-sae study NAME`, the source documents' experiments, and "
-            "`lightning-sae configs`, the configurations that come with the package."
+            "below there are `analyze SAE`, what each latent fires on; `compare SAE SAE`, how many "
+            "latents they share; `steer SAE`, what editing a latent changes; `study NAME`, the "
+            "source documents' experiments; and `configs`, those that come with the package."
         },
         args=configurations.with_files(args) if isinstance(args, list) else args,
         run=run,

@@ -1,0 +1,264 @@
+"""`lightning-sae analyze`: look inside a trained SAE."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_sae.analysis import weights
+from lightning_sae.analysis.reading import AFTER, BEFORE, ContextReader, FiringReader
+from lightning_sae.analysis.site.writer import write_page, write_site
+from lightning_sae.analysis.store import FeatureStore, write_store
+from lightning_sae.analysis.unembedding import null_space_matrix, unembedding_of
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.data import ActivationDataModule
+from lightning_sae.functional.peaks import two_peaks
+from lightning_sae.loading import load
+
+QUANTILES = (0.5, 0.9, 0.99)
+HISTOGRAM_BINS = 40
+TAKEN_OVER = (
+    "context_length",
+    "drop_special_tokens",
+    "positions",
+    "max_norm_multiple",
+    "text",
+)
+"""What an SAE's `source` says of the data and `ActivationDataModule` takes."""
+
+
+def analyze(
+    sae: str,
+    output: str,
+    *,
+    tokens: int = 1_000_000,
+    model: str | None = None,
+    hook_name: str | None = None,
+    text: str | list[str] | None = None,
+    text_column: str = "text",
+    streaming: bool = False,
+    context_length: int | None = None,
+    accelerator: str = "auto",
+    devices: int = 1,
+    latents: list[int] | None = None,
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+    seed: int = 0,
+) -> Path:
+    """Look inside a trained SAE: what each latent fires on, where it lies, what it raises.
+
+    Model, hook, text, context and filter are those that the SAE was trained with unless they are
+    given. Special tokens and outliers are left out as in training.
+
+    Args:
+        sae: Folder that `save_pretrained` wrote, or a checkpoint.
+        output: New folder for what is found; opened by `lightning_sae.FeatureStore`.
+        tokens: Tokens to read, about.
+        model: Folder or hub name of the language model.
+        hook_name: Its hook.
+        text: Text to read.
+        text_column: Name of the text column, where there are columns.
+        streaming: Read a hub data set as a stream.
+        context_length: Tokens in a block.
+        accelerator: As Lightning's `Trainer` takes it.
+        devices: Number of devices, each of which reads its share.
+        latents: Also write these into one self-contained page, `latents.html`.
+        precision: As Lightning's `Trainer` takes it.
+        seed: Of random baselines.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If there is no such SAE, its model is not known, or `output` is not empty.
+    """
+    folder = Path(output)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(
+            f"Expected argument `output` to be a new or empty folder but {folder} holds files: "
+            "choose another folder."
+        )
+    if tokens <= 0:
+        raise ValueError(f"Expected argument `tokens` to be positive but got {tokens}.")
+    trained = load(sae)
+    for latent in latents or ():
+        if not 0 <= latent < trained.d_sae:
+            raise ValueError(
+                f"Expected argument `latents` to be from 0 to {trained.d_sae - 1} but got {latent}."
+            )
+    given = {
+        "model": model,
+        "hook_name": hook_name,
+        "text": text,
+        "context_length": context_length,
+    }
+    data = data_of(
+        trained, {k: v for k, v in given.items() if v is not None}, text_column, streaming
+    )
+    if data.d_in != trained.d_in:
+        raise ValueError(
+            f"Expected activations of width {trained.d_in}, for which the SAE was made, but "
+            f"`{data.hook_name}` gives {data.d_in}: choose the model and hook of the SAE."
+        )
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    started = time.perf_counter()
+    reader = FiringReader(trained, data, tokens)
+    trainer.predict(reader, return_predictions=False)
+    chosen = trainer.strategy.broadcast(reader.contexts.chosen())
+    read = trainer.strategy.broadcast(reader.text())
+    largest = trainer.strategy.broadcast(reader.strengths.largest)
+    contexts = ContextReader(trained, data, read, chosen, largest)
+    trainer.predict(contexts, return_predictions=False)
+    if trainer.is_global_zero:
+        _write(folder, trained, data, reader, contexts, seed, time.perf_counter() - started)
+        store = FeatureStore(folder)
+        write_site(store)
+        if latents:
+            write_page(store, latents, folder / "latents.html")
+    return folder
+
+
+def data_of(
+    sae: SparseAutoencoder, given: dict[str, Any], text_column: str, streaming: bool
+) -> ActivationDataModule:
+    """The data that an SAE was trained on, all of its documents, with other settings if given.
+
+    Raises:
+        ValueError: If neither the SAE nor the arguments name the model, the hook or the text.
+    """
+    known = {**{k: v for k, v in sae.source.items() if k in ("model", "hook_name", *TAKEN_OVER)}}
+    known |= given
+    missing = [name for name in ("model", "hook_name", "text") if not known.get(name)]
+    if missing or known["model"] == "toy":
+        raise ValueError(
+            f"Expected the SAE to name a language model, its hook and text but it names "
+            f"{sae.source or 'nothing'}: give {', '.join(f'`{n}`' for n in missing or ['model'])}."
+        )
+    return ActivationDataModule(
+        known.pop("hook_name"),
+        known.pop("model"),
+        **known,
+        text_column=text_column,
+        streaming=streaming,
+        validation_fraction=0.0,
+    )
+
+
+def _write(
+    folder: Path,
+    sae: SparseAutoencoder,
+    data: ActivationDataModule,
+    reader: FiringReader,
+    contexts: ContextReader,
+    seed: int,
+    seconds: float,
+) -> None:
+    sae, model, strengths = sae.cpu(), data.language_model, reader.strengths
+    histogram = strengths.histogram(HISTOGRAM_BINS)
+    peaks = two_peaks(histogram)
+    table: dict[str, Tensor] = {
+        "frequency": strengths.frequency(),
+        "firings": strengths.count,
+        "mean": strengths.mean(),
+        "std": strengths.std(),
+        "maximum": strengths.largest,
+        **{f"quantile_{q:g}": strengths.quantile(q) for q in QUANTILES},
+        "peaks": peaks.found.long() + (strengths.count > 0).long(),
+        "separation": peaks.separation,
+        **weights.latent_geometry(sae),
+        "rare": weights.rare_cluster(strengths.frequency()),
+    }
+    matrix = null_space_matrix(model)
+    if matrix is not None:
+        table["null_space"] = weights.null_space_share(sae.W_dec.detach(), matrix.cpu())
+    arrays = {"histogram": histogram, **_partners(sae, reader)}
+    unembedding = unembedding_of(model)
+    if unembedding is not None:
+        through = unembedding.to_residual
+        through = None if through is None else through.cpu()
+        arrays |= weights.logit_weights(sae.W_dec.detach(), through, unembedding.matrix.cpu(), 10)
+    latents = torch.arange(sae.d_sae + 1)
+    own = {
+        "tokens": contexts.tokens,
+        "shares": contexts.shares,
+        "interval": contexts.chosen["interval"].int(),
+        "starts": torch.searchsorted(contexts.chosen["latent"], latents),
+        "at": torch.tensor(BEFORE),
+    }
+    results = {
+        "source": data.source,
+        "sae": {"architecture": type(sae).__name__, "d_in": sae.d_in, "d_sae": sae.d_sae},
+        "tokens": strengths.n_tokens,
+        "left_out": reader.left_out,
+        "seconds": seconds,
+        "context": {"before": BEFORE, "after": AFTER},
+        "logits": None if unembedding is None else unembedding.note,
+        **_population(sae, table, seed),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_store(folder, table, arrays, own, _texts(model.tokenizer, own, arrays), results)
+
+
+def _partners(sae: SparseAutoencoder, reader: FiringReader) -> dict[str, Tensor]:
+    fires_on, counts, means = reader.on_tokens.first(sae.d_sae, 10)
+    partners, together, _ = reader.on_latents.first(sae.d_sae, 8)
+    neighbours, cosines = weights.nearest(sae.W_dec.detach(), 8)
+    return {
+        "fires_on": fires_on,
+        "fires_on_count": counts,
+        "fires_on_mean": means,
+        "partners": partners,
+        "partner_count": together,
+        "neighbours": neighbours,
+        "neighbour_cosine": cosines,
+    }
+
+
+def _population(sae: SparseAutoencoder, table: dict[str, Tensor], seed: int) -> dict[str, Any]:
+    """Figures of all latents together, and those of random rows of the same shape."""
+    rows, random = sae.W_dec.detach(), weights.baseline(sae.d_sae, sae.d_in, seed)
+    frequent = table["frequency"] > 1e-4
+    of_random = {**weights.neuron_sparsity(random), "kurtosis": weights.excess_kurtosis(random)}
+    return {
+        "dead": float((table["firings"] == 0).float().mean()),
+        "l0": float(table["frequency"].sum()),
+        "rare": int(table["rare"].sum()),
+        "columns": {name: weights.summary(column) for name, column in table.items()},
+        "random_rows": {name: weights.summary(column) for name, column in of_random.items()},
+        "pairwise_cosine": weights.summary(weights.pairwise_cosines(rows[frequent], seed)),
+        "random_pairwise_cosine": weights.summary(weights.pairwise_cosines(random, seed)),
+    }
+
+
+def _texts(
+    tokenizer: Any, contexts: dict[str, Tensor], arrays: dict[str, Tensor]
+) -> dict[int, str]:
+    """Texts of all token ids that occur."""
+    lists = [arrays[name] for name in ("fires_on", "raised", "lowered") if name in arrays]
+    ids = torch.cat([contexts["tokens"].long().flatten(), *(each.flatten() for each in lists)])
+    return {token: tokenizer.decode([token]) for token in ids.unique().tolist() if token >= 0}
+
+
+def main(args: list[str]) -> None:
+    """Run `lightning-sae analyze`."""
+    folder = auto_cli(analyze, args=args, prog="lightning-sae analyze")
+    results = json.loads((folder / "results.json").read_text())
+    sys.stdout.write(
+        f"\nRead {results['tokens']:,} tokens in {results['seconds']:.0f} s. Made:\n"
+        f"  {folder}  tables, contexts and figures of {results['sae']['d_sae']:,} latents\n"
+        f"  {folder / 'index.html'}  all of it in a browser, without a network\n"
+        "In Python:\n"
+        f"  lightning_sae.FeatureStore({str(folder)!r}).table\n"
+    )

@@ -1,0 +1,171 @@
+"""`lightning-sae compare`: how many latents two SAEs share, as a measure of what is stable.
+
+Each latent of the smaller SAE is matched with one of the other so that the sum of cosines is
+largest (Hungarian algorithm). Random directions of the same shape are matched likewise, as a
+baseline: in few dimensions, cosines are high by chance.
+"""
+
+import json
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from jsonargparse import ArgumentParser
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_sae.analysis.analyze import data_of
+from lightning_sae.analysis.weights import baseline
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.data import ActivationDataModule
+from lightning_sae.files import write_atomically
+from lightning_sae.functional.assignment import optimal_matching
+from lightning_sae.functional.matching import cosine_matrix
+from lightning_sae.loading import load
+
+SHARES = (0.7, 0.9)
+SHORT = "Compare SAEs: which latents have a partner, and do partners fire alike?"
+
+
+def matched(a: Float[Tensor, "m d"], b: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """The best one-to-one matching of the rows of two matrices by cosine.
+
+    Returns:
+        Rows of `a`, rows of `b` and their cosines, as many as the shorter matrix has rows.
+    """
+    cosines = cosine_matrix(a, b)
+    rows, columns = optimal_matching(cosines)
+    return rows, columns, cosines[rows, columns]
+
+
+@torch.no_grad()
+def compare_weights(a: SparseAutoencoder, b: SparseAutoencoder, seed: int = 0) -> dict[str, Any]:
+    """Match the decoder rows of two SAEs, and compare with random rows.
+
+    Returns:
+        `pairs` (latents of a and of b), `decoder` and `encoder`, the cosines of these pairs,
+        `random`, the cosines of as many random rows, each matched alike; and `figures`: means, and
+        the shares of pairs above .7 and .9.
+
+    Raises:
+        ValueError: If the SAEs are of different widths.
+    """
+    if a.d_in != b.d_in:
+        raise ValueError(
+            f"Expected SAEs of the same `d_in` but got {a.d_in} and {b.d_in}: compare SAEs of one "
+            "model and hook."
+        )
+    rows, columns, decoder = matched(a.W_dec, b.W_dec)
+    encoder = torch.cosine_similarity(a.W_enc.T[rows], b.W_enc.T[columns], dim=-1)
+    random_rows = (baseline(len(sae.W_dec), a.d_in, seed + i) for i, sae in enumerate((a, b)))
+    random = matched(*random_rows)[2]
+    cosines = {"decoder": decoder, "encoder": encoder, "random": random}
+    figures = {f"{name}_mean": float(values.mean()) for name, values in cosines.items()}
+    for name, values in cosines.items():
+        figures |= {f"{name}_above_{s:g}": float((values > s).float().mean()) for s in SHARES}
+    return {"pairs": torch.stack([rows, columns], 1), **cosines, "figures": figures}
+
+
+@torch.no_grad()
+def correlated(
+    a: SparseAutoencoder,
+    b: SparseAutoencoder,
+    pairs: Tensor,
+    data: ActivationDataModule,
+    n_tokens: int,
+) -> Float[Tensor, " pairs"]:
+    """Correlation of matched latents' activations on the same text; NaN where one never varies."""
+    sums = torch.zeros(5, len(pairs), dtype=torch.float64)
+    n, blocks = 0, data.training_blocks()
+    while n < n_tokens:
+        tokens = blocks.read_first_epoch(data.blocks_per_pass)
+        if len(tokens) == 0:
+            break
+        x = data.language_model.activations(tokens)
+        x = x[data.filter.kept(tokens, x).to(x.device)].float().cpu()
+        f, g = a.encode(x)[:, pairs[:, 0]].double(), b.encode(x)[:, pairs[:, 1]].double()
+        sums += torch.stack([f.sum(0), g.sum(0), (f * f).sum(0), (g * g).sum(0), (f * g).sum(0)])
+        n += len(x)
+    f, g, ff, gg, fg = sums / max(n, 1)
+    return (fg - f * g) / ((ff - f * f) * (gg - g * g)).sqrt()
+
+
+def compare(saes: list[str], output: str, *, tokens: int = 100_000, seed: int = 0) -> Path:
+    """Compare SAEs with each other: which latents have a partner, and do partners fire alike?
+
+    Args:
+        saes: Two or more folders that `save_pretrained` wrote, or checkpoints, of one hook.
+        output: New folder for `compare.json`, `compare.png` and the pairs.
+        tokens: Tokens on which activations of matched latents are correlated; 0 for none.
+        seed: Of the random baseline.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If there are fewer than two, they are of different widths, or `output` is not
+            empty.
+    """
+    folder = Path(output)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(
+            f"Expected argument `output` to be a new or empty folder but {folder} holds files: "
+            "choose another folder."
+        )
+    if len(saes) < 2:
+        raise ValueError(f"Expected argument `saes` to be two or more but got {len(saes)}.")
+    loaded = [load(path) for path in saes]
+    found = []
+    for i, j in combinations(range(len(saes)), 2):
+        one = compare_weights(loaded[i], loaded[j], seed)
+        if tokens:
+            data = data_of(loaded[i], {}, "text", streaming=False)
+            one["correlation"] = correlated(loaded[i], loaded[j], one["pairs"], data, tokens)
+            varying = one["correlation"][one["correlation"].isfinite()]
+            one["figures"]["correlation_mean"] = float(varying.mean())
+        found.append({"a": saes[i], "b": saes[j], **one})
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, found)
+    return folder
+
+
+def _write(folder: Path, found: list[dict[str, Any]]) -> None:
+    plain = [
+        {name: part.tolist() if isinstance(part, Tensor) else part for name, part in one.items()}
+        for one in found
+    ]
+    text = json.dumps(plain, indent=1).encode()
+    write_atomically(folder / "compare.json", lambda path: path.write_bytes(text))
+    figure = _drawn(found)
+    write_atomically(folder / "compare.png", lambda path: figure.savefig(path, format="png"))
+
+
+def _drawn(found: list[dict[str, Any]]) -> Figure:
+    """Sorted cosines of matched latents, beside those of random rows."""
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for i, one in enumerate(found):
+        name = f"{Path(one['a']).parent.name or one['a']} and {Path(one['b']).parent.name}"
+        share = torch.linspace(0, 1, len(one["decoder"]))
+        axes.plot(share, one["decoder"].sort(descending=True).values, label=name)
+        if i == 0:
+            random = one["random"].sort(descending=True).values
+            axes.plot(share, random, color="grey", linestyle="--", label="random directions")
+    axes.set(xlabel="share of matched latents", ylabel="cosine of decoder rows", ylim=(0, 1.02))
+    axes.legend(frameon=False)
+    return figure
+
+
+def main(args: list[str]) -> None:
+    """Run `lightning-sae compare`."""
+    parser = ArgumentParser(prog="lightning-sae compare", description=SHORT)
+    parser.add_argument("saes", nargs="+", help="folders or checkpoints of SAEs of one hook")
+    parser.add_function_arguments(compare, skip={"saes"})
+    folder = compare(**parser.parse_args(args).as_dict())
+    for one in json.loads((folder / "compare.json").read_text()):
+        figures = "".join(f"  {name:<22}{value:>9.4f}\n" for name, value in one["figures"].items())
+        sys.stdout.write(f"\n{one['a']} and {one['b']}\n{figures}")
+    sys.stdout.write(f"Made: {folder}/compare.json, compare.png\n")

@@ -1,0 +1,1 @@
+"""The pages of an analysis, which open from the disk."""
