@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_prefixed_message
 from typing_extensions import override
 
@@ -49,12 +49,24 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         self._step_before = self._tried_at = self._saved_at = -1
         self._saving: Path | None = None
         self._saved: Path | None = None
+        self._others: list[ModelCheckpoint] = []
         self._received: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        kept = trainer.checkpoint_callbacks
+        self._others = [other for other in kept if isinstance(other, ModelCheckpoint)]
+
+    @property
+    def best_model_path(self) -> str:
+        """What Lightning loads for `ckpt_path="best"`, and after a fit where no model is given.
+
+        The best of a `ModelCheckpoint`, where the run has one; else the last that was saved.
+        """
+        paths = [other.best_model_path for other in self._others]
+        return next(filter(None, paths), str(self._saved or ""))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,6 +22,25 @@ from torch import Tensor
 from lightning_sae.files import write_atomically
 
 
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The trainer that a module is attached to; None in a loop of the user's own, or of Fabric.
+
+    Raises:
+        ValueError: With Fabric on several ranks: what they find out together needs a trainer.
+    """
+    if module.fabric is not None:
+        if module.fabric.world_size > 1:
+            raise ValueError(
+                f"Expected Fabric to have one device but got {module.fabric.world_size}: train an "
+                'SAE on several ranks with `Trainer(strategy="ddp")`.'
+            )
+        return None
+    try:
+        return module.trainer
+    except RuntimeError:  # so Lightning says that there is none
+        return None
+
+
 class Ranks:
     """The copies of a module that are being trained, one on each rank.
 
@@ -38,7 +57,7 @@ class Ranks:
     @property
     def n(self) -> int:
         """Copies that are being trained."""
-        trainer = self._module._trainer
+        trainer = trainer_of(self._module)
         return 1 if trainer is None or not trainer.training else trainer.world_size
 
     def mean(self, value: Tensor) -> Tensor:
@@ -84,13 +103,15 @@ class Ranks:
         """
         if self.n == 1:
             return False
-        loop, share = self._module.trainer.fit_loop, self._module.trainer.val_check_interval
+        trainer = self._module.trainer
+        # Where validation goes by the clock there is no such attribute.
+        loop, share = trainer.fit_loop, getattr(trainer, "val_check_interval", None)
         own = torch.tensor(float(loop.max_batches))
         least, most = self.least(own), -self.least(-own)
         if least != most and not most.isinf():
             loop.max_batches = int(least)
             if isinstance(share, float):
-                self._module.trainer.val_check_batch = max(1, int(share * loop.max_batches))
+                trainer.val_check_batch = max(1, int(share * loop.max_batches))
         return bool(most.isinf())
 
     def end_with_the_first(self) -> None:

@@ -1,5 +1,6 @@
 """What every sparse autoencoder shares: weights, scaling, and a training step."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,9 +15,14 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from lightning_sae.architectures import portable
-from lightning_sae.architectures.decoder_norm import DecoderNormProjection
+from lightning_sae.architectures.decoder_norm import DecoderNormProjection, keep_unit_rows
 from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
-from lightning_sae.architectures.optimizer import adam_with_schedule, clip_gradients
+from lightning_sae.architectures.optimizer import (
+    adam_with_schedule,
+    clip_gradients,
+    set_peak_rates,
+)
+from lightning_sae.architectures.supported import require_supported
 from lightning_sae.checks import (
     compare_sources,
     require_finite,
@@ -26,7 +32,7 @@ from lightning_sae.checks import (
     require_width,
 )
 from lightning_sae.data.source import source_of
-from lightning_sae.distributed import Ranks, require_agreement, take_part
+from lightning_sae.distributed import Ranks, require_agreement, take_part, trainer_of
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.functional.revival import auxk, ghost_gradients, variance
@@ -98,6 +104,9 @@ class SparseAutoencoder(LightningModule):
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
     latent_units: tuple[str, ...] = ("b_enc",)  # weights in the units of the latents
     input_units: tuple[str, ...] = ("b_dec",)  # points in the space of the activations
+    # Thresholds and running means, in which small changes count: float32 or more, whatever
+    # precision the SAE is converted to.
+    kept_in_float32: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class whose training would not use its `activate`.
@@ -298,6 +307,7 @@ class SparseAutoencoder(LightningModule):
     def setup(self, stage: str) -> None:
         """Take from the data what belongs to the SAE: its width is checked, its origin noted."""
         keep_freed_blocks()
+        require_supported(self, self.trainer, stage)
         data = source_of(self.trainer)
         if data is not None and data.d_in != self.d_in:
             raise ValueError(
@@ -316,9 +326,17 @@ class SparseAutoencoder(LightningModule):
 
         Without it latents shrink and decoder rows grow at no cost: a penalty is then no penalty.
         """
-        given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore
+        trainer = trainer_of(self)
+        given = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
         kept = any(getattr(callback, "constrains_decoder_norm", False) for callback in given)
         return [] if kept or self.decoder_norm == "free" else [DecoderNormProjection()]
+
+    @override
+    def on_train_start(self) -> None:
+        """Put into force what `LearningRateFinder` has found: it sets `lr` after the optimizer."""
+        rates = [group.get("lr", self.lr) for group in self.parameter_groups()]
+        for config in self.trainer.lr_scheduler_configs:
+            set_peak_rates(config.scheduler, rates)
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -334,9 +352,7 @@ class SparseAutoencoder(LightningModule):
         if self._lengths_are_unknown:
             self.ranks.end_with_the_first()
         if not self.is_trained:
-            require_width(batch, self.d_in)
             self._start_from(batch)
-            self.is_trained = True
         elif batch_idx == 0 and self.trainer.global_step == 0:
             scaling = self._scaling_of_data()
             if scaling is not None:
@@ -344,15 +360,18 @@ class SparseAutoencoder(LightningModule):
 
     @torch.no_grad()
     def _start_from(self, batch: Float[Tensor, "batch d_in"]) -> None:
+        require_width(batch, self.d_in)
         scaling = self._scaling_of_data()
         if scaling is not None:
             self.input_mean.copy_(scaling[0])
             self.input_scale.copy_(scaling[1])
         if self.b_dec_init == "mean":
             self.b_dec.copy_(self.ranks.mean(self.scaled(batch).mean(0)))
+        self.is_trained = True
 
     def _scaling_of_data(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]] | None:
-        data = source_of(self.trainer)
+        trainer = trainer_of(self)
+        data = None if trainer is None else source_of(trainer)
         scaling = None if data is None else data.scaling()
         if scaling is None:
             return None
@@ -372,9 +391,13 @@ class SparseAutoencoder(LightningModule):
             FloatingPointError: If the loss is not finite; the message says at which step.
         """
         require_width(batch, self.d_in)
+        if not self.is_trained:  # in a loop of the user's own, without the hooks of a trainer
+            self._start_from(batch)
         outcome = self._evaluate(self.scaled(batch))
         together, n = self._of_all_ranks(outcome), len(batch) * self.ranks.n
-        require_finite(together.loss, batch, self.trainer.global_step, self.ranks.sum)
+        trainer = trainer_of(self)
+        step = 0 if trainer is None else trainer.global_step
+        require_finite(together.loss, batch, step, self.ranks.sum)
         self.count_silence(together.fired, n)
         self._log_step(together, together.fired.sum() / n)
         return {
@@ -430,17 +453,25 @@ class SparseAutoencoder(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Fused Adam with warm-up and decay of the learning rate."""
-        return adam_with_schedule(
+        """Fused Adam with warm-up and decay of the learning rate.
+
+        Outside of a trainer, where callbacks are not called, its steps keep decoder rows at norm 1.
+        """
+        trainer: Any = trainer_of(self)
+        brief = trainer is not None and trainer.fast_dev_run
+        found = adam_with_schedule(
             self.parameter_groups(),
             lr=self.lr,
             betas=self.betas,
-            warmup=0 if self.trainer.fast_dev_run else self.lr_warmup_steps,  # type: ignore
-            decay=0 if self.trainer.fast_dev_run else self.lr_decay_steps,  # type: ignore
-            total=self.trainer.max_steps,
+            warmup=0 if brief else self.lr_warmup_steps,
+            decay=0 if brief else self.lr_decay_steps,
+            total=-1 if trainer is None else trainer.max_steps,
             # A fused step unscales fp16 gradients itself, which Lightning cannot clip.
-            fused=self.trainer.precision != "16-mixed",
+            fused=trainer is None or trainer.precision != "16-mixed",
         )
+        if trainer is None and self.decoder_norm == "unit":
+            keep_unit_rows(found["optimizer"], self.W_dec)
+        return found
 
     @override
     def configure_gradient_clipping(
@@ -454,8 +485,10 @@ class SparseAutoencoder(LightningModule):
         Done here, for Lightning refuses to clip for a fused optimiser under any mixed precision,
         though only fp16's scaled gradients are in its way, and there Adam is not fused.
         """
-        value = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
-        clip_gradients(optimizer, value, gradient_clip_algorithm)
+        if gradient_clip_val is None:
+            clip_gradients(optimizer, self.clip_grad_norm, "norm")
+        else:
+            clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -475,7 +508,8 @@ class SparseAutoencoder(LightningModule):
         """Add a batch of held-out activations to the metrics, in raw space."""
         f = self.encode(batch)
         self.metrics.update(x=batch, x_hat=self.decode(f), f=f)
-        self.held_out_count += len(batch) * self.trainer.world_size
+        trainer = trainer_of(self)
+        self.held_out_count += len(batch) * (1 if trainer is None else trainer.world_size)
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -553,11 +587,13 @@ class SparseAutoencoder(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what kind of SAE the checkpoint holds, of what, and the layout of its codes."""
+        trainer = trainer_of(self)
         checkpoint["lightning_sae"] = {
             "architecture": type(self).__name__,
             "source": self.source,
             "dense": self.layout.dense,
-            "ranks": 1 if self._trainer is None else self.trainer.world_size,
+            "is_trained": self.is_trained,  # not yet, where a tuner saves to undo its steps
+            "ranks": 1 if trainer is None else trainer.world_size,
         }
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
@@ -572,13 +608,14 @@ class SparseAutoencoder(LightningModule):
             ValueError: If it does not fit this SAE.
         """
         require_matching(self, checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit":
             self._take_part(checkpoint)
         source = checkpoint["lightning_sae"]["source"]
         if self.source:
             compare_sources(source, self.source)
         self.source = self.source or source
-        self.is_trained = True
+        self.is_trained = checkpoint["lightning_sae"].get("is_trained", True)
         # The layouts differ by rounding: a run goes on with the one it had.
         self.layout.dense = checkpoint["lightning_sae"]["dense"]
 
@@ -594,12 +631,55 @@ class SparseAutoencoder(LightningModule):
         elif self.trainer.global_rank > 0:
             take_part(Path(self.trainer.ckpt_path), self.trainer.global_rank, checkpoint)  # type: ignore[arg-type]
 
+    @override
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As a module's; what has a place for `b_dec`, as after `ddp_spawn`, counts as trained."""
+        found = super().load_state_dict(*args, **kwargs)
+        self.is_trained |= bool(self.b_dec.any())
+        return found
+
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls: type[SAE],
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> SAE:
+        """As Lightning's, but unpickles nothing, and gives back penalties as objects.
+
+        `lightning_sae.load` does the same without being told the class.
+
+        Raises:
+            ValueError: If the penalty is none of this package's: give it as `penalty`.
+        """
+        if "penalty" not in kwargs:
+            kwargs |= portable.penalty_of(checkpoint_path)
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+        )
+
+    @override
+    def _apply(self: SAE, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
+        """As a module's (`to`, `half`, ...), but `kept_in_float32` never becomes less precise."""
+        kept = {name: getattr(self, name).detach() for name in self.kept_in_float32}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = getattr(self, name)
+            if now.dtype.itemsize < min(4, before.dtype.itemsize):
+                now.data, now.grad = before.to(now.device), None
+        return self
+
     # Lightning's bookkeeping, made cheap: a step of a small SAE can be shorter than it is.
 
     @override
     def log(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's, but does not ask a barebones trainer, which warns at each call."""
-        if not getattr(self._trainer, "barebones", False):
+        trainer: Any = trainer_of(self)
+        if trainer is None or not trainer.barebones:
             super().log(*args, **kwargs)
 
     @override

@@ -41,6 +41,7 @@ class BatchTopKSAE(WithOrthogonality):
     threshold: Float[Tensor, ""]
     rows_are_independent = False
     latent_units = ("b_enc", "threshold")
+    kept_in_float32 = ("threshold",)
 
     def __init__(
         self,

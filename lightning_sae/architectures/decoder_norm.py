@@ -111,6 +111,18 @@ class DecoderNormProjection(Callback):
         self._handles = []
 
 
+def keep_unit_rows(optimizer: Optimizer, w: Tensor) -> None:
+    """Have each step of an optimizer do what `DecoderNormProjection` does, without a trainer."""
+    projection = DecoderNormProjection()
+
+    def before_step(*_: object) -> None:
+        if w.grad is not None:
+            projection.project(w.grad, w)
+
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(lambda *_: projection.renormalise(w))
+
+
 def _decoder(pl_module: LightningModule) -> Tensor:
     w = getattr(pl_module, "W_dec", None)
     if not isinstance(w, Tensor):

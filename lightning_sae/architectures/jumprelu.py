@@ -57,6 +57,7 @@ class JumpReLUSAE(SparseAutoencoder):
     coefficient_name = "l0_coefficient"
     latents_follow_activate = False
     latent_units = ("b_enc", "threshold")
+    kept_in_float32 = ("threshold",)
 
     def __init__(
         self,

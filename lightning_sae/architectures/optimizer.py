@@ -60,6 +60,16 @@ def adam_with_schedule(
     }
 
 
+def set_peak_rates(schedule: Any, rates: list[float]) -> None:
+    """Have a schedule of `adam_with_schedule` use other peak learning rates, one for each group."""
+    if not isinstance(schedule, LambdaLR) or schedule.base_lrs == rates:
+        return
+    schedule.base_lrs = list(rates)
+    groups = schedule.optimizer.param_groups
+    for group, rate, share in zip(groups, rates, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * share(schedule.last_epoch)
+
+
 class MemoryOrderAdam(Adam):
     """Adam that reads transposed weights as they lie in memory; torch's fused step copies them."""
 

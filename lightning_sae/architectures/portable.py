@@ -143,6 +143,13 @@ def arguments_of(hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in plain_arguments(hparams).items() if not k.startswith("_")}
 
 
+def penalty_of(checkpoint: Any) -> dict[str, Any]:
+    """The argument `penalty` that a checkpoint's file has, if it has one, as an object."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    description = saved.get("hyper_parameters", {}).get("penalty")
+    return {} if description is None else {"penalty": from_description(description)}
+
+
 S = TypeVar("S", bound=nn.Module)
 
 

@@ -64,6 +64,7 @@ class TiedSAE(ReLUSAE):
         if threshold_init is not None:
             self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold_init)))
             self.latent_units = ("b_enc", "threshold")
+            self.kept_in_float32 = ("threshold",)
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]

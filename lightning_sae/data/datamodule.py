@@ -3,21 +3,26 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
 from lightning_sae.data.embedded import EMBEDDED_MODEL
 from lightning_sae.data.language_model import LanguageModel, load_language_model
-from lightning_sae.data.loaders import EndlessBatches, Rows
+from lightning_sae.data.loaders import (
+    EndlessBatches,
+    Rows,
+    as_asked_for,
+    begins_anew,
+    require_an_end,
+)
 from lightning_sae.data.scaling import Scaling, estimate_scaling
 from lightning_sae.data.several_hooks import (
     SeveralHooks,
@@ -32,6 +37,9 @@ from lightning_sae.data.tokens import TokenBlocks
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Data = TypeVar("Data", bound="ActivationDataModule")
+
+OPEN = ("language_model", "filter", "corpus", "held_out_corpus")
+"""Attributes that are made when first needed and hold models, files or counts."""
 
 
 class HeldOutBatches:
@@ -197,7 +205,8 @@ class ActivationDataModule(ActivationSource):
         """
         if not isinstance(self.language_model, SeveralHooks):
             return self
-        one, scalings = copy.copy(self), self.scalings()
+        one, scalings = type(self).__new__(type(self)), self.scalings()
+        vars(one).update(vars(self))  # not `copy.copy`, which leaves out what is open
         one.hook_name, one.hook_names = hook_name, [hook_name]
         one._scalings = {hook_name: scalings[hook_name]} if scalings else {}
         model = self.language_model
@@ -334,24 +343,12 @@ class ActivationDataModule(ActivationSource):
         """Load the model and look at the text, so that bad input is found before any work.
 
         Raises:
-            ValueError: If the run has no end, or the text gives no block.
+            ValueError: If the run has no end, something waits for an epoch to end, or the text
+                gives no block.
         """
         trainer: Any = self.trainer
-        timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
-        ends = trainer.max_steps > 0 or timed or isinstance(trainer.limit_train_batches, int)
-        if stage == "fit" and not ends:
-            raise ValueError(
-                "The stream of activations has no end: set `trainer.max_steps` to the number of "
-                f"optimiser steps, each on {self.batch_size} activations."
-            )
-        each_epoch = isinstance(trainer.val_check_interval, float) and trainer.limit_val_batches
-        if stage == "fit" and each_epoch and not isinstance(trainer.limit_train_batches, int):
-            warnings.warn(
-                "Validation would come at the end of an epoch, but the stream has no end: set "
-                "`trainer.val_check_interval` to a number of batches and "
-                "`trainer.check_val_every_n_epoch` to null, or `trainer.limit_val_batches` to 0.",
-                stacklevel=2,
-            )
+        if stage == "fit":
+            require_an_end(trainer, self.batch_size)
         self.language_model.to(trainer.strategy.root_device)
         if stage == "fit":
             self._require_text(self.training_blocks())
@@ -367,12 +364,24 @@ class ActivationDataModule(ActivationSource):
                 f"(`context_length`) but a whole pass over it gives fewer: give more text."
             )
 
-    def train_dataloader(self) -> EndlessBatches:
-        """Shuffled batches, going on where a checkpoint left off."""
+    def train_dataloader(self) -> Iterable[Rows]:
+        """Shuffled batches, going on where a checkpoint left off.
+
+        With `trainer.overfit_batches` the first ones, as a list.
+        """
+        present = None if self.buffer is None else self.buffer.batch_size
+        if begins_anew(self.trainer, self.batch_size, present):
+            self._close()
+            self._restored = {}
         if self.buffer is None:
             self.buffer = self._new_buffer()
             self._restore(self.buffer)
-        return EndlessBatches(self.buffer, self.by_hook)
+        return as_asked_for(EndlessBatches(self.buffer, self.by_hook), self.trainer)
+
+    def _close(self) -> None:
+        if self.buffer is not None:
+            self.buffer.close()
+            self.buffer = None
 
     def _restore(self, buffer: ShuffleBuffer) -> None:
         state, self._restored = {**self._restored}, {}
@@ -429,8 +438,7 @@ class ActivationDataModule(ActivationSource):
         """Stop reading ahead, and note where training stopped for who saves it only now."""
         if stage == "fit" and self.buffer is not None:
             self._left = self.state_dict()
-            self.buffer.close()
-            self.buffer = None
+            self._close()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -456,6 +464,15 @@ class ActivationDataModule(ActivationSource):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the buffer that `train_dataloader` makes."""
         self._restored = state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, or for another process: all but the trainer and what is open.
+
+        The copy opens model and text when it needs them, and its batches begin where these stand.
+        """
+        kept = {name: value for name, value in vars(self).items() if name not in OPEN}
+        stands = self._restored if self.buffer is None else self.state_dict()
+        return {**kept, "trainer": None, "buffer": None, "_restored": copy.deepcopy(stands)}
 
 
 def _check_positions(positions: tuple[int, int] | None, context_length: int) -> None:

@@ -1,8 +1,12 @@
 """What Lightning iterates over."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections import UserList
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, Timer
 from torch import Tensor
 
 from lightning_sae.data.buffer import ShuffleBuffer
@@ -45,3 +49,105 @@ class EndlessBatches:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Nothing to do: the data module restores the buffer."""
+
+
+def as_asked_for(batches: Iterable[Rows], trainer: Any) -> Iterable[Rows]:
+    """The first `trainer.overfit_batches` again and again where that is set; else all batches."""
+    n = _overfit_batches(trainer)
+    # Not a plain list, which Lightning takes for a list of loaders.
+    return UserList(islice(batches, n)) if n else batches
+
+
+def begins_anew(trainer: Any, batch_size: int, present: int | None) -> bool:
+    """Whether a stream has to begin anew where Lightning asks for a loader.
+
+    So it does if batches had another size, which `BatchSizeFinder` tries, and with
+    `trainer.overfit_batches`, whose batches are the first ones also on resume.
+
+    Args:
+        trainer: The trainer of the run.
+        batch_size: Activations in a batch.
+        present: The same of the stream that there is; None if there is none.
+    """
+    return _overfit_batches(trainer) > 0 or present not in (None, batch_size)
+
+
+def _overfit_batches(trainer: Any) -> int:
+    return 0 if trainer is None else int(trainer.overfit_batches)
+
+
+def require_an_end(trainer: Any, batch_size: int) -> None:
+    """See to it that a run on an endless stream ends, and that nothing waits for an epoch to end.
+
+    Lightning sets `min_epochs` to 1 where `min_steps` is given. An epoch that never ends would keep
+    `EarlyStopping` and `max_time` from stopping the run for ever, so it is set to 0.
+
+    Args:
+        trainer: The trainer of the run.
+        batch_size: Activations in a batch.
+
+    Raises:
+        ValueError: If the run has no end, or something is to happen at the end of an epoch though
+            no epoch ends.
+    """
+    _require_numbers(trainer)
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+    has_epochs = isinstance(trainer.limit_train_batches, int)
+    if not (trainer.max_steps > 0 or timed or has_epochs):
+        raise ValueError(
+            "The stream of activations has no end: set `trainer.max_steps` to the number of "
+            f"optimiser steps, each on {batch_size} activations."
+        )
+    if has_epochs:
+        return
+    if trainer.min_steps:
+        trainer.fit_loop.min_epochs = 0
+    if waiting := _at_ends_of_epochs(trainer):
+        raise ValueError(
+            f"{', '.join(waiting)} would act at the end of an epoch, but the stream has no end: "
+            "set `trainer.limit_train_batches` to the number of batches that shall count as an "
+            "epoch, or go by steps: `trainer.max_steps`, `min_steps` and `val_check_interval`."
+        )
+    # A time of validation is kept elsewhere, and then there is no such attribute.
+    each_epoch = isinstance(getattr(trainer, "val_check_interval", None), float)
+    if each_epoch and trainer.limit_val_batches:
+        warnings.warn(
+            "Validation would come at the end of an epoch, but the stream has no end: set "
+            "`trainer.val_check_interval` to a number of batches and "
+            "`trainer.check_val_every_n_epoch` to null, or `trainer.limit_val_batches` to 0.",
+            stacklevel=2,
+        )
+
+
+def _require_numbers(trainer: Any) -> None:
+    """Raise a ValueError for a share of the stream: of what has no end, there is none."""
+    for name in ("overfit_batches", "limit_train_batches"):
+        value = getattr(trainer, name)
+        if isinstance(value, float) and 0 < value < 1:
+            raise ValueError(
+                f"Expected argument `trainer.{name}` to be a number of batches but got {value}, a "
+                "share of a stream that has no end: give a number such as 100."
+            )
+
+
+def _at_ends_of_epochs(trainer: Any) -> list[str]:
+    """What was asked for that needs epochs to end."""
+    validates_at_ends = (
+        getattr(trainer, "val_check_interval", None) == 1.0 and trainer.check_val_every_n_epoch == 1
+    )
+    found = {
+        f"`max_epochs={trainer.max_epochs}`": trainer.max_epochs > 0,
+        f"`min_epochs={trainer.min_epochs}`": bool(trainer.min_epochs),
+        "`reload_dataloaders_every_n_epochs`": trainer.reload_dataloaders_every_n_epochs > 0,
+    }
+    for callback in trainer.callbacks:
+        name = f"`{type(callback).__name__}`"
+        if isinstance(callback, EarlyStopping):
+            # Not yet decided until its own `setup`, which decides so.
+            at_end = callback._check_on_train_epoch_end
+            found[name] = validates_at_ends if at_end is None else at_end
+        elif isinstance(callback, Timer):
+            found[f'{name}(interval="epoch")'] = callback._interval == "epoch"
+        elif isinstance(callback, GradientAccumulationScheduler):
+            found[name] = any(epoch > 0 for epoch in callback.scheduling)
+    return [name for name, is_so in found.items() if is_so]

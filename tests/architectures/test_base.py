@@ -1,3 +1,4 @@
+import copy
 import math
 import os
 import socket
@@ -242,8 +243,8 @@ def test_bfloat16_autocast_trains_float32_weights() -> None:
 
 def test_a_barebones_trainer_trains_the_same_weights_and_does_not_warn_of_each_log() -> None:
     data = Activations(torch.randn(64, 4))
-    saes = [scaled_sae(aux_coefficient=1.0) for _ in range(2)]
-    saes[1].load_state_dict(saes[0].state_dict())
+    sae = scaled_sae(aux_coefficient=1.0)
+    saes = [sae, copy.deepcopy(sae)]
     quiet_trainer(max_steps=6).fit(saes[0], datamodule=data)
     bare = Trainer(accelerator="cpu", barebones=True, max_steps=6, limit_val_batches=0)
     with quiet():
@@ -423,7 +424,7 @@ def test_rows_that_depend_on_each_other_are_never_split() -> None:
 
 
 @pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 def test_every_precision_trains_in_both_layouts(precision: Any, dense: bool) -> None:
     """Gradients are so large that they are clipped too."""
     sae = free_sae(4, 24, lr=0.05, chunk_rows=7)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sae.data.loaders import Rows, as_asked_for, begins_anew, require_an_end
 from lightning_sae.data.scaling import Scaling, estimate_scaling
 from lightning_sae.data.source import ActivationSource
 from lightning_sae.data.toy.features import (
@@ -27,7 +28,6 @@ from lightning_sae.data.toy.stream import (
     Blocks,
     HeldOutToyBatches,
     ToyBatches,
-    require_an_end,
     seed_of,
 )
 from lightning_sae.functional.sparse.code import Code
@@ -229,19 +229,25 @@ class ToyDataModule(ActivationSource):
         """See to it that the run has an end.
 
         Raises:
-            ValueError: If it has none.
+            ValueError: If it has none, or if something waits for an epoch to end.
         """
         if stage == "fit":
             require_an_end(self.trainer, self.batch_size)
 
-    def train_dataloader(self) -> ToyBatches:
-        """The endless stream, going on where a checkpoint left off."""
+    def train_dataloader(self) -> Iterable[Rows]:
+        """The endless stream, going on where a checkpoint left off.
+
+        With `trainer.overfit_batches` its first batches, as a list.
+        """
+        present = None if self.batches is None else self.batches.blocks.batch_size
+        if begins_anew(self.trainer, self.batch_size, present):
+            self.batches, self._restored = None, {}
         if self.batches is None:
             self.batches = ToyBatches(self._blocks("train"))
             state, self._restored = self._restored, {}
             if state:
                 self.batches.load_state_dict(state)
-        return self.batches
+        return as_asked_for(self.batches, self.trainer)
 
     def val_dataloader(self) -> HeldOutToyBatches:
         """The same held-out samples each time."""

@@ -2,13 +2,11 @@
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 
 from lightning_sae.data.loaders import ENDLESS
@@ -120,21 +118,3 @@ class HeldOutToyBatches:
         stream = ToyBatches(self.blocks)
         for first in range(0, self.n, self.blocks.batch_size):
             yield next(stream)[: self.n - first]
-
-
-def require_an_end(trainer: Any, batch_size: int) -> None:
-    """Raise a ValueError if the run has no end; warn where it would never be validated."""
-    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
-    if not (trainer.max_steps > 0 or timed or isinstance(trainer.limit_train_batches, int)):
-        raise ValueError(
-            "The stream of activations has no end: set `trainer.max_steps` to the number of "
-            f"optimiser steps, each on {batch_size} activations."
-        )
-    each_epoch = isinstance(trainer.val_check_interval, float) and trainer.limit_val_batches
-    if each_epoch and not isinstance(trainer.limit_train_batches, int):
-        warnings.warn(
-            "Validation would come at the end of an epoch, but the stream has no end: set "
-            "`trainer.val_check_interval` to a number of batches and "
-            "`trainer.check_val_every_n_epoch` to null, or `trainer.limit_val_batches` to 0.",
-            stacklevel=2,
-        )

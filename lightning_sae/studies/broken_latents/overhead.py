@@ -88,7 +88,7 @@ def in_plain_loop(run: ExperimentRun, sae: ReLUSAE, world: ToyDataModule) -> lis
     """The same steps in a plain loop."""
     optimizer = MemoryOrderAdam(sae.parameters(), lr=sae.lr, betas=sae.betas, fused=True)
     projection = DecoderNormProjection()
-    stream, times = world.train_dataloader(), []
+    stream, times = iter(world.train_dataloader()), []
     for step in range(run.steps):
         batch = next(stream)
         outcome = at_once(sae.objective, sae.scaled(batch))

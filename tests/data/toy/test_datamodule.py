@@ -229,8 +229,10 @@ def test_held_out_samples_are_the_same_each_time_and_others_than_training() -> N
 def test_ranks_have_different_samples_and_equally_many_batches() -> None:
     def of_rank(rank: int) -> tuple[Tensor, Tensor]:
         data = ToyDataModule(**FEW, noise=0.1, n_validation=40)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
-        stream, held_out = data.train_dataloader(), data.val_dataloader()
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            global_rank=rank, world_size=2, overfit_batches=0
+        )
+        stream, held_out = iter(data.train_dataloader()), data.val_dataloader()
         assert len(held_out) == 3
         return torch.cat([next(stream) for _ in range(12)]), torch.cat(list(held_out))
 
