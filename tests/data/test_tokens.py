@@ -1,25 +1,27 @@
 import io
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_sae.data.documents import Document, held_out
-from lightning_sae.data.text import IndexedCorpus, named
-from lightning_sae.data.tokens import TokenBlocks, bos_token, encode
+from lightning_sae.data.documents import Document, held_out, named
+from lightning_sae.data.encoding import Encoder
+from lightning_sae.data.text import IndexedCorpus
+from lightning_sae.data.tokens import TokenBlocks
 
 
 class Letters:
-    """A tokenizer whose tokens are code points."""
+    """A tokenizer whose tokens are code points; BOS comes first unless it is told otherwise."""
 
     bos_token_id: int | None = 0
     eos_token_id: int | None = 1
+    is_fast = False
 
-    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, verbose: bool = True
+    ) -> dict[str, list[int]]:
+        return {"input_ids": [0] * add_special_tokens + [ord(letter) for letter in text]}
 
 
 class InOrder:
@@ -34,7 +36,7 @@ class InOrder:
 
 def blocks_of(corpus: Any, context_length: int = 4, **arguments: Any) -> TokenBlocks:
     settings = {"held_out_fraction": 0.0, "part_held_out": False, **arguments}
-    return TokenBlocks(corpus, Letters(), context_length, **settings)
+    return TokenBlocks(corpus, Encoder(Letters()), context_length, **settings)
 
 
 def letters(n: int) -> list[str]:
@@ -65,25 +67,6 @@ def test_documents_are_packed_each_after_a_bos_and_over_and_over() -> None:
 
 def test_a_document_longer_than_the_context_goes_on_in_the_next_block() -> None:
     assert blocks_of(InOrder("aaaaaa")).read(2).tolist() == [[0, 97, 97, 97], [97, 97, 97, 0]]
-
-
-@pytest.mark.parametrize(
-    ("bos", "eos", "expected"), [(5, 6, 5), (None, 6, 6), (0, 6, 0), (None, 0, 0)]
-)
-def test_documents_begin_with_bos_or_else_eos(
-    bos: int | None, eos: int | None, expected: int
-) -> None:
-    assert bos_token(SimpleNamespace(bos_token_id=bos, eos_token_id=eos)) == expected
-
-
-def test_a_tokenizer_with_neither_is_refused() -> None:
-    with pytest.raises(ValueError, match="BOS or EOS token.*set `tokenizer.bos_token`"):
-        bos_token(SimpleNamespace(bos_token_id=None, eos_token_id=None))
-
-
-def test_a_real_tokenizer_adds_nothing(tokenizer: Any) -> None:
-    text = "the cat, 3: é " * 100
-    assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
 def test_training_and_held_out_documents_are_disjoint_and_together_all() -> None:
