@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ def require_not_negative(**values: int | float) -> None:
 
 def require_k(k: float, d_sae: int) -> None:
     """Raise a ValueError if there are not `k` latents to choose."""
-    if isinstance(k, bool) or not 0 < k <= d_sae:
+    if isinstance(k, bool) or not isinstance(k, Real) or not 0 < k <= d_sae:
         raise ValueError(
-            f"Expected argument `k` to be above 0 and at most `d_sae`={d_sae} but got {k}."
+            f"Expected argument `k` to be above 0 and at most `d_sae`={d_sae} but got {k!r}."
         )
 
 

@@ -423,6 +423,7 @@ class ActivationDataModule(ActivationSource):
             self._require_text(self.held_out_blocks())
 
     def _require_text(self, blocks: TokenBlocks) -> None:
+        blocks.require_ids()
         blocks.read(1)
         if blocks.epoch > 0:
             part = "held-out" if blocks.part_held_out else "training"

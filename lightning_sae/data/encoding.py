@@ -6,12 +6,13 @@ words of other roles) stands as `~id`, which is negative; `ids_of` gives the ids
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lightning_sae.checks import require_one_of
 from lightning_sae.data.documents import Document
 from lightning_sae.data.local_files import FileSpan
 from lightning_sae.data.long_text import encode, text_pieces
@@ -60,6 +61,7 @@ class Encoder:
         chat_roles: Sequence[str] | None = None,
         vocabulary: int | None = None,
     ) -> None:
+        require_one_of(get_args(DocumentStart), document_start=document_start)
         self.tokenizer = tokenizer
         self.document_start, self.separator = document_start, separator
         self.chat_roles, self.vocabulary = chat_roles, vocabulary
@@ -80,11 +82,13 @@ class Encoder:
 
     def described(self) -> dict[str, str]:
         """What stands round texts, as plain values."""
-        given = {"document_start": self.document_start, "separator": self.separator}
-        return {
-            name: f"auto ({chosen})" if value == "auto" else value
-            for (name, value), chosen in zip(given.items(), self._chosen, strict=True)
+        start, separator = self._chosen
+        auto = {
+            "document_start": f"auto ({start} before texts)",
+            "separator": f"auto ({separator} between texts)",
         }
+        given = {"document_start": self.document_start, "separator": self.separator}
+        return {name: auto[name] if value == "auto" else value for name, value in given.items()}
 
     @cached_property
     def _of_texts(self) -> Marks:
@@ -112,13 +116,13 @@ class Encoder:
             raise Unreadable(f"{where} has no text")
         if _is_text(content):
             self._require_tokenizer()
-            if isinstance(content, str) and not content.strip():
-                raise Unreadable(f"{where} is empty")
+            if isinstance(content, str):
+                _require_encodable(content, where)
             return text_pieces(self.tokenizer, content, start)
         if isinstance(content, Mapping):  # what `datasets` made of a list of messages
             content = _rows_of(content)
         if not isinstance(content, list):
-            raise Unreadable(f"{where} holds a {type(content).__name__}, which is no text")
+            raise Unreadable(f"{where} holds {type(content).__name__}, which is no text")
         if not content:
             raise Unreadable(f"{where} is empty")
         if all(isinstance(item, Mapping) for item in content):
@@ -128,6 +132,11 @@ class Encoder:
         else:
             raise Unreadable(f"{where} holds a list that is neither token ids nor a chat")
         return (ids[i : i + PIECE] for i in range(start * PIECE, len(ids), PIECE))
+
+    def require_ids(self, document: Document) -> None:
+        """Raise a ValueError if token ids are not the model's; anything else is right here."""
+        if isinstance(document.text, list) and document.text and type(document.text[0]) is int:
+            self._checked(document.text, document.where)
 
     def _require_tokenizer(self) -> None:
         if self.tokenizer is None:
@@ -230,6 +239,15 @@ def _begins_with_bos(tokenizer: Any) -> bool:
     if bos is None:
         return False
     return bos == tokenizer.eos_token_id or tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _require_encodable(text: str, where: str) -> None:
+    if not text.strip():
+        raise Unreadable(f"{where} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Unreadable(f"{where} has half of a character ({error})") from error
 
 
 def _is_text(content: Any) -> bool:

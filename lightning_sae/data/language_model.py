@@ -156,7 +156,9 @@ def load_language_model(
         return _from_lens(_boot(name, dtype, error), hook_name, name)
     site = native_site(network, hook_name)
     if site is None:
-        return _from_lens(_boot(name, dtype), hook_name, name)
+        booted = _from_lens(_boot(name, dtype), hook_name, name)
+        booted.tokenizer = tokenizer  # as it was saved: TransformerLens makes one with a BOS
+        return booted
     return _native(network, tokenizer, site, name, hook_name)
 
 

@@ -35,6 +35,7 @@ FOREIGN = {
     b"PK\x03\x04": "a zip archive: unpack it",
     b"PAR1": "Parquet: end its name with .parquet",
     b"%PDF": "PDF: extract its text",
+    b"\xff\xfe\0\0": "UTF-32: convert it by `iconv -f UTF-32 -t UTF-8`",
     b"\xff\xfe": "UTF-16: convert it by `iconv -f UTF-16 -t UTF-8`",
     b"\xfe\xff": "UTF-16: convert it by `iconv -f UTF-16 -t UTF-8`",
 }
@@ -176,10 +177,11 @@ def _table(plain: Path, path: Path) -> Any:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        said = f"{type(cause).__name__} {cause}".strip().split("\n")[0]
+        said = f"{type(cause).__name__} {cause}".split("\n")[0].rstrip(". ")
+        empty = "it has no rows" if "corresponds to no data" in said else None
         found = _broken_line(plain) if reader == "json" else None
         raise ValueError(
-            f"Could not read {path}: {found or said}. Mend the file, or leave it out."
+            f"Could not read {path}: {found or empty or said}. Mend the file, or leave it out."
         ) from error
 
 
@@ -197,8 +199,9 @@ def _broken_line(path: Path) -> str | None:
                 return None  # one list of rows
             try:
                 row = json.loads(line) if line.strip() else {}
-            except ValueError as error:
-                return f"line {number} is not JSON ({error})"
+            except json.JSONDecodeError as error:
+                said = error.msg.removesuffix(" at")
+                return f"line {number} is not JSON ({said}, column {error.colno})"
             if not isinstance(row, dict):
                 return f"line {number} is no object with a column, such as " + '{"text": "..."}'
             rows += bool(row)
@@ -218,19 +221,21 @@ def _require_utf8(plain: Path, path: Path) -> None:
                 text = decoder.decode(chunk, final=ended)
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
-                _refuse(path, beginning, line, f"byte 0x{error.object[error.start]:02x}")
+                byte = error.object[error.start]
+                _refuse(path, beginning, line, f"is not (byte 0x{byte:02x})", "LATIN1")
             if "\0" in text:
-                _refuse(path, beginning, line + text.count("\n", 0, text.index("\0")), "byte 0x00")
+                line += text.count("\n", 0, text.index("\0"))
+                _refuse(path, beginning, line, "holds a zero byte", "UTF-16LE")
             line += text.count("\n")
 
 
-def _refuse(path: Path, beginning: bytes, line: int, what: str) -> None:
+def _refuse(path: Path, beginning: bytes, line: int, what: str, encoding: str) -> None:
     for start, remedy in FOREIGN.items():
         if beginning.startswith(start):
-            raise ValueError(f"Expected argument `text` to name UTF-8 but {path} is {remedy}.")
+            raise ValueError(f"Expected argument `text` to be UTF-8 but {path} is {remedy}.")
     raise ValueError(
-        f"Expected argument `text` to name UTF-8 but line {line} of {path} is not ({what}): "
-        "convert it, such as by `iconv -f LATIN1 -t UTF-8`, or leave it out."
+        f"Expected argument `text` to be UTF-8 but line {line} of {path} {what}: convert it, such "
+        f"as by `iconv -f {encoding} -t UTF-8`, or leave it out."
     )
 
 

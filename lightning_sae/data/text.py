@@ -14,8 +14,10 @@ from lightning_sae.data.documents import Document, Documents, named
 from lightning_sae.data.embedded import standard_library_documents
 from lightning_sae.data.local_files import SUFFIXES, Rows, kind, open_file, require_column
 
-Text = str | Path | Iterable[Any]
+Text = Iterable[Any] | str | Path  # in this order: a list of a YAML file is one, and no string
 """`embedded`, a file, folder, glob pattern or hub name, a list of these, or rows: an iterable."""
+
+ROWS = '[{"text": "..."}]'
 
 
 @runtime_checkable
@@ -115,6 +117,7 @@ def open_text(
     if not _names_files(text):
         return _open_rows(text, column, split, seed)
     sources = [text] if isinstance(text, str | Path) else list(text)
+    _require_names(sources)
     parts = [_open_local(os.path.expanduser(s), column, split) for s in sources]
     found = [part for part in parts if part is not None]
     if len(found) == len(parts):
@@ -123,7 +126,7 @@ def open_text(
         missing = [str(s) for s, part in zip(sources, parts, strict=True) if part is None]
         raise ValueError(
             f"Expected argument `text` to list files but there is no {missing}: check the paths. "
-            'Texts themselves are given as rows, [{"text": "..."}].'
+            f"Texts themselves are given as rows, {ROWS}."
         )
     return _open_hub(str(sources[0]), column, split, streaming, seed)
 
@@ -142,8 +145,17 @@ def _names_files(text: Text) -> bool:
     )
 
 
+def _require_names(sources: Sequence[str | Path]) -> None:
+    for source in map(str, sources):
+        if len(source) > 1000 or "\n" in source or "\0" in source:
+            raise ValueError(
+                f"Expected argument `text` to name files but got {source[:40]!r}...: texts "
+                f"themselves are given as rows, {ROWS}."
+            )
+
+
 def _kind_of_rows(rows: Any) -> str:
-    return f"rows of a Python {type(rows).__name__}"
+    return f"a Python {type(rows).__name__}"
 
 
 def _open_rows(rows: Any, column: str, split: str, seed: int, name: str | None = None) -> Corpus:
@@ -158,10 +170,10 @@ def _open_rows(rows: Any, column: str, split: str, seed: int, name: str | None =
         return IndexedCorpus(_not_empty(Items(rows, column, source), source), seed)
     if isinstance(rows, IterableDataset):
         require_column(rows, column, source)
-    elif not isinstance(rows, Iterable) or iter(rows) is rows:
+    elif not isinstance(rows, Iterable) or iter(rows) is iter(rows):
         raise ValueError(
-            f"Expected argument `text` to be iterable more than once but got a "
-            f"{type(rows).__name__}: give a list, or an object whose `__iter__` begins anew."
+            f"Expected argument `text` to be iterable more than once but got {source}: give a "
+            "list, or an object whose `__iter__` begins anew."
         )
     return _streamed(rows, column, source)
 

@@ -67,7 +67,7 @@ class TokenBlocks:
         self.rank, self.world_size = rank, world_size
         self.epoch = self.document = self.piece = self.skipped = 0
         self._rest: list[int] = []
-        self._pieces: Iterator[list[int]] = iter(())
+        self._pieces: Iterator[list[int]] | None = None  # of the document that is open
         self._found = False  # in no pass so far
         self._open()
 
@@ -78,6 +78,14 @@ class TokenBlocks:
             self._read_piece()
         block, self._rest = self._rest[:need], self._rest[need:]
         return torch.tensor(block).view(n, self.context_length)
+
+    def require_ids(self, n: int = 1_000_000) -> None:
+        """Raise a ValueError if token ids in the first rows, about `n`, are not the model's."""
+        for document in self.corpus.epoch(0):
+            if not isinstance(document.text, list) or n < 0:
+                return
+            self.encoder.require_ids(document)
+            n -= len(document.text) + 1
 
     def read_first_epoch(self, n: int) -> Int[Tensor, "blocks context_length"]:
         """The next blocks of the first pass over the text: `n`, or fewer where it ends."""
@@ -91,10 +99,12 @@ class TokenBlocks:
 
     def _read_piece(self) -> None:
         """Add the next tokens of this split and rank to the open block."""
+        if self._pieces is None:
+            self._next_document()
+            return
         tokens = next(self._pieces, None)
         if tokens is None:
             self._end_document()
-            self._next_document()
             return
         self.piece += 1
         start, separator = self.encoder.marks(self._present)
@@ -129,14 +139,14 @@ class TokenBlocks:
             self._rest.extend(tokens)
         else:
             self._rest.extend(tokens[: self._room()])
-            self._pieces, self.piece = iter(()), 0
+            self._pieces, self.piece = None, 0
 
     def _end_document(self) -> None:
         if self._is_new:
             self._skip(Unreadable(f"{self._present.where} gives no tokens"))
         if not self.pack:
             self._rest.extend([PADDING] * (-len(self._rest) % self.context_length))
-        self.piece = 0
+        self._pieces, self.piece = None, 0
 
     def _next_document(self) -> None:
         """Open the next document of this split and rank."""
@@ -190,7 +200,7 @@ class TokenBlocks:
         """Go to the document that is begun, or else to the next."""
         self._is_new = False
         self._skipped_in_a_row, self._last_skipped = 0, ""
-        self._pieces = iter(())
+        self._pieces = None
         begun = self.piece > 0
         self._documents = self.corpus.epoch(self.epoch, self.document - begun)
         if begun:
