@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ def require_positive(**values: int | float) -> None:
             raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")
 
 
+def require_integers(**values: Any) -> None:
+    """Raise a ValueError if an argument is no whole number; True and False are none."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"Expected argument `{name}` to be a whole number but got {value!r}.")
+
+
 def require_not_negative(**values: int | float) -> None:
     """Raise a ValueError if an argument is negative."""
     for name, value in values.items():
@@ -26,9 +34,9 @@ def require_not_negative(**values: int | float) -> None:
 
 def require_k(k: float, d_sae: int) -> None:
     """Raise a ValueError if there are not `k` latents to choose."""
-    if not 0 < k <= d_sae:
+    if isinstance(k, bool) or not isinstance(k, Real) or not 0 < k <= d_sae:
         raise ValueError(
-            f"Expected argument `k` to be above 0 and at most `d_sae`={d_sae} but got {k}."
+            f"Expected argument `k` to be above 0 and at most `d_sae`={d_sae} but got {k!r}."
         )
 
 

@@ -28,7 +28,8 @@ def evaluate_in_model(
     """Cross-entropy of the model on held-out text with the activation left, spliced and ablated.
 
     The activations that training leaves out (BOS, positions, outliers) are left alone in every
-    condition. Predictions of special tokens, where one document follows another, do not count.
+    condition. Predictions of special tokens, where one document follows another, and of tokens that
+    are context alone do not count.
     The mean activation is that of the same held-out tokens. With several ranks all have to ask;
     each reads its own documents and gets the figures of all.
 
@@ -68,11 +69,11 @@ def evaluate_all_in_model(
     }
     common = dict.fromkeys(["ce_clean", *ablations, "n_tokens"], 0.0)
     spliced, divergences = dict.fromkeys(replacements, 0.0), dict.fromkeys(replacements, 0.0)
-    special = torch.tensor(data.language_model.tokenizer.all_special_ids)
+    special = torch.tensor(data.special_tokens, dtype=torch.long)
     for tokens in data.held_out_tokens(n_tokens):
         clean = data.language_model.logits(tokens)
         target = tokens.to(clean.device)
-        counted = ~torch.isin(tokens, special).to(clean.device)
+        counted = ~(torch.isin(tokens, special) | (tokens < 0)).to(clean.device)
         nats, n = next_token_cross_entropy(clean, target, counted)
         common["ce_clean"] += float(nats)
         common["n_tokens"] += int(n)

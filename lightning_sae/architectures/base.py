@@ -26,6 +26,7 @@ from lightning_sae.architectures.supported import require_supported
 from lightning_sae.checks import (
     compare_sources,
     require_finite,
+    require_integers,
     require_matching,
     require_one_of,
     require_positive,
@@ -149,6 +150,7 @@ class SparseAutoencoder(LightningModule):
         chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
+        require_integers(d_in=d_in, d_sae=d_sae)
         require_positive(d_in=d_in, d_sae=d_sae, lr=lr, dead_after=dead_after)
         if clip_grad_norm is not None:
             require_positive(clip_grad_norm=clip_grad_norm)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.objective import Step
-from lightning_sae.checks import require_k
+from lightning_sae.checks import require_integers, require_k
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import TopK, row_top_k
 from lightning_sae.functional.squared_error import squared_errors
@@ -50,6 +50,7 @@ class TopKSAE(SparseAutoencoder):
     ) -> None:
         super().__init__(d_in, d_sae, revive=revive, **kwargs)
         self.save_hyperparameters()
+        require_integers(k=k)
         require_k(k, d_sae)
         self.k = k
         self.layout.dense = False  # a density that is known beforehand

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,8 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_sae.checks import expect, require_integers, require_positive
 from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
 from lightning_sae.data.embedded import EMBEDDED_MODEL
+from lightning_sae.data.encoding import DocumentStart, Encoder
 from lightning_sae.data.language_model import LanguageModel, load_language_model
 from lightning_sae.data.loaders import (
     EndlessBatches,
@@ -32,7 +35,7 @@ from lightning_sae.data.several_hooks import (
 )
 from lightning_sae.data.source import ActivationSource
 from lightning_sae.data.stream import ActivationFilter, ActivationStream
-from lightning_sae.data.text import Corpus, open_text
+from lightning_sae.data.text import Corpus, Text, described, open_text
 from lightning_sae.data.tokens import TokenBlocks
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -71,11 +74,10 @@ class HeldOutBatches:
 class ActivationDataModule(ActivationSource):
     """Text through a language model to shuffled batches of activations.
 
-    Text is tokenised, packed into blocks of `context_length` tokens with a BOS token before each
-    document, and run through the model up to the hook and no further. Activations pass a filter
-    and a shuffling buffer. Training is endless: its length is `trainer.max_steps`. Validation and
-    test read held-out documents, chosen by a hash of their names or contents, which training
-    never sees.
+    Text is tokenised, packed into blocks of `context_length` tokens, and run through the model up
+    to the hook and no further. Activations pass a filter and a shuffling buffer. Training is
+    endless: its length is `trainer.max_steps`. Validation and test read held-out documents, chosen
+    by a hash of their names or contents, which training never sees.
 
     Args:
         hook_name: TransformerLens name of the hook, such as `blocks.3.hook_resid_post`; or
@@ -84,13 +86,26 @@ class ActivationDataModule(ActivationSource):
         model: Folder or hub name of the language model, an instance of it, or `embedded` for the
             small model that comes with this package.
         text: `embedded` for the Python standard library's source; files, glob patterns or folders
-            (.txt with `<|endoftext|>` between documents, .jsonl, .parquet); a folder that
-            `datasets` saved; or a hub name.
-        text_column: Name of the text column, where there are columns.
+            (.txt with `<|endoftext|>` between documents, .jsonl, .csv, .parquet, also compressed);
+            a folder that `datasets` saved; a hub name; or, from Python, rows: a data set, or any
+            iterable of strings, lists of token ids, chats, or dictionaries with these in a column.
+        text_column: Name of the column, where there are columns: of text, of token ids, which need
+            no tokenizer, or of chats (lists of messages), written by the tokenizer's template.
         text_split: Split of a saved or hub data set.
         streaming: Read a hub data set as a stream, without a copy on the disk.
         validation_text: Text of its own for validation and test; by default a share of `text`.
         validation_fraction: Share of the documents of `text` that are held out.
+        document_start: What begins each document: `bos`, `eos`, `none`, or `auto`: before a text
+            BOS, if the tokenizer puts it there itself or BOS is also its EOS, and else nothing;
+            before token ids and chats nothing. What begins with it already gets no second one.
+        separator: What stands between two documents in a block: `bos`, `eos`, `none`, any other
+            text, or `auto`: between texts EOS if `document_start` is nothing, and else nothing.
+        pack: Whether a block may hold pieces of several documents. If not, it is padded, and
+            padding is neither trained nor evaluated on.
+        keep_rest: Whether a document goes on in the next block; if not, each block begins with a
+            document, and what does not fit is left out.
+        chat_roles: Of chats, the roles whose tokens are trained and evaluated on, such as
+            `[assistant]`; the others are read as their context. null for all.
         context_length: Tokens in a block.
         blocks_per_pass: Blocks in one forward pass of the model.
         batch_size: Activations in a batch.
@@ -121,12 +136,17 @@ class ActivationDataModule(ActivationSource):
         hook_name: str | Sequence[str],
         model: str | Path | nn.Module = "embedded",
         *,
-        text: str | Path | Sequence[str | Path] = "embedded",
+        text: Text = "embedded",
         text_column: str = "text",
         text_split: str = "train",
         streaming: bool = False,
-        validation_text: str | Path | Sequence[str | Path] | None = None,
+        validation_text: Text | None = None,
         validation_fraction: float = 0.1,
+        document_start: DocumentStart = "auto",
+        separator: str = "auto",
+        pack: bool = True,
+        keep_rest: bool = True,
+        chat_roles: Sequence[str] | None = None,
         context_length: int = 128,
         blocks_per_pass: int = 32,
         batch_size: int = 2048,
@@ -146,6 +166,19 @@ class ActivationDataModule(ActivationSource):
         largest_saved_buffer: int = 2**30,
     ) -> None:
         super().__init__()
+        require_integers(
+            context_length=context_length,
+            blocks_per_pass=blocks_per_pass,
+            batch_size=batch_size,
+            buffer_size=buffer_size,
+        )
+        require_positive(blocks_per_pass=blocks_per_pass, n_validation=n_validation, n_test=n_test)
+        expect(
+            context_length >= 2,
+            "context_length",
+            "at least 2, for a token is predicted from one before it,",
+            context_length,
+        )
         check_buffer(buffer_size, batch_size, refill_fraction)
         _check_positions(positions, context_length)
         self.hook_name, self.hook_names = hook_name, checked_names(hook_name)
@@ -154,6 +187,9 @@ class ActivationDataModule(ActivationSource):
         self.text_column, self.text_split, self.streaming = text_column, text_split, streaming
         self.validation_text = validation_text
         self.validation_fraction = 0.0 if validation_text is not None else validation_fraction
+        self.document_start: DocumentStart = document_start
+        self.separator, self.pack, self.keep_rest = separator, pack, keep_rest
+        self.chat_roles = None if chat_roles is None else list(chat_roles)
         self.context_length, self.blocks_per_pass = context_length, blocks_per_pass
         self.batch_size, self.buffer_size = batch_size, buffer_size
         self.refill_fraction, self.prefetch = refill_fraction, prefetch
@@ -166,6 +202,7 @@ class ActivationDataModule(ActivationSource):
         self.largest_saved_buffer = largest_saved_buffer
         self.buffer: ShuffleBuffer | None = None
         self._scalings: dict[str, Scaling] = {}
+        self._passes: dict[Any, Iterator[Tensor]] = {}
         self._restored: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
 
@@ -263,10 +300,26 @@ class ActivationDataModule(ActivationSource):
     @cached_property
     def filter(self) -> ActivationFilter:
         """Which activations are trained and evaluated on."""
-        tokenizer = self.language_model.tokenizer
-        special = tokenizer.all_special_ids if self.drop_special_tokens else []
+        special = self.special_tokens if self.drop_special_tokens else []
         widths = None if isinstance(self.d_in, int) else list(self.d_in.values())
         return ActivationFilter(special, self.positions, self.max_norm_multiple, widths)
+
+    @property
+    def special_tokens(self) -> list[int]:
+        """Ids of BOS and other special tokens; none where there is no tokenizer."""
+        tokenizer = self.language_model.tokenizer
+        return [] if tokenizer is None else tokenizer.all_special_ids
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Turns documents into token ids."""
+        return Encoder(
+            self.language_model.tokenizer,
+            self.document_start,
+            self.separator,
+            self.chat_roles,
+            self.language_model.vocabulary,
+        )
 
     @property
     @override
@@ -280,7 +333,12 @@ class ActivationDataModule(ActivationSource):
             "drop_special_tokens": self.drop_special_tokens,
             "positions": None if self.positions is None else list(self.positions),
             "max_norm_multiple": self.max_norm_multiple,
-            "text": str(self.text) if isinstance(self.text, str | Path) else [*map(str, self.text)],
+            "text": described(self.text),
+            "text_column": self.text_column,
+            **self.encoder.described(),
+            "pack": self.pack,
+            "keep_rest": self.keep_rest,
+            "chat_roles": self.chat_roles,
         }
 
     @cached_property
@@ -293,7 +351,7 @@ class ActivationDataModule(ActivationSource):
         """The text whose held-out documents are validated and tested on."""
         return self.corpus if self.validation_text is None else self._open(self.validation_text)
 
-    def _open(self, text: str | Path | Sequence[str | Path]) -> Corpus:
+    def _open(self, text: Text) -> Corpus:
         return open_text(text, self.text_column, self.text_split, self.streaming, self.seed)
 
     def training_blocks(self) -> TokenBlocks:
@@ -309,8 +367,10 @@ class ActivationDataModule(ActivationSource):
         rank, world_size = self._place()
         return TokenBlocks(
             corpus,
-            self.language_model.tokenizer,
+            self.encoder,
             self.context_length,
+            pack=self.pack,
+            keep_rest=self.keep_rest,
             held_out_fraction=fraction,
             part_held_out=held_out,
             rank=rank,
@@ -327,14 +387,18 @@ class ActivationDataModule(ActivationSource):
             equal_passes: Whether all ranks need equally many passes: where there are several, a
                 text that is too short is then read again.
         """
+        again = equal_passes and self.n_ranks > 1
+        n_passes = max(1, round(n / (self.blocks_per_pass * self.context_length)))
+        key = (again, *self._place())
+        if key not in self._passes:
+            self._passes[key] = tee(self._read_held_out(again), 1)[0]
+        # A copy reads what others have read, which is kept for it, and then goes on.
+        yield from islice(copy.copy(self._passes[key]), n_passes)
+
+    def _read_held_out(self, again: bool) -> Iterator[Int[Tensor, "blocks context_length"]]:
         blocks = self.held_out_blocks()
-        again = equal_passes and blocks.world_size > 1
         read = blocks.read if again else blocks.read_first_epoch
-        passes = max(1, round(n / (self.blocks_per_pass * self.context_length)))
-        for _ in range(passes):
-            tokens = read(self.blocks_per_pass)
-            if len(tokens) == 0:
-                return
+        while len(tokens := read(self.blocks_per_pass)):
             yield tokens
 
     # Lightning.
@@ -356,6 +420,7 @@ class ActivationDataModule(ActivationSource):
             self._require_text(self.held_out_blocks())
 
     def _require_text(self, blocks: TokenBlocks) -> None:
+        blocks.require_ids()
         blocks.read(1)
         if blocks.epoch > 0:
             part = "held-out" if blocks.part_held_out else "training"

@@ -1,7 +1,13 @@
 """Documents, and which of them are held out."""
 
 import hashlib
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+BYTE_ORDER_MARK = "\ufeff"
 
 
 class Document(NamedTuple):
@@ -9,11 +15,35 @@ class Document(NamedTuple):
 
     Attributes:
         name: Stable name, the same on every machine; never a position in a list.
-        text: The whole text.
+        text: The whole text, or a `FileSpan`; a list of token ids; a chat, as a list of messages;
+            or whatever else stood in the row, which then gives no tokens.
+        where: Where it stands, for messages.
     """
 
     name: str
-    text: str
+    text: Any
+    where: str = ""
+
+
+@runtime_checkable
+class Documents(Protocol):
+    """Documents with random access, read one at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Document: ...
+
+
+def named(content: Any, where: str = "") -> Document:
+    """A document named after its content, so that copies of it always share a split."""
+    if isinstance(content, str):
+        content = content.removeprefix(BYTE_ORDER_MARK)  # no text, but a remark on the encoding
+        key = content.encode(errors="surrogatepass")
+    else:
+        if isinstance(content, Tensor | np.ndarray):
+            content = content.tolist()
+        key = json.dumps(content, sort_keys=True, default=repr).encode()
+    return Document(hashlib.blake2b(key, digest_size=16).hexdigest(), content, where)
 
 
 def held_out(name: str, fraction: float) -> bool:

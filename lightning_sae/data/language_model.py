@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lightning_sae.data.encoding import ids_of
 from lightning_sae.data.hooks import Edit, Site, edited, lens_site, native_site
 from lightning_sae.functional.sparse.memory import keep_freed_blocks
 
@@ -61,6 +62,13 @@ class LanguageModel:
         """Where the model's weights lie."""
         return next(self.network.parameters()).device
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        if hasattr(self.network, "hook_dict"):
+            return self.network.cfg.d_vocab  # type: ignore[union-attr, return-value]
+        return self.network.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+
     def to(self, device: torch.device | str) -> "LanguageModel":
         """Move the model's weights."""
         self.network.to(device)
@@ -77,7 +85,7 @@ class LanguageModel:
 
         with self._turn, edited(self.site, keep):
             try:
-                self._logits(tokens.to(self.device))
+                self._logits(ids_of(tokens).to(self.device))
             except Reached:
                 return found[0]
         raise ValueError(
@@ -88,7 +96,7 @@ class LanguageModel:
     @torch.no_grad()
     def logits(self, tokens: Tokens, edit: Edit | None = None) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the next tokens, with the activation at the hook replaced by `edit` of it."""
-        tokens = tokens.to(self.device)
+        tokens = ids_of(tokens).to(self.device)
         with self._turn, nullcontext() if edit is None else edited(self.site, edit):
             return self._logits(tokens)
 
@@ -148,7 +156,9 @@ def load_language_model(
         return _from_lens(_boot(name, dtype, error), hook_name, name)
     site = native_site(network, hook_name)
     if site is None:
-        return _from_lens(_boot(name, dtype), hook_name, name)
+        booted = _from_lens(_boot(name, dtype), hook_name, name)
+        booted.tokenizer = tokenizer  # as it was saved: TransformerLens makes one with a BOS
+        return booted
     return _native(network, tokenizer, site, name, hook_name)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_sae.data.encoding import ids_of
 from lightning_sae.data.hooks import edited
 from lightning_sae.data.language_model import (
     LanguageModel,
@@ -68,7 +69,7 @@ class SeveralHooks(LanguageModel):
 
                 stack.enter_context(edited(model.site, keep))
             try:
-                self._logits(tokens.to(self.device))
+                self._logits(ids_of(tokens).to(self.device))
             except Reached:
                 return {name: found[name] for name in self.at_each}
         missed = [name for name in self.at_each if name not in found]

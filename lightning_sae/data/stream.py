@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_sae.data.language_model import LanguageModel
 from lightning_sae.data.tokens import TokenBlocks
 
-REASONS = ("special_token", "position", "norm")
+REASONS = ("special_token", "position", "norm", "context_only")
 
 
 class ActivationFilter:
@@ -51,12 +51,13 @@ class ActivationFilter:
             first, end = self.positions
             outside[:, :first] = True
             outside[:, end:] = True
+        context_only = tokens < 0  # see `encoding`
         far = torch.zeros_like(special)
         if self.max_norm_multiple is not None:
             for part in activations.split(self.widths or activations.shape[-1], -1):
                 norms = part.float().norm(dim=-1).to(tokens.device)
-                far |= self._far(norms, special | outside)
-        return dict(zip(REASONS, (special, outside, far), strict=True))
+                far |= self._far(norms, special | outside | context_only)
+        return dict(zip(REASONS, (special, outside, far, context_only), strict=True))
 
     def _far(
         self, norms: Float[Tensor, "batch seq"], left_out: Bool[Tensor, "batch seq"]
@@ -114,9 +115,10 @@ class ActivationStream:
         return activations[kept.to(activations.device)].to(self.dtype)
 
     def statistics(self) -> dict[str, float]:
-        """Activations seen, passes over the text begun before, and share left out by reason."""
+        """Activations seen, passes over the text begun before, rows skipped, shares left out."""
         shares = {f"dropped_{k}": n / max(self.seen, 1) for k, n in self.dropped.items()}
-        return {"seen": float(self.seen), "text_epoch": float(self.blocks.epoch), **shares}
+        counts = {"text_epoch": self.blocks.epoch, "skipped_rows": self.blocks.skipped}
+        return {"seen": float(self.seen), **{k: float(n) for k, n in counts.items()}, **shares}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
@@ -125,4 +127,4 @@ class ActivationStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` stood."""
         self.blocks.load_state_dict(state["blocks"])
-        self.seen, self.dropped = state["seen"], {**state["dropped"]}
+        self.seen, self.dropped = state["seen"], self.dropped | state["dropped"]

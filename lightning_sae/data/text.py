@@ -1,20 +1,23 @@
-"""Text from files, folders, the hub or the standard library, as documents in a known order."""
+"""Text from files, folders, the hub, the standard library or Python, as documents in an order."""
 
 import glob
-import hashlib
-import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch.utils.data import ConcatDataset
 
-from lightning_sae.data.documents import Document
+from lightning_sae.data.documents import Document, Documents, named
 from lightning_sae.data.embedded import standard_library_documents
+from lightning_sae.data.local_files import SUFFIXES, Rows, kind, open_file, require_column
 
-SEPARATOR = "<|endoftext|>"
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+Text = Iterable[Any] | str | Path  # in this order: a list of a YAML file is one, and no string
+"""`embedded`, a file, folder, glob pattern or hub name, a list of these, or rows: an iterable."""
+
+ROWS = '[{"text": "..."}]'
 
 
 @runtime_checkable
@@ -33,7 +36,7 @@ class IndexedCorpus:
         seed: Fixes the order of every epoch.
     """
 
-    def __init__(self, documents: Sequence[Document], seed: int = 0) -> None:
+    def __init__(self, documents: Documents, seed: int = 0) -> None:
         self.documents = documents
         self.seed = seed
 
@@ -45,74 +48,50 @@ class IndexedCorpus:
 
 
 class StreamedCorpus:
-    """Rows of a streaming `datasets.IterableDataset`, in its own order every epoch."""
+    """Rows that come one after the other, in their own order every epoch.
 
-    def __init__(self, rows: Any, column: str) -> None:
-        self.rows = rows
-        self.column = column
+    Args:
+        rows: A streaming `datasets.IterableDataset`, or any object that can be iterated again.
+        column: Column of the text, where rows are dictionaries.
+        source: Name of the rows, for messages.
+    """
+
+    def __init__(self, rows: Any, column: str, source: str = "the stream") -> None:
+        self.rows, self.column, self.source = rows, column, source
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Document]:
         """The documents of any pass over the text, from position `start` on."""
-        rows = self.rows.skip(start)
-        rows.set_epoch(number)  # a shuffled stream has an order for each
-        return (named(row[self.column] or "") for row in rows)
+        from datasets import IterableDataset
+
+        if isinstance(self.rows, IterableDataset):
+            rows = self.rows.skip(start)
+            rows.set_epoch(number)  # a shuffled stream has an order for each
+        else:
+            rows = islice(self.rows, start, None)
+        for number_of_row, row in enumerate(rows, start + 1):
+            yield named(_cell(row, self.column), f"row {number_of_row} of {self.source}")
 
 
-class TextFile(Sequence[Document]):
-    """A text file whose documents stand between `<|endoftext|>` marks; only offsets are kept."""
+class Items:
+    """Rows from Python with random access."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.spans = list(_spans(path, SEPARATOR.encode()))
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def __getitem__(self, index: Any) -> Any:  # slices are not needed
-        start, end = self.spans[index]
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return named(file.read(end - start).decode(errors="replace").strip())
-
-
-class Rows(Sequence[Document]):
-    """The text column of a `datasets.Dataset`."""
-
-    def __init__(self, rows: Any, column: str) -> None:
-        self.rows = rows
-        self.column = column
+    def __init__(self, rows: Any, column: str, source: str) -> None:
+        self.rows, self.column, self.source = rows, column, source
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: Any) -> Any:
-        return named(self.rows[index][self.column] or "")  # a row may have no text
+    def __getitem__(self, index: int) -> Document:
+        where = f"row {index + 1} of {self.source}"
+        return named(_cell(self.rows[index], self.column), where)
 
 
-class Joined(Sequence[Document]):
-    """Several sequences of documents, one after the other."""
-
-    def __init__(self, parts: Sequence[Sequence[Document]]) -> None:
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, index: Any) -> Any:
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
-
-
-def named(text: str) -> Document:
-    """A document named after its content, so that copies of it always share a split."""
-    return Document(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), text)
+def _cell(row: Any, column: str) -> Any:
+    return row.get(column) if isinstance(row, Mapping) else row
 
 
 def open_text(
-    text: str | Path | Sequence[str | Path],
+    text: Text,
     column: str = "text",
     split: str = "train",
     streaming: bool = False,
@@ -121,70 +100,134 @@ def open_text(
     """Open text of any kind.
 
     Args:
-        text: `embedded` for the standard library's source; files (.txt, .jsonl, .parquet), glob
-            patterns or folders of them; a folder that `datasets` saved; or a hub name.
-        column: Name of the text column, where there are columns.
+        text: `embedded` for the standard library's source; files (.txt, .jsonl, .json, .csv, .tsv,
+            .parquet, plain or compressed), glob patterns or folders of them; a folder that
+            `datasets` saved; a hub name; or rows from Python: a data set, or any iterable of
+            strings, lists of token ids, chats, or dictionaries with these in a column.
+        column: Name of the column, where there are columns.
         split: Split of a hub or saved data set.
         streaming: Read a hub data set as a stream, without a copy on the disk.
         seed: Fixes the order of the documents.
 
     Raises:
-        ValueError: If a file is missing, of an unknown kind, or the hub is out of reach.
+        ValueError: If a file is missing, damaged or of an unknown kind, or the hub is out of reach.
     """
-    if text == "embedded":
+    if isinstance(text, str) and text == "embedded":
         return IndexedCorpus(standard_library_documents(), seed)
+    if not _names_files(text):
+        return _open_rows(text, column, split, seed)
     sources = [text] if isinstance(text, str | Path) else list(text)
+    _require_names(sources)
     parts = [_open_local(os.path.expanduser(s), column, split) for s in sources]
-    if all(part is not None for part in parts):
-        return IndexedCorpus(Joined([p for p in parts if p is not None]), seed)
+    found = [part for part in parts if part is not None]
+    if len(found) == len(parts):
+        return IndexedCorpus(_joined(found, ", ".join(map(str, sources))), seed)
     if len(sources) > 1:
         missing = [str(s) for s, part in zip(sources, parts, strict=True) if part is None]
-        raise ValueError(f"Expected argument `text` to list files but there is no {missing}.")
+        raise ValueError(
+            f"Expected argument `text` to list files but there is no {missing}: check the paths. "
+            f"Texts themselves are given as rows, {ROWS}."
+        )
     return _open_hub(str(sources[0]), column, split, streaming, seed)
 
 
-def _open_local(source: str, column: str, split: str) -> Sequence[Document] | None:
+def described(text: Text) -> str | list[str]:
+    """The text as plain values that say where it is from."""
+    if isinstance(text, str | Path):
+        return str(text)
+    return [*map(str, text)] if _names_files(text) else _kind_of_rows(text)
+
+
+def _names_files(text: Text) -> bool:
+    several = isinstance(text, list | tuple) and len(text) > 0
+    return isinstance(text, str | Path) or (
+        several and all(isinstance(item, str | Path) for item in text)
+    )
+
+
+def _require_names(sources: Sequence[str | Path]) -> None:
+    for source in map(str, sources):
+        if len(source) > 1000 or "\n" in source or "\0" in source:
+            raise ValueError(
+                f"Expected argument `text` to name files but got {source[:40]!r}...: texts "
+                f"themselves are given as rows, {ROWS}."
+            )
+
+
+def _kind_of_rows(rows: Any) -> str:
+    return f"a Python {type(rows).__name__}"
+
+
+def _open_rows(rows: Any, column: str, split: str, seed: int, name: str | None = None) -> Corpus:
+    from datasets import Dataset, IterableDataset
+
+    source = name or _kind_of_rows(rows)
+    if isinstance(rows, Dataset):
+        return IndexedCorpus(_not_empty(Rows(rows, column, source), source), seed)
+    if isinstance(rows, Mapping):
+        return _open_rows(_split(rows, split, source), column, split, seed)
+    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        return IndexedCorpus(_not_empty(Items(rows, column, source), source), seed)
+    if isinstance(rows, IterableDataset):
+        require_column(rows, column, source)
+    elif not isinstance(rows, Iterable) or iter(rows) is iter(rows):
+        raise ValueError(
+            f"Expected argument `text` to be iterable more than once but got {source}: give a "
+            "list, or an object whose `__iter__` begins anew."
+        )
+    return _streamed(rows, column, source)
+
+
+def _open_local(source: str, column: str, split: str) -> Documents | None:
     """Documents of a file, folder or glob pattern; None if there is nothing of that name."""
     path = Path(source)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        return Rows(_column_checked(_saved(path, split), column, source), column)
+        return _not_empty(Rows(_saved(path, split), column, source), source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in {".txt", *READERS})
+        files = sorted(p for p in path.rglob("*") if kind(p) in SUFFIXES and p.is_file())
     else:
         files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(source))]
-    if not files and (source.startswith(("/", ".")) or path.suffix in {".txt", *READERS}):
+    is_path = source.startswith(("/", ".")) or kind(path) in SUFFIXES or path.is_dir()
+    if not files and is_path:
         raise ValueError(
             f"Expected argument `text` to name files but there is none at {source}: check the path "
-            f"(.txt, .jsonl and .parquet files are read)."
+            f"({', '.join(SUFFIXES)} files are read)."
         )
-    return Joined([_open_file(file, column) for file in files]) if files else None
+    return _joined([open_file(file, column) for file in files], source) if files else None
 
 
-def _open_file(path: Path, column: str) -> Sequence[Document]:
-    if path.suffix == ".txt":
-        return TextFile(path)
-    if path.suffix not in READERS:
+def _joined(parts: Sequence[Documents], source: str) -> Documents:
+    """Several sequences of documents, one after the other."""
+    return _not_empty(ConcatDataset(parts), source)  # type: ignore[arg-type]
+
+
+def _not_empty(documents: Documents, source: str) -> Documents:
+    if len(documents) == 0:
         raise ValueError(
-            f"Expected argument `text` to name .txt, .jsonl or .parquet files but got {path}: "
-            "convert it, or rename it if it is plain text."
+            f"Expected argument `text` to hold documents but {source} has none: give more text."
         )
-    from datasets import load_dataset
-
-    rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    return Rows(_column_checked(rows, column, str(path)), column)
+    return documents
 
 
 def _saved(path: Path, split: str) -> Any:
-    from datasets import DatasetDict, load_from_disk
+    from datasets import load_from_disk
 
-    saved = load_from_disk(str(path))
-    if not isinstance(saved, DatasetDict):
-        return saved
-    if split not in saved:
+    try:
+        saved = load_from_disk(str(path))
+    except Exception as error:  # of any reader
         raise ValueError(
-            f"Expected argument `text_split` to be one of {[*saved]} but got `{split}` for {path}."
+            f"Could not read the saved data set {path}: {error}. Save or copy it anew."
+        ) from error
+    return _split(saved, split, str(path)) if isinstance(saved, Mapping) else saved
+
+
+def _split(splits: Mapping[str, Any], split: str, source: str) -> Any:
+    if split not in splits:
+        raise ValueError(
+            f"Expected argument `text_split` to be one of {[*splits]} but got `{split}` for "
+            f"{source}."
         )
-    return saved[split]
+    return splits[split]
 
 
 def _open_hub(name: str, column: str, split: str, streaming: bool, seed: int) -> Corpus:
@@ -197,34 +240,14 @@ def _open_hub(name: str, column: str, split: str, streaming: bool, seed: int) ->
             f"Could not open `text`={name}: there is no such file or folder, and the hub did not "
             f"give it. Check the name and the network. The hub's answer: {error}"
         ) from error
-    _column_checked(rows, column, name)
-    return StreamedCorpus(rows, column) if streaming else IndexedCorpus(Rows(rows, column), seed)
+    return _open_rows(rows, column, split, seed, name)
 
 
-def _column_checked(rows: Any, column: str, source: str) -> Any:
-    if rows.column_names is not None and column not in rows.column_names:
+def _streamed(rows: Any, column: str, source: str) -> StreamedCorpus:
+    first = next(iter(rows), None)
+    if isinstance(first, Mapping) and column not in first:
         raise ValueError(
-            f"Expected argument `text_column` to be one of {rows.column_names} but got `{column}` "
-            f"for {source}."
+            f"Expected argument `text_column` to be one of {[*first]} but got `{column}` for "
+            f"{source}."
         )
-    kind = getattr((rows.features or {}).get(column), "dtype", "string")
-    if kind not in ("string", "large_string"):
-        raise ValueError(
-            f"Expected argument `text_column` to name a column of text but `{column}` of {source} "
-            f"holds {kind}: name another column."
-        )
-    return rows
-
-
-def _spans(path: Path, separator: bytes) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the documents that are more than white space."""
-    if path.stat().st_size == 0:
-        return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = 0
-        while start < len(data):
-            end = data.find(separator, start)
-            end = len(data) if end < 0 else end
-            if data[start:end].strip():
-                yield start, end
-            start = end + len(separator)
+    return StreamedCorpus(rows, column, source)

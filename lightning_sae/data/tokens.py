@@ -1,5 +1,6 @@
 """Documents as blocks of tokens, without end and with a place to go on from."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,57 +9,83 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lightning_sae.data.documents import Document, held_out
+from lightning_sae.data.encoding import PADDING, Encoder, Unreadable
 from lightning_sae.data.text import Corpus
+
+log = logging.getLogger("lightning.pytorch")
+
+PATIENCE = 10_000
+"""Rows in a row that may give no tokens before the text is refused."""
 
 
 class TokenBlocks:
-    """Packs documents, each after a BOS token, into blocks of `context_length` tokens.
+    """Cuts documents into blocks of `context_length` tokens.
 
     The text is read over and over; `epoch` counts the passes. Which documents belong to the
-    split is decided by their names alone, so no document is in both.
+    split is decided by their names alone, so no document is in both. Tokens that are context alone
+    are negative: see `encoding`.
 
     Args:
         corpus: The documents.
-        tokenizer: A `transformers` tokenizer.
+        encoder: Gives their tokens, and the marks that begin and separate them.
         context_length: Tokens in a block.
+        pack: Whether a block may hold several documents; otherwise it is padded.
+        keep_rest: Whether a document goes on in the next block; otherwise what does not fit into
+            the block is left out.
         held_out_fraction: Share of the documents that are held out; 0 keeps all in training.
         part_held_out: Whether these are the blocks of the held-out documents.
         rank: This process among `world_size`: it reads every `world_size`-th document.
         world_size: Number of processes that share the text.
 
+    Attributes:
+        skipped: Rows of this split and rank that gave no tokens.
+
     Raises:
-        ValueError: From `read`, if a whole pass over the text gives no block.
+        ValueError: From `read`, if a whole pass over the text gives no block, or token ids do not
+            belong to the model.
     """
 
     def __init__(
         self,
         corpus: Corpus,
-        tokenizer: Any,
+        encoder: Encoder,
         context_length: int,
         *,
+        pack: bool = True,
+        keep_rest: bool = True,
         held_out_fraction: float,
         part_held_out: bool,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.corpus = corpus
-        self.tokenizer = tokenizer
-        self.bos = bos_token(tokenizer)
+        self.encoder = encoder
         self.context_length = context_length
+        self.pack, self.keep_rest = pack, keep_rest
         self.held_out_fraction = held_out_fraction
         self.part_held_out = part_held_out
         self.rank, self.world_size = rank, world_size
-        self.epoch = self.document = 0
+        self.epoch = self.document = self.piece = self.skipped = 0
         self._rest: list[int] = []
+        self._pieces: Iterator[list[int]] | None = None  # of the document that is open
+        self._found = False  # in no pass so far
         self._open()
 
     def read(self, n: int) -> Int[Tensor, "n context_length"]:
         """The next `n` blocks."""
         need = n * self.context_length
         while len(self._rest) < need:
-            self._rest.extend(self._next_document())
+            self._read_piece()
         block, self._rest = self._rest[:need], self._rest[need:]
         return torch.tensor(block).view(n, self.context_length)
+
+    def require_ids(self, n: int = 1_000_000) -> None:
+        """Raise a ValueError if token ids in the first rows, about `n`, are not the model's."""
+        for document in self.corpus.epoch(0):
+            if not isinstance(document.text, list) or n < 0:
+                return
+            self.encoder.require_ids(document)
+            n -= len(document.text) + 1
 
     def read_first_epoch(self, n: int) -> Int[Tensor, "blocks context_length"]:
         """The next blocks of the first pass over the text: `n`, or fewer where it ends."""
@@ -70,17 +97,84 @@ class TokenBlocks:
             found.append(block)
         return torch.cat(found) if found else torch.zeros(0, self.context_length, dtype=torch.long)
 
-    def _next_document(self) -> list[int]:
-        """Tokens of the next document of this split and rank."""
-        while True:
-            document = next(self._documents, None)
-            if document is None:
-                self._next_epoch()
-                continue
-            self.document += 1
-            if self._is_mine(document):
-                self._found = True
-                return [self.bos, *encode(self.tokenizer, document.text)]
+    def _read_piece(self) -> None:
+        """Add the next tokens of this split and rank to the open block."""
+        if self._pieces is None:
+            self._next_document()
+            return
+        tokens = next(self._pieces, None)
+        if tokens is None:
+            self._end_document()
+            return
+        self.piece += 1
+        start, separator = self.encoder.marks(self._present)
+        if self._is_new and tokens not in ([], start):
+            tokens = self._begun(tokens, start, separator)
+        if not self._is_new:
+            self._add(tokens)
+
+    def _begun(self, tokens: list[int], start: list[int], separator: list[int]) -> list[int]:
+        """Separate a document from the one before, and give its tokens with what begins it.
+
+        A mark never stands beside itself.
+        """
+        self._is_new, self._found, self._skipped_in_a_row = False, True, 0
+        if self._room() < self.context_length and separator not in (start, self._end(separator)):
+            self._rest.extend(separator if self.keep_rest else separator[: self._room()])
+        ids = [max(token, ~token) for token in tokens[: len(start)]]
+        return tokens if start in (ids, self._end(start)) else start + tokens
+
+    def _room(self) -> int:
+        """Tokens that fit into the open block; all of a block if none is open."""
+        return self.context_length - len(self._rest) % self.context_length
+
+    def _end(self, mark: list[int]) -> list[int]:
+        """The last tokens of the open block, as many as the mark has."""
+        n = self.context_length - self._room()
+        return self._rest[-len(mark) :] if 0 < len(mark) <= n else []
+
+    def _add(self, tokens: list[int]) -> None:
+        """Add tokens to the blocks, or only what fits into the open one if a rest is left out."""
+        if self.keep_rest or len(tokens) < self._room():
+            self._rest.extend(tokens)
+        else:
+            self._rest.extend(tokens[: self._room()])
+            self._pieces, self.piece = None, 0
+
+    def _end_document(self) -> None:
+        if self._is_new:
+            self._skip(Unreadable(f"{self._present.where} gives no tokens"))
+        if not self.pack:
+            self._rest.extend([PADDING] * (-len(self._rest) % self.context_length))
+        self._pieces, self.piece = None, 0
+
+    def _next_document(self) -> None:
+        """Open the next document of this split and rank."""
+        document = next(self._documents, None)
+        if document is None:
+            self._next_epoch()
+            return
+        self.document += 1
+        if self._is_mine(document):
+            self._begin(document)
+
+    def _begin(self, document: Document) -> None:
+        try:
+            self._pieces = self.encoder.pieces(document, self.piece)
+        except Unreadable as reason:
+            self._skip(reason)
+        else:
+            self._present, self._is_new = document, self.piece == 0
+
+    def _skip(self, reason: Unreadable) -> None:
+        self._is_new = False
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self._last_skipped = f"; {self.skipped} rows were skipped, the last because {reason}"
+        if self.skipped == 1:
+            log.warning("%s: it is skipped. Rows that are skipped are counted.", reason)
+        if self._skipped_in_a_row == PATIENCE:
+            self._refuse()
 
     def _is_mine(self, document: Document) -> bool:
         if held_out(document.name, self.held_out_fraction) != self.part_held_out:
@@ -88,7 +182,7 @@ class TokenBlocks:
         return (self.document - 1) % self.world_size == self.rank
 
     def _next_epoch(self) -> None:
-        if not self._found and self._start == 0:
+        if not self._found or self.document == 0:
             self._refuse()
         self.epoch, self.document = self.epoch + 1, 0
         self._open()
@@ -96,44 +190,32 @@ class TokenBlocks:
     def _refuse(self) -> None:
         part = "held-out" if self.part_held_out else "training"
         raise ValueError(
-            f"Expected argument `text` to hold {part} documents but a whole pass over its "
+            f"Expected argument `text` to hold {part} documents but its "
             f"{self.document} documents gave none (`validation_fraction` is "
-            f"{self.held_out_fraction}): give more text, mark where documents end with "
-            "<|endoftext|>, or set `validation_text`."
+            f"{self.held_out_fraction}{self._last_skipped}): give more text, mark where documents "
+            "end with <|endoftext|>, or set `validation_text`."
         )
 
     def _open(self) -> None:
-        self._start = self.document
-        self._found = False
-        self._documents: Iterator[Document] = self.corpus.epoch(self.epoch, self.document)
+        """Go to the document that is begun, or else to the next."""
+        self._is_new = False
+        self._skipped_in_a_row, self._last_skipped = 0, ""
+        self._pieces = None
+        begun = self.piece > 0
+        self._documents = self.corpus.epoch(self.epoch, self.document - begun)
+        if begun:
+            self._begin(next(self._documents))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where reading stands: the pass, the document, and tokens not yet in a block."""
+        """Where reading stands: pass, document, its piece, and tokens not yet in a block."""
+        names = ("epoch", "document", "piece", "skipped")
         rest = torch.tensor(self._rest, dtype=torch.int32)
-        return {"epoch": self.epoch, "document": self.document, "rest": rest}
+        return {**{name: getattr(self, name) for name in names}, "rest": rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` stood."""
         self.epoch, self.document = state["epoch"], state["document"]
+        self.piece, self.skipped = state.get("piece", 0), state.get("skipped", 0)
         self._rest = state["rest"].tolist()
+        self._found = self.epoch > 0 or self.document > 0
         self._open()
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text, with nothing added; a text may be longer than the model's context."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def bos_token(tokenizer: Any) -> int:
-    """The token that begins a document: BOS, or EOS where there is no BOS.
-
-    Raises:
-        ValueError: If the tokenizer has neither.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ValueError(
-        "Expected the model's tokenizer to have a BOS or EOS token to begin documents with but "
-        "it has neither: set `tokenizer.bos_token`."
-    )

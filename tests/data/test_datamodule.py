@@ -10,9 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_sae import ActivationDataModule, ReLUSAE
-from lightning_sae.data import tokens as tokens_module
-from lightning_sae.data.documents import held_out
-from lightning_sae.data.text import named
+from lightning_sae.data import long_text
+from lightning_sae.data.documents import held_out, named
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -103,13 +102,13 @@ def test_training_and_held_out_documents_are_disjoint_and_together_all(
     make_data: Any, documents: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: set[str] = set()
-    encode = tokens_module.encode
+    encode = long_text.encode
 
     def noted(tokenizer: Any, text: str) -> list[int]:
         read.add(text)
         return encode(tokenizer, text)
 
-    monkeypatch.setattr(tokens_module, "encode", noted)
+    monkeypatch.setattr(long_text, "encode", noted)
     data, recorder = make_data(n_test=3000), Recorder()
     trainer(400).fit(recorder, data)
     assert recorder.statistics["text_epoch"] > 1
@@ -325,6 +324,12 @@ def test_the_source_is_plain_and_complete(make_data: Any, models: dict[str, Path
         "positions": [1, 9],
         "max_norm_multiple": None,
         "text": ["a.txt", "b.txt"],
+        "text_column": "text",
+        "document_start": "auto (bos)",
+        "separator": "auto (none)",
+        "pack": True,
+        "keep_rest": True,
+        "chat_roles": None,
     }
     assert ActivationDataModule(HOOK).source["model"] == "embedded"
 
@@ -351,7 +356,7 @@ def test_a_batch_larger_than_the_buffer_is_refused(make_data: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "its 0 documents gave none .*give more text"),
+        ("", "little.txt has none: give more text"),
         ("<|endoftext|>".join("ab"), "at least 16 training tokens .*give more text"),
         ("the cat sees the dog and runs. " * 5, "held-out documents .*or set `validation_text`"),
     ],

@@ -26,7 +26,7 @@ class Counts(TokenBlocks):
 
     def __init__(self) -> None:
         self.next = 1
-        self.epoch = 2
+        self.epoch, self.skipped = 2, 5
 
     def read(self, n: int) -> Tensor:
         numbers = torch.arange(self.next, self.next + 3 * n).view(n, 3)
@@ -93,6 +93,7 @@ def test_the_median_is_that_of_what_the_other_reasons_keep() -> None:
         "special_token": [1, 1, 0, 0, 0, 0],
         "position": [0, 0, 0, 0, 0, 1],
         "norm": [1, 1, 0, 0, 1, 1],
+        "context_only": [0, 0, 0, 0, 0, 0],
     }
     assert keep.kept(tokens, activations).tolist() == [[0, 0, 1, 1, 0, 0]]
 
@@ -121,18 +122,22 @@ def test_the_shares_left_out_are_counted_by_reason() -> None:
     assert stream.statistics() == {
         "seen": 0.0,
         "text_epoch": 2.0,
+        "skipped_rows": 5.0,
         "dropped_special_token": 0.0,
         "dropped_position": 0.0,
         "dropped_norm": 0.0,
+        "dropped_context_only": 0.0,
     }
     # Blocks 0 1 2 3 and 0 4 5 6: of 1, 4 and 5 the median is 4, and no norm is beyond 7.2.
     stream.read()
     assert stream.statistics() == {
         "seen": 8.0,
         "text_epoch": 2.0,
+        "skipped_rows": 5.0,
         "dropped_special_token": 3 / 8,
         "dropped_position": 2 / 8,
         "dropped_norm": 0.0,
+        "dropped_context_only": 0.0,
     }
     keep.max_norm_multiple = 1.1
     # Blocks 0 7 8 9 and 0 10 11 12: of 7, 8, 10 and 11 the (lower) median is 8; 9 to 12 are beyond.

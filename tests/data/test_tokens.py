@@ -1,25 +1,35 @@
 import io
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_sae.data.documents import Document, held_out
-from lightning_sae.data.text import IndexedCorpus, named
-from lightning_sae.data.tokens import TokenBlocks, bos_token, encode
+from lightning_sae.data import encoding, long_text, tokens
+from lightning_sae.data.documents import Document, held_out, named
+from lightning_sae.data.encoding import Encoder
+from lightning_sae.data.text import IndexedCorpus
+from lightning_sae.data.tokens import TokenBlocks
 
 
 class Letters:
-    """A tokenizer whose tokens are code points."""
+    """A tokenizer whose tokens are code points; BOS comes first unless it is told otherwise."""
 
     bos_token_id: int | None = 0
     eos_token_id: int | None = 1
+    is_fast = True
 
-    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = False,
+        verbose: bool = True,
+    ) -> dict[str, list[Any]]:
+        return {
+            "input_ids": [0] * add_special_tokens + [ord(letter) for letter in text],
+            "offset_mapping": [(i, i + 1) for i in range(len(text))],
+        }
 
 
 class InOrder:
@@ -34,7 +44,8 @@ class InOrder:
 
 def blocks_of(corpus: Any, context_length: int = 4, **arguments: Any) -> TokenBlocks:
     settings = {"held_out_fraction": 0.0, "part_held_out": False, **arguments}
-    return TokenBlocks(corpus, Letters(), context_length, **settings)
+    marks = {k: settings.pop(k) for k in ("document_start", "separator") if k in settings}
+    return TokenBlocks(corpus, Encoder(Letters(), **marks), context_length, **settings)
 
 
 def letters(n: int) -> list[str]:
@@ -44,12 +55,12 @@ def letters(n: int) -> list[str]:
 def documents_in_a_pass(corpus: Any, **arguments: Any) -> list[str]:
     """The one-letter documents that blocks give before the second pass over the text."""
     blocks = blocks_of(corpus, 1, **arguments)
-    tokens: list[int] = []
+    found: list[int] = []
     while True:
         token = blocks.read(1).item()
         if blocks.epoch > 0:
-            return [chr(t) for t in tokens if t > 0]
-        tokens.append(int(token))
+            return [chr(t) for t in found if t > 0]
+        found.append(int(token))
 
 
 def test_documents_are_packed_each_after_a_bos_and_over_and_over() -> None:
@@ -67,23 +78,85 @@ def test_a_document_longer_than_the_context_goes_on_in_the_next_block() -> None:
     assert blocks_of(InOrder("aaaaaa")).read(2).tolist() == [[0, 97, 97, 97], [97, 97, 97, 0]]
 
 
+def written(blocks: TokenBlocks, n: int) -> list[str]:
+    """Blocks as strings, with ^ for BOS, $ for EOS and _ for padding."""
+    marks = {0: "^", 1: "$", ~0: "_"}
+    return ["".join(marks.get(t) or chr(t) for t in block) for block in blocks.read(n).tolist()]
+
+
 @pytest.mark.parametrize(
-    ("bos", "eos", "expected"), [(5, 6, 5), (None, 6, 6), (0, 6, 0), (None, 0, 0)]
+    ("arguments", "expected"),
+    [
+        ({}, ["^abc", "^def", "ghij", "klm^", "n^ab"]),
+        ({"document_start": "none"}, ["abc$", "defg", "hijk", "lm$n", "abc$"]),
+        (
+            {"document_start": "none", "separator": "none"},
+            ["abcd", "efgh", "ijkl", "mnab", "cdef"],
+        ),
+        ({"document_start": "eos"}, ["$abc", "$def", "ghij", "klm$", "n$ab"]),
+        ({"separator": "eos"}, ["^abc", "^def", "ghij", "klm$", "^n$^"]),
+        ({"document_start": "none", "separator": "+"}, ["abc+", "defg", "hijk", "lm+n", "abc+"]),
+        ({"keep_rest": False}, ["^abc", "^def", "^n^a", "^def", "^n^a"]),
+        ({"pack": False}, ["^abc", "^def", "ghij", "klm_", "^n__"]),
+        ({"pack": False, "keep_rest": False}, ["^abc", "^def", "^n__", "^abc", "^def"]),
+        ({"pack": False, "document_start": "none"}, ["abc_", "defg", "hijk", "lm__", "n___"]),
+        ({"keep_rest": False, "separator": "eos"}, ["^abc", "^def", "^n$^", "^def", "^n$^"]),
+        ({"keep_rest": False, "separator": "++"}, ["^abc", "^def", "^n++", "^abc", "^def"]),
+    ],
 )
-def test_documents_begin_with_bos_or_else_eos(
-    bos: int | None, eos: int | None, expected: int
+def test_what_stands_round_documents_is_the_users_to_say(
+    arguments: dict[str, Any], expected: list[str]
 ) -> None:
-    assert bos_token(SimpleNamespace(bos_token_id=bos, eos_token_id=eos)) == expected
+    blocks = blocks_of(InOrder("abc", "defghijklm", "n"), **arguments)
+    assert written(blocks, 5) == expected
 
 
-def test_a_tokenizer_with_neither_is_refused() -> None:
-    with pytest.raises(ValueError, match="BOS or EOS token.*set `tokenizer.bos_token`"):
-        bos_token(SimpleNamespace(bos_token_id=None, eos_token_id=None))
+def test_a_mark_never_stands_beside_itself() -> None:
+    own = InOrder("\0ab", "cd\1", "\0", "e")
+    assert written(blocks_of(own, 10, separator="eos"), 1) == ["^ab$^cd$^e"]
+    ends = InOrder("ab\0", "cd\0")  # BOS is at the end of each document
+    assert written(blocks_of(ends, 7), 1) == ["^ab^cd^"]
 
 
-def test_a_real_tokenizer_adds_nothing(tokenizer: Any) -> None:
-    text = "the cat, 3: é " * 100
-    assert tokenizer.decode(encode(tokenizer, text)) == text
+def test_rows_without_tokens_are_skipped_counted_and_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [named(content, f"row {i}") for i, content in enumerate(["ab", None, "", 5, "\0", "c"])]
+    blocks = blocks_of(IndexedCorpus(rows), 5)
+    texts = {written(blocks, 1)[0] for _ in range(4)}
+    assert texts <= {"^ab^c", "^c^ab"}
+    assert blocks.skipped >= 4 * 3
+    assert blocks.state_dict()["skipped"] == blocks.skipped
+    assert len([m for m in caplog.messages if "it is skipped" in m]) == 1
+
+
+def test_rows_that_never_give_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "PATIENCE", 20)
+    many = IndexedCorpus([named(5, f"row {i}") for i in range(1000)])
+    with pytest.raises(ValueError, match="its 20 documents gave none .*20 rows were skipped, the"):
+        blocks_of(many).read(1)
+    one = IndexedCorpus([named("abc")] + [named("")] * 19)
+    assert len(blocks_of(one).read(30)) == 30
+
+
+def test_a_text_that_is_gone_in_the_second_pass_is_refused() -> None:
+    class Once:
+        def epoch(self, number: int, start: int = 0) -> Iterator[Document]:
+            return iter([named("abc")] if number == 0 else [])
+
+    blocks = blocks_of(Once())
+    blocks.read(1)
+    with pytest.raises(ValueError, match="its 0 documents gave none"):
+        blocks.read(1)
+
+
+def test_token_ids_of_another_model_are_found_in_the_first_rows() -> None:
+    rows = [named([1, 2, 3], f"row {i}") for i in range(99)] + [named([1, 70], "row 99")]
+    settings: dict[str, Any] = {"held_out_fraction": 0.0, "part_held_out": False}
+    blocks = TokenBlocks(IndexedCorpus(rows), Encoder(None, vocabulary=64), 4, **settings)
+    with pytest.raises(ValueError, match="from 0 to 63 but row 99 holds 70"):
+        blocks.require_ids()
+    blocks_of(InOrder("abc")).require_ids()
 
 
 def test_training_and_held_out_documents_are_disjoint_and_together_all() -> None:
@@ -139,6 +212,42 @@ def test_reading_goes_on_exactly_from_any_place(context_length: int, rank: int) 
         resumed.load_state_dict(torch.load(file, weights_only=True))
         assert torch.equal(resumed.read(20), expected)
         assert (resumed.epoch, resumed.document) == (blocks.epoch, blocks.document)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"pack": False},
+        {"keep_rest": False},
+        {"pack": False, "keep_rest": False},
+        {"separator": "eos"},
+        {"rank": 1, "world_size": 2},
+    ],
+)
+def test_reading_goes_on_exactly_within_long_documents(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_text, "WINDOW", 32)
+    monkeypatch.setattr(long_text, "OVERLAP", 16)
+    monkeypatch.setattr(encoding, "PIECE", 20)
+    contents = ["".join(letters(20)) * 4 + str(i) for i in range(6)]
+    corpus = IndexedCorpus([named(c) for c in contents] + [named([9] * 30), named("")] * 2)
+    whole = blocks_of(corpus, 7, **arguments).read(200)
+    blocks = blocks_of(corpus, 7, **arguments)
+    for n_before in range(60):
+        state = blocks.state_dict()
+        assert len(state["rest"]) < 7 + 32 + 16
+        resumed = blocks_of(corpus, 7, **arguments)
+        resumed.load_state_dict(state)
+        assert torch.equal(resumed.read(30), whole[n_before : n_before + 30])
+        blocks.read(1)
+
+
+def test_a_state_without_pieces_is_of_whole_documents() -> None:
+    blocks = blocks_of(InOrder("abc", "defgh", "i"))
+    blocks.load_state_dict({"epoch": 0, "document": 2, "rest": torch.tensor([103, 104])})
+    assert written(blocks, 2) == ["gh^i", "^abc"]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class OfBothRanks(ActivationDataModule):
         for rank in range(2):
             blocks = TokenBlocks(
                 self.corpus,
-                self.language_model.tokenizer,
+                self.encoder,
                 self.context_length,
                 held_out_fraction=self.validation_fraction,
                 part_held_out=True,

@@ -128,9 +128,9 @@ class Block:
         self.activations = found[0]
         self.kept = data.filter.kept(tokens, self.activations).to(self.activations.device)
         self.rows = self.activations[self.kept].float()
-        special = torch.tensor(self.model.tokenizer.all_special_ids)
+        special = torch.tensor(data.special_tokens, dtype=torch.long)
         self.target = tokens.to(self.clean.device)
-        self.counted = ~torch.isin(tokens, special).to(self.clean.device)
+        self.counted = ~(torch.isin(tokens, special) | (tokens < 0)).to(self.clean.device)
 
     def logits_with(
         self, rows: Float[Tensor, "rows d_in"]
