@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any, overload
 
-import torch
-
 from lightning_sae import architectures
 from lightning_sae.architectures.base import SAE, SparseAutoencoder
 from lightning_sae.architectures.portable import arguments_of, build, read
+from lightning_sae.files import read_checkpoint
+
+NEEDED = ("state_dict", "hyper_parameters", "lightning_sae", "members")
+"""What an SAE needs of a checkpoint."""
 
 
 @overload
@@ -49,7 +51,7 @@ def _load_checkpoint(
 ) -> SparseAutoencoder:
     if not path.is_file():
         raise ValueError(f"Expected argument `path` to be an SAE but {path} does not exist.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path, needed=NEEDED)
     if "members" in checkpoint:
         checkpoint = _of_member(checkpoint, member)
     if "lightning_sae" not in checkpoint:
