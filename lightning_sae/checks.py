@@ -1,8 +1,10 @@
 """Checks of arguments and inputs: each error says what was expected, what came and the remedy."""
 
+import inspect
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from jaxtyping import Float
@@ -39,6 +41,41 @@ def require_one_of(allowed: tuple[str, ...], **values: str) -> None:
             raise ValueError(
                 f"Expected argument `{name}` to be one of {allowed} but got {value!r}."
             )
+
+
+def require_types(kind: type, arguments: Mapping[str, Any]) -> None:
+    """Raise a ValueError if arguments are of other types than a class and its bases say.
+
+    Of what is read from a file, where Python does not look: plain values, and tuples of them.
+    """
+    for name, value in arguments.items():
+        for base in kind.__mro__:
+            parameters = inspect.signature(base).parameters if "__init__" in vars(base) else {}
+            if name in parameters:
+                expected = parameters[name].annotation
+                expect(_is_of(value, expected), name, f"of type {expected}", repr(value))
+                break
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a plain value is of a type; of types that are not plain, any is."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin in (tuple, list, Sequence):
+        if not isinstance(value, tuple | list):
+            return False
+        fixed = origin is tuple and Ellipsis not in parts
+        each = parts if fixed else parts[:1] * len(value)
+        return len(value) == len(each) and all(map(_is_of, value, each))
+    if kind in (bool, str, NoneType):
+        return isinstance(value, kind)
+    if kind in (int, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and (kind is float or float(value).is_integer())
+    return True
 
 
 def require_width(x: Any, d_in: int) -> None:

@@ -1,5 +1,6 @@
 """Files that are complete or not there, and checkpoints that are what was written."""
 
+import json
 import os
 import re
 import tempfile
@@ -52,6 +53,24 @@ def _umask() -> int:
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: If it holds something else; one line, which names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Could not read {path}: it is no JSON ({first_line(error)}).") from error
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("it has the value NaN")
+    return float(name)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
