@@ -6,7 +6,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -178,15 +178,22 @@ def _require_entries(path: str | Path, content: Any) -> None:
             raise _refusal(path, f"its weights are not finite ({_listed(bad)})")
 
 
-def not_finite(weights: dict[str, Tensor]) -> list[str]:
-    """Names of the weights that are not finite; a threshold of -inf is one below all others."""
-    return [
-        name
-        for name, weight in weights.items()
-        if weight.is_floating_point()
-        and not torch.isfinite(weight).all()
-        and not (weight.dim() == 0 and weight == -torch.inf)
-    ]
+def not_finite(weights: Mapping[str, Tensor], buffers: Collection[str] | None = None) -> list[str]:
+    """Names of the weights that are not finite.
+
+    Args:
+        weights: By name.
+        buffers: Those that may be -inf, as a threshold below all values is; by default, all that
+            are no matrices.
+    """
+    return sorted(name for name, weight in weights.items() if _is_bad(name, weight, buffers))
+
+
+def _is_bad(name: str, weight: Tensor, buffers: Collection[str] | None) -> bool:
+    if not weight.is_floating_point() or torch.isfinite(weight).all():
+        return False
+    may_be_low = weight.dim() < 2 if buffers is None else name in buffers
+    return not (may_be_low and (torch.isfinite(weight) | (weight == -torch.inf)).all())
 
 
 # Damage. `torch.load` checks nothing; but a zip archive has a checksum of each of its records, one

@@ -19,7 +19,9 @@ from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chu
 from lightning_sae.architectures.optimizer import adam_with_schedule, clip_gradients
 from lightning_sae.checks import (
     compare_sources,
+    require_batch,
     require_finite,
+    require_finite_weights,
     require_matching,
     require_one_of,
     require_positive,
@@ -224,7 +226,7 @@ class SparseAutoencoder(LightningModule):
 
     def scaled(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         """Centre and scale raw activations as the objective sees them."""
-        return (x - self.input_mean) * self.input_scale
+        return ((x - self.input_mean) * self.input_scale).to(self.W_dec.dtype)
 
     def unscaled(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         """Undo `scaled`."""
@@ -333,7 +335,7 @@ class SparseAutoencoder(LightningModule):
         if self._lengths_are_unknown:
             self.ranks.end_with_the_first()
         if not self.is_trained:
-            require_width(batch, self.d_in)
+            require_batch(batch, self.d_in)
             self._start_from(batch)
             self.is_trained = True
         elif batch_idx == 0 and self.trainer.global_step == 0:
@@ -366,13 +368,15 @@ class SparseAutoencoder(LightningModule):
             ranks all are this rank's own; what is logged is that of all ranks.
 
         Raises:
-            ValueError: If the width of `batch` is not `d_in`.
+            ValueError: If `batch` is not of shape [batch, d_in].
             FloatingPointError: If the loss is not finite; the message says at which step.
         """
-        require_width(batch, self.d_in)
-        outcome = self._evaluate(self.scaled(batch))
+        require_batch(batch, self.d_in)
+        x = self.scaled(batch)
+        outcome = self._evaluate(x)
         together, n = self._of_all_ranks(outcome), len(batch) * self.ranks.n
-        require_finite(together.loss, batch, self.trainer.global_step, self.ranks.sum)
+        step = self.trainer.global_step
+        require_finite(together.loss, together.losses, x, self, step, self.ranks)
         self.count_silence(together.fired, n)
         self._log_step(together, together.fired.sum() / n)
         return {
@@ -380,6 +384,15 @@ class SparseAutoencoder(LightningModule):
             "fired": outcome.fired,
             "squared_error": outcome.squared_error,
         }
+
+    @override
+    def on_train_end(self) -> None:
+        """Look at what the last step gave, which no further loss shows.
+
+        Raises:
+            FloatingPointError: If weights are not finite.
+        """
+        require_finite_weights(self, self.trainer.global_step)
 
     def _evaluate(self, x: Float[Tensor, "batch d_in"]) -> Outcome:
         rows = self.chunk_rows or default_chunk_rows(self.d_sae, x.device.type, dense=True)
@@ -471,6 +484,7 @@ class SparseAutoencoder(LightningModule):
     @override
     def validation_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
         """Add a batch of held-out activations to the metrics, in raw space."""
+        require_batch(batch, self.d_in)
         f = self.encode(batch)
         self.metrics.update(x=batch, x_hat=self.decode(f), f=f)
         self.held_out_count += len(batch) * self.trainer.world_size
@@ -550,7 +564,11 @@ class SparseAutoencoder(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what kind of SAE the checkpoint holds, of what, and the layout of its codes."""
+        """Note what kind of SAE the checkpoint holds, of what, and the layout of its codes.
+
+        Raises:
+            FloatingPointError: If weights are not finite: nobody could go on from them.
+        """
         checkpoint["lightning_sae"] = {
             "architecture": type(self).__name__,
             "source": self.source,
@@ -559,6 +577,7 @@ class SparseAutoencoder(LightningModule):
         }
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
+        require_finite_weights(self, 0 if self._trainer is None else self.trainer.global_step)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

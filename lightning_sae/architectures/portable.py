@@ -66,11 +66,11 @@ def save_pretrained(sae: Portable, folder: Path) -> Path:
             "choose another folder, or move them away."
         )
     weights = {name: w.cpu() for name, w in folded_state(sae).items()}
-    bad = not_finite(weights)
+    bad = not_finite(weights, dict(sae.named_buffers()))
     if bad:
         raise ValueError(
             f"The SAE is not written to {folder}, for its weights are not finite "
-            f"({', '.join(sorted(bad))}): go on from an earlier checkpoint with a lower `lr`."
+            f"({', '.join(bad)}): go on from an earlier checkpoint with a lower `lr`."
         )
     write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
     described = _description(sae)
@@ -257,10 +257,10 @@ def build(
         ValueError: If it is of none of these classes, or the weights do not fit or are not finite.
     """
     require_fit(description, weights, of, *architectures)
-    bad = not_finite(weights)
-    if bad:
-        raise _refusal(of, f"its weights are not finite ({', '.join(sorted(bad))})")
     sae: Any = _made(description, of, *architectures)
+    bad = not_finite(weights, dict(sae.named_buffers()))
+    if bad:
+        raise _refusal(of, f"its weights are not finite ({', '.join(bad)})")
     for name, own in _tensors(sae).items():
         if name in weights and own.is_floating_point():
             own.data = own.data.to(weights[name].dtype)
