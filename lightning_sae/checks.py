@@ -109,6 +109,15 @@ def require_batch(x: Any, d_in: int) -> None:
         )
 
 
+def require_a_batch(n_batches: float) -> None:
+    """Raise a ValueError if there is no batch to train on."""
+    if n_batches == 0:
+        raise ValueError(
+            "The training data gave no batch, so nothing was trained: give more activations, or "
+            "smaller batches without `drop_last`."
+        )
+
+
 @runtime_checkable
 class Reduces(Protocol):
     """What is found out of all ranks together; see `lightning_sae.distributed.Ranks`."""

@@ -1,5 +1,6 @@
 """What every sparse autoencoder shares: weights, scaling, and a training step."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +20,7 @@ from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chu
 from lightning_sae.architectures.optimizer import adam_with_schedule, clip_gradients
 from lightning_sae.checks import (
     compare_sources,
+    require_a_batch,
     require_batch,
     require_finite,
     require_finite_weights,
@@ -90,6 +92,7 @@ class SparseAutoencoder(LightningModule):
     metrics: MetricCollection
     held_out_frequency: Float[Tensor, " d_sae"] | None = None
     held_out_count: int = 0
+    _held_out_not_finite: int = 0
 
     # Whether a row's latents and losses are those it has alone, so that a batch may be evaluated in
     # chunks of rows. Never inherited by a class that gives `activate`, `latents` or `objective`.
@@ -327,6 +330,17 @@ class SparseAutoencoder(LightningModule):
         self._lengths_are_unknown = self.ranks.shorten_epoch()
 
     @override
+    def on_train_epoch_end(self) -> None:
+        """Refuse data without a batch, of which Lightning would begin epoch after epoch."""
+        require_a_batch(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    @override
+    def on_fit_end(self) -> None:
+        """Refuse data without a batch, for which Lightning has no epoch at all."""
+        if self.trainer.limit_train_batches != 0:
+            require_a_batch(self.trainer.fit_loop.max_batches)
+
+    @override
     def on_train_batch_start(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
         """Before the very first step: adopt the data's scaling and place `b_dec`.
 
@@ -349,6 +363,12 @@ class SparseAutoencoder(LightningModule):
         if scaling is not None:
             self.input_mean.copy_(scaling[0])
             self.input_scale.copy_(scaling[1])
+        if not self.ranks.sum((batch != 0).sum()):
+            warnings.warn(
+                f"All {len(batch)} activations of the first batch are zero: if those that follow "
+                "are too, nothing is learnt. Look at the data and its hook.",
+                stacklevel=2,
+            )
         if self.b_dec_init == "mean":
             self.b_dec.copy_(self.ranks.mean(self.scaled(batch).mean(0)))
 
@@ -485,6 +505,7 @@ class SparseAutoencoder(LightningModule):
     def validation_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
         """Add a batch of held-out activations to the metrics, in raw space."""
         require_batch(batch, self.d_in)
+        self._held_out_not_finite += int((~torch.isfinite(batch)).any(-1).sum())
         f = self.encode(batch)
         self.metrics.update(x=batch, x_hat=self.decode(f), f=f)
         self.held_out_count += len(batch) * self.trainer.world_size
@@ -492,7 +513,7 @@ class SparseAutoencoder(LightningModule):
     @override
     def on_validation_epoch_start(self) -> None:
         """Count anew."""
-        self.held_out_count = 0
+        self.held_out_count = self._held_out_not_finite = 0
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -502,7 +523,7 @@ class SparseAutoencoder(LightningModule):
     @override
     def on_test_epoch_start(self) -> None:
         """Count anew."""
-        self.held_out_count = 0
+        self.held_out_count = self._held_out_not_finite = 0
 
     @override
     def test_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
@@ -515,6 +536,13 @@ class SparseAutoencoder(LightningModule):
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
+        if self._held_out_not_finite:
+            warnings.warn(
+                f"{self._held_out_not_finite} held-out activations are not finite, and so are the "
+                "figures: look at the model and its dtype, or leave them out with "
+                "`data.max_norm_multiple`.",
+                stacklevel=2,
+            )
         values = self.metrics.compute()
         self.held_out_frequency = values.pop("frequency")
         named = {f"{stage}/{name}": value.float() for name, value in values.items()}

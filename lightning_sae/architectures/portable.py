@@ -70,7 +70,7 @@ def save_pretrained(sae: Portable, folder: Path) -> Path:
     if bad:
         raise ValueError(
             f"The SAE is not written to {folder}, for its weights are not finite "
-            f"({', '.join(bad)}): go on from an earlier checkpoint with a lower `lr`."
+            f"({', '.join(bad)}): lower `lr`, from an earlier checkpoint on if there is one."
         )
     write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
     described = _description(sae)
