@@ -208,11 +208,9 @@ def _damaged_entries(path: str | Path, file: BinaryIO) -> set[str]:
     """
     try:
         records = _damaged_records(file)
-        if not records:
-            return set()
         if not all("/data/" in record.filename for record in records):
             raise ValueError("what describes its tensors does not match its checksum")
-        return _entries_in(file, records)
+        return _entries_in(file, records) if records else set()
     except Exception as error:  # what damage makes of an archive raises errors of all kinds
         raise _refusal(path, f"it is damaged ({first_line(error)})") from error
 
@@ -226,16 +224,26 @@ def _damaged_records(file: BinaryIO) -> list[zipfile.ZipInfo]:
         return [record for record in archive.infolist() if not _is_intact(archive, record)]
 
 
+FOLDER = 0x10
+"""The attribute of a zip record that makes it a folder."""
+
+
 def _is_intact(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
-    """Whether a record is stored as it is, and matches its checksum, which reading it compares."""
-    if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-        return False
-    try:
-        with archive.open(record) as content:
+    """Whether a record matches its checksum, which Python compares when it has read it.
+
+    Raises:
+        BadZipFile: If it is not where it should be or of another kind than `torch.save` writes.
+            Of a folder `torch.load` would read nothing, and take what there is in memory.
+    """
+    stored = record.compress_type == zipfile.ZIP_STORED and not record.external_attr & FOLDER
+    if not stored or record.file_size != record.compress_size:
+        raise zipfile.BadZipFile("its table of contents is wrong")
+    with archive.open(record) as content:
+        try:
             while content.read(2**20):
                 pass
-    except zipfile.BadZipFile:
-        return False
+        except zipfile.BadZipFile:
+            return False
     return True
 
 
