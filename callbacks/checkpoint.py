@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -122,7 +123,8 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
             return
         # Saving needs all ranks, and the others may be anywhere.
         if self._tried_at != trainer.global_step and trainer.world_size == 1:
-            self._save(trainer, "stopped.ckpt")
+            with suppress(FloatingPointError):  # weights that are not finite are not worth keeping
+                self._save(trainer, "stopped.ckpt")
         text = f"Stopped after {trainer.global_step} optimiser steps; "
         path = self._saved or trainer.ckpt_path
         if path is None:

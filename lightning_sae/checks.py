@@ -1,14 +1,18 @@
 """Checks of arguments and inputs: each error says what was expected, what came and the remedy."""
 
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
+
+from lightning_sae.files import not_finite
 
 
 def require_positive(**values: int | float) -> None:
@@ -49,6 +53,41 @@ def require_one_of(allowed: tuple[str, ...], **values: str) -> None:
             )
 
 
+def require_types(kind: type, arguments: Mapping[str, Any]) -> None:
+    """Raise a ValueError if arguments are of other types than a class and its bases say.
+
+    Of what is read from a file, where Python does not look: plain values, and tuples of them.
+    """
+    for name, value in arguments.items():
+        for base in kind.__mro__:
+            parameters = inspect.signature(base).parameters if "__init__" in vars(base) else {}
+            if name in parameters:
+                expected = parameters[name].annotation
+                expect(_is_of(value, expected), name, f"of type {expected}", repr(value))
+                break
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a plain value is of a type; of types that are not plain, any is."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin in (tuple, list, Sequence):
+        if not isinstance(value, tuple | list):
+            return False
+        fixed = origin is tuple and Ellipsis not in parts
+        each = parts if fixed else parts[:1] * len(value)
+        return len(value) == len(each) and all(map(_is_of, value, each))
+    if kind in (bool, str, NoneType):
+        return isinstance(value, kind)
+    if kind in (int, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and (kind is float or float(value).is_integer())
+    return True
+
+
 def require_width(x: Any, d_in: int) -> None:
     """Raise a ValueError if `x` is no tensor or its last axis is not `d_in`."""
     if not isinstance(x, Tensor):
@@ -63,27 +102,106 @@ def require_width(x: Any, d_in: int) -> None:
         )
 
 
+def require_batch(x: Any, d_in: int) -> None:
+    """Raise a ValueError if `x` is no batch to train or evaluate on, a row an activation."""
+    require_width(x, d_in)
+    if x.dim() != 2:
+        raise ValueError(
+            f"Expected a batch of shape [batch, d_in] but got {tuple(x.shape)}: have the data "
+            "loader give rows, as `x.reshape(-1, d_in)` makes them."
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f"Expected activations of a floating-point dtype but got {x.dtype}: convert them, as "
+            "`x.float()` does."
+        )
+
+
+def require_a_batch(n_batches: float) -> None:
+    """Raise a ValueError if there is no batch to train on."""
+    if n_batches == 0:
+        raise ValueError(
+            "The training data gave no batch, so nothing was trained: give more activations, or "
+            "smaller batches without `drop_last`."
+        )
+
+
+@runtime_checkable
+class Reduces(Protocol):
+    """What is found out of all ranks together; see `lightning_sae.distributed.Ranks`."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks."""
+
+    def least(self, value: Tensor) -> Tensor:
+        """The least of all ranks, elementwise."""
+
+
 def require_finite(
     loss: Float[Tensor, ""],
-    batch: Float[Tensor, "batch d_in"],
+    losses: Mapping[str, Float[Tensor, ""]],
+    x: Float[Tensor, "batch d_in"],
+    module: nn.Module,
     step: int,
-    sum_of_ranks: Callable[[Tensor], Tensor] = lambda value: value,
+    ranks: Reduces,
 ) -> None:
-    """Raise a FloatingPointError if `loss` is not finite, saying at which step and likely why.
+    """Raise a FloatingPointError if the loss is not finite, saying at which step and likely why.
 
-    With several ranks the loss is that of all, so that all end here together.
+    Args:
+        loss: What is minimised; of all ranks, so that all end here together.
+        losses: Its terms by name.
+        x: The batch, as the objective has it.
+        module: What is trained.
+        step: Optimiser steps taken.
+        ranks: Those that have a share of the batch.
     """
     if torch.isfinite(loss):
         return
-    counts = torch.tensor([int((~torch.isfinite(batch)).any(-1).sum()), len(batch)])
-    bad, total = sum_of_ranks(counts).tolist()
-    cause = (
-        f"{bad} of the batch's {total} activations are not finite: look at the model and its "
-        "dtype, or drop outliers with `data.max_norm_multiple`"
-        if bad
-        else "the activations are finite: lower `lr` or raise `lr_warmup_steps`"
+    terms = ", ".join(name for name, value in losses.items() if not torch.isfinite(value))
+    where = f" in {terms}" if terms else ""
+    cause = _cause(terms, x, module, torch.finfo(x.dtype).max ** 0.5, ranks)
+    raise FloatingPointError(f"The loss is {loss.item()}{where} at optimiser step {step}; {cause}.")
+
+
+def _cause(
+    terms: str, x: Float[Tensor, "batch d_in"], module: nn.Module, large: float, ranks: Reduces
+) -> str:
+    """What made a loss infinite or no number: activations, weights or a coefficient."""
+    counts = torch.tensor([int((~torch.isfinite(x)).any(-1).sum()), len(x)])
+    bad, total = ranks.sum(counts).tolist()
+    if bad:
+        return (
+            f"{bad} of the batch's {total} activations are not finite: look at the model and its "
+            "dtype, or drop outliers with `data.max_norm_multiple`"
+        )
+    largest = torch.stack([weight.detach().abs().max().double() for weight in module.parameters()])
+    norms = x.double().square().sum(-1).mean().sqrt()
+    norm, weight = (-ranks.least(-torch.stack([norms, largest.max()]))).tolist()
+    if norm**2 > large and norm > weight:
+        return (
+            f"the activations are finite, but of norm {norm:.3g}, and {x.dtype} cannot hold what "
+            "is made of their squares: look at the model, scale them with `data.scale`, drop "
+            "outliers with `data.max_norm_multiple`, or train in a wider `trainer.precision`"
+        )
+    if not weight**2 <= large:
+        return (
+            "the activations are finite: lower `lr` or raise `lr_warmup_steps`, for the weights "
+            f"reach {weight:.3g}"
+        )
+    return (
+        f"activations (of norm {norm:.3g}) and weights (up to {weight:.3g}) are finite: lower the "
+        f"coefficient of {terms or 'the largest term'}, or `lr`"
     )
-    raise FloatingPointError(f"The loss is {loss.item()} at optimiser step {step}; {cause}.")
+
+
+def require_finite_weights(module: nn.Module, step: int) -> None:
+    """Raise a FloatingPointError if weights are not finite after a step of training."""
+    bad = not_finite(module.state_dict(), dict(module.named_buffers()))
+    if bad:
+        raise FloatingPointError(
+            f"The weights are not finite after optimiser step {step} ({', '.join(bad)}), and are "
+            "not saved: lower `lr` or raise `lr_warmup_steps`."
+        )
 
 
 def compare_sources(saved: dict[str, Any], present: dict[str, Any]) -> None:

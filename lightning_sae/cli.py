@@ -96,6 +96,9 @@ class SAECLI(LightningCLI):
             }
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no arguments, and so no classes, from a checkpoint: the configuration says all."""
+
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         root = self._get(self.config_init, "trainer.default_root_dir")

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sae.files import write_atomically
+from lightning_sae.files import read_checkpoint, write_atomically
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -194,7 +194,7 @@ def take_part(path: Path, rank: int, checkpoint: dict[str, Any]) -> None:
     """Put a rank's own entries into the checkpoint that was read from `path`, if it has any."""
     part = part_of(path, checkpoint["global_step"], rank)
     if part.is_file():
-        checkpoint.update(torch.load(part, map_location="cpu", weights_only=True))
+        checkpoint.update(read_checkpoint(part))
 
 
 def remove_other_parts(path: Path, step: int) -> None:

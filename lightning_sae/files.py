@@ -1,14 +1,22 @@
-"""Files that are complete or not there: writes beside the old file, then a rename."""
+"""Files that are complete or not there, and checkpoints that are what was written."""
 
+import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from safetensors import SafetensorError
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typing_extensions import override
 
 
@@ -47,6 +55,24 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: If it holds something else; one line, which names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Could not read {path}: it is no JSON ({first_line(error)}).") from error
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("it has the value NaN")
+    return float(name)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, written beside the old file and then put in its place."""
 
@@ -61,5 +87,230 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read tensors and plain values only, unless told otherwise: a pickle can run code."""
-        return super().load_checkpoint(path, map_location, weights_only is not False)
+        """Read a checkpoint that is not damaged.
+
+        Tensors and plain values only, unless told otherwise: a pickle can run code.
+        """
+        return read_checkpoint(path, map_location, weights_only=weights_only is not False)
+
+
+ENTRIES = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "lightning_sae": dict,
+    "members": list,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+"""What a checkpoint holds, by type; each may be missing."""
+
+
+def read_checkpoint(
+    path: str | Path,
+    map_location: Any | None = "cpu",
+    needed: tuple[str, ...] | None = None,
+    weights_only: bool = True,
+) -> dict[str, Any]:
+    """Read a checkpoint whose bytes are those that were written.
+
+    Args:
+        path: The file.
+        map_location: Where tensors go, as `torch.load` takes it.
+        needed: Entries that are wanted; damaged ones among the others are left out with a warning.
+            By default all.
+        weights_only: Whether tensors and plain values alone are read. A file that may hold more
+            can run code.
+
+    Raises:
+        FileNotFoundError: If there is no file at `path`.
+        ValueError: If it is no checkpoint, is damaged, or its weights are not finite. The message
+            is one line, which names the file, what is intact in it and what can be used instead.
+    """
+    filesystem = get_filesystem(path)
+    if filesystem.isdir(str(path)):
+        raise ValueError(f"Could not read {path} as a checkpoint: it is a folder.")
+    with filesystem.open(str(path), "rb") as file:
+        damaged = _damaged_entries(path, file)
+        lost = damaged if needed is None else damaged & {*needed}
+        if lost:
+            raise _refusal(path, _what_is_left(path, damaged))
+        file.seek(0)
+        content = _content(path, file, map_location, weights_only)
+    if damaged:
+        warnings.warn(
+            f"{path} is damaged in {_listed(damaged)}, which are not needed here; the rest of it "
+            "is intact.",
+            stacklevel=2,
+        )
+    _require_entries(path, content)
+    return {name: value for name, value in content.items() if name not in damaged}
+
+
+def _content(path: str | Path, file: BinaryIO, map_location: Any, weights_only: bool) -> Any:
+    try:
+        return torch.load(file, map_location, weights_only=weights_only)
+    except UnpicklingError as error:
+        kinds = re.findall(r"(?:GLOBAL|class|type) ([\w.]+\.\w+)", str(error))
+        kind = f"a {kinds[0]}" if kinds else "an object"
+        reason = f"it holds {kind}, and only tensors and plain values are read, for others can run"
+        raise _refusal(path, f"{reason} code") from error
+    except Exception as error:  # of many kinds, as `torch.load` does not check what it reads
+        raise _refusal(path, f"it is damaged ({first_line(error)})") from error
+
+
+def _require_entries(path: str | Path, content: Any) -> None:
+    if not isinstance(content, dict):
+        raise _refusal(path, f"it holds a {type(content).__name__} and no checkpoint")
+    for name, kind in ENTRIES.items():
+        if name in content and not isinstance(content[name], kind):
+            raise _refusal(path, f"its `{name}` is a {type(content[name]).__name__}")
+    weights = content.get("state_dict", {})
+    if not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise _refusal(path, "its `state_dict` holds more than tensors")
+    if "members" not in content:  # of those that have stopped some may not be finite
+        bad = not_finite(weights)
+        if bad:
+            raise _refusal(path, f"its weights are not finite ({_listed(bad)})")
+
+
+def not_finite(weights: Mapping[str, Tensor], buffers: Collection[str] | None = None) -> list[str]:
+    """Names of the weights that are not finite.
+
+    Args:
+        weights: By name.
+        buffers: Those that may be -inf, as a threshold below all values is; by default, all that
+            are no matrices.
+    """
+    return sorted(name for name, weight in weights.items() if _is_bad(name, weight, buffers))
+
+
+def _is_bad(name: str, weight: Tensor, buffers: Collection[str] | None) -> bool:
+    if not weight.is_floating_point() or torch.isfinite(weight).all():
+        return False
+    may_be_low = weight.dim() < 2 if buffers is None else name in buffers
+    return not (may_be_low and (torch.isfinite(weight) | (weight == -torch.inf)).all())
+
+
+# Damage. `torch.load` checks nothing; but a zip archive has a checksum of each of its records, one
+# of which has the structure and each other one a tensor.
+
+
+def _damaged_entries(path: str | Path, file: BinaryIO) -> set[str]:
+    """Names of the entries that have damaged tensors.
+
+    Raises:
+        ValueError: If the archive or its structure is damaged.
+    """
+    try:
+        records = _damaged_records(file)
+        if not all("/data/" in record.filename for record in records):
+            raise ValueError("what describes its tensors does not match its checksum")
+        return _entries_in(file, records) if records else set()
+    except Exception as error:  # what damage makes of an archive raises errors of all kinds
+        raise _refusal(path, f"it is damaged ({first_line(error)})") from error
+
+
+def _damaged_records(file: BinaryIO) -> list[zipfile.ZipInfo]:
+    if not file.read(1):
+        raise ValueError("the file is empty")
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is no archive as `torch.save` writes them, or its end is missing")
+    with zipfile.ZipFile(file) as archive:
+        return [record for record in archive.infolist() if not _is_intact(archive, record)]
+
+
+FOLDER = 0x10
+"""The attribute of a zip record that makes it a folder."""
+
+
+def _is_intact(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+    """Whether a record matches its checksum, which Python compares when it has read it.
+
+    Raises:
+        BadZipFile: If it is not where it should be or of another kind than `torch.save` writes.
+            Of a folder `torch.load` would read nothing, and take what there is in memory.
+    """
+    stored = record.compress_type == zipfile.ZIP_STORED and not record.external_attr & FOLDER
+    if not stored or record.file_size != record.compress_size:
+        raise zipfile.BadZipFile("its table of contents is wrong")
+    with archive.open(record) as content:
+        try:
+            while content.read(2**20):
+                pass
+        except zipfile.BadZipFile:
+            return False
+    return True
+
+
+def _entries_in(file: BinaryIO, records: list[zipfile.ZipInfo]) -> set[str]:
+    """Names of the entries of a checkpoint whose tensors are in some of its records."""
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        starts = sorted(record.header_offset for record in archive.infolist())
+    file.seek(0)
+    with FakeTensorMode():  # tensors without values, which know their place in the file
+        content = torch.load(file, "cpu", weights_only=True)
+    damaged = {record.header_offset for record in records}
+
+    def within(tensor: Tensor) -> bool:
+        place = tensor.untyped_storage()._checkpoint_offset
+        assert place is not None
+        return max(start for start in starts if start < place) in damaged
+
+    return {name for name, value in content.items() if any(map(within, _tensors(value)))}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def _what_is_left(path: str | Path, damaged: set[str]) -> str:
+    reason = f"it is damaged in {_listed(damaged)}, which do not match their checksums"
+    if "state_dict" in damaged:
+        return reason
+    return f"{reason}; its weights are intact: `lightning_sae.load({str(path)!r})` reads them"
+
+
+def _refusal(path: str | Path, reason: str) -> ValueError:
+    return ValueError(f"Could not read {path} as a checkpoint: {reason}. {_instead_of(Path(path))}")
+
+
+def _instead_of(path: Path) -> str:
+    """What a reader of a damaged checkpoint can use: other checkpoints, or exported SAEs."""
+    others = [other for other in path.parent.glob("*.ckpt") if other != path and _is_sound(other)]
+    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    exported = [*run.glob("sae*/config.json"), *run.glob("members/*/sae*/config.json")]
+    if others:
+        return f"Beside it, {others[0]} is intact: go on from there with --ckpt_path."
+    if exported:
+        folders = _listed(str(config.parent) for config in exported)
+        return f"The exported SAE is there for `lightning_sae.load`: {folders}."
+    return "There is no other checkpoint beside it and no exported SAE: start anew."
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return not _damaged_records(file)
+    except Exception:
+        return False
+
+
+def _listed(names: Any) -> str:
+    names = sorted(map(str, names))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its kind, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

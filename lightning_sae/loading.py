@@ -7,17 +7,36 @@ import torch
 
 from lightning_sae import architectures
 from lightning_sae.architectures.base import SAE, SparseAutoencoder
-from lightning_sae.architectures.portable import arguments_of, build, read
+from lightning_sae.architectures.portable import FLOATS, arguments_of, build, read, require_entries
+from lightning_sae.checks import expect
+from lightning_sae.files import first_line, read_checkpoint
+
+NEEDED = ("state_dict", "hyper_parameters", "lightning_sae", "members")
+"""What an SAE needs of a checkpoint."""
 
 
 @overload
-def load(path: str | Path, *, member: str | None = None) -> SparseAutoencoder: ...
+def load(
+    path: str | Path,
+    *,
+    member: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> SparseAutoencoder: ...
 @overload
-def load(path: str | Path, architecture: type[SAE], member: str | None = None) -> SAE: ...
+def load(
+    path: str | Path,
+    architecture: type[SAE],
+    member: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> SAE: ...
 def load(
     path: str | Path,
     architecture: type[SparseAutoencoder] | None = None,
     member: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> SparseAutoencoder:
     """Read an SAE from a portable folder or a Lightning checkpoint, ready for raw activations.
 
@@ -25,23 +44,40 @@ def load(
         path: A folder that `save_pretrained` wrote, or a `.ckpt` file of a training run.
         architecture: Class to build; by default the one of this package that the file names.
         member: Which one, in a checkpoint of several side by side.
+        device: Where to put it; the CPU by default.
+        dtype: dtype of its weights; by default the one they are stored in.
 
     Returns:
         The SAE in evaluation mode; `sae.source` names its model and hook.
 
     Raises:
-        ValueError: If there is no SAE at `path`, or it needs another class.
+        ValueError: If there is no SAE at `path`, it is damaged or not finite, or it needs another
+            class; if there is no such device.
     """
     path = Path(path)
-    if path.suffix == ".ckpt":
-        return _load_checkpoint(path, architecture, member)
-    return read(path, *_classes(architecture))
+    require_place(device, dtype)
+    if path.suffix == ".ckpt" or path.is_file():
+        sae = _load_checkpoint(path, architecture, member)
+    else:
+        sae = read(path, *_classes(architecture))
+    return sae.to(device=device, dtype=dtype)
+
+
+def require_place(device: str | torch.device | None, dtype: torch.dtype | None) -> None:
+    """Raise a ValueError if weights cannot be on such a device or of such a dtype."""
+    expect(dtype is None or dtype in FLOATS, "dtype", f"one of {FLOATS}", repr(dtype))
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of a device that torch was built without
+        why = f"{device} ({first_line(error)}): leave it out for the CPU"
+        expect(False, "device", "one that this machine has", why)
 
 
 def _classes(architecture: type[SparseAutoencoder] | None) -> list[type[SparseAutoencoder]]:
     if architecture is not None:
         return [architecture]
-    return [getattr(architectures, name) for name in architectures.__all__]
+    every = [getattr(architectures, name) for name in architectures.__all__]
+    return [kind for kind in every if kind is not SparseAutoencoder]
 
 
 def _load_checkpoint(
@@ -49,21 +85,26 @@ def _load_checkpoint(
 ) -> SparseAutoencoder:
     if not path.is_file():
         raise ValueError(f"Expected argument `path` to be an SAE but {path} does not exist.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path, needed=NEEDED)
     if "members" in checkpoint:
         checkpoint = _of_member(checkpoint, member)
     if "lightning_sae" not in checkpoint:
         raise ValueError(
             f"Expected argument `path` to hold an SAE but {path} holds something else."
         )
-    arguments = arguments_of(checkpoint["hyper_parameters"])
-    description = {**checkpoint["lightning_sae"], "arguments": arguments}
-    return build(description, checkpoint["state_dict"], *_classes(architecture))
+    its = checkpoint["lightning_sae"]
+    description = {
+        "architecture": its.get("architecture"),
+        "source": its.get("source"),
+        "arguments": arguments_of(checkpoint.get("hyper_parameters", {})),
+    }
+    require_entries(description, path)
+    return build(description, checkpoint["state_dict"], path, *_classes(architecture))
 
 
 def _of_member(checkpoint: dict[str, Any], member: str | None) -> dict[str, Any]:
     """What a checkpoint of the member alone would hold of its SAE."""
-    names = [own["name"] for own in checkpoint["members"]]
+    names = [str(own.get("name")) for own in checkpoint["members"]]
     if member not in names:
         raise ValueError(
             f"Expected argument `member` to be one of {', '.join(names)}, for the checkpoint is of "

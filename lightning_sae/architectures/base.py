@@ -1,5 +1,6 @@
 """What every sparse autoencoder shares: weights, scaling, and a training step."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,7 +26,10 @@ from lightning_sae.architectures.optimizer import (
 from lightning_sae.architectures.supported import require_supported
 from lightning_sae.checks import (
     compare_sources,
+    require_a_batch,
+    require_batch,
     require_finite,
+    require_finite_weights,
     require_integers,
     require_matching,
     require_one_of,
@@ -96,6 +100,7 @@ class SparseAutoencoder(LightningModule):
     metrics: MetricCollection
     held_out_frequency: Float[Tensor, " d_sae"] | None = None
     held_out_count: int = 0
+    _held_out_not_finite: int = 0
 
     # Whether a row's latents and losses are those it has alone, so that a batch may be evaluated in
     # chunks of rows. Never inherited by a class that gives `activate`, `latents` or `objective`.
@@ -236,7 +241,7 @@ class SparseAutoencoder(LightningModule):
 
     def scaled(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         """Centre and scale raw activations as the objective sees them."""
-        return (x - self.input_mean) * self.input_scale
+        return ((x - self.input_mean) * self.input_scale).to(self.W_dec.dtype)
 
     def unscaled(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         """Undo `scaled`."""
@@ -346,6 +351,17 @@ class SparseAutoencoder(LightningModule):
         self._lengths_are_unknown = self.ranks.shorten_epoch()
 
     @override
+    def on_train_epoch_end(self) -> None:
+        """Refuse data without a batch, of which Lightning would begin epoch after epoch."""
+        require_a_batch(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    @override
+    def on_fit_end(self) -> None:
+        """Refuse data without a batch, for which Lightning has no epoch at all."""
+        if self.trainer.limit_train_batches != 0:
+            require_a_batch(self.trainer.fit_loop.max_batches)
+
+    @override
     def on_train_batch_start(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
         """Before the very first step: adopt the data's scaling and place `b_dec`.
 
@@ -354,6 +370,7 @@ class SparseAutoencoder(LightningModule):
         if self._lengths_are_unknown:
             self.ranks.end_with_the_first()
         if not self.is_trained:
+            require_batch(batch, self.d_in)
             self._start_from(batch)
         elif batch_idx == 0 and self.trainer.global_step == 0:
             scaling = self._scaling_of_data()
@@ -367,6 +384,12 @@ class SparseAutoencoder(LightningModule):
         if scaling is not None:
             self.input_mean.copy_(scaling[0])
             self.input_scale.copy_(scaling[1])
+        if not self.ranks.sum((batch != 0).sum()):
+            warnings.warn(
+                f"All {len(batch)} activations of the first batch are zero: if those that follow "
+                "are too, nothing is learnt. Look at the data and its hook.",
+                stacklevel=2,
+            )
         if self.b_dec_init == "mean":
             self.b_dec.copy_(self.ranks.mean(self.scaled(batch).mean(0)))
         self.is_trained = True
@@ -389,17 +412,18 @@ class SparseAutoencoder(LightningModule):
             ranks all are this rank's own; what is logged is that of all ranks.
 
         Raises:
-            ValueError: If the width of `batch` is not `d_in`.
+            ValueError: If `batch` is not of shape [batch, d_in].
             FloatingPointError: If the loss is not finite; the message says at which step.
         """
-        require_width(batch, self.d_in)
+        require_batch(batch, self.d_in)
         if not self.is_trained:  # in a loop of the user's own, without the hooks of a trainer
             self._start_from(batch)
-        outcome = self._evaluate(self.scaled(batch))
+        x = self.scaled(batch)
+        outcome = self._evaluate(x)
         together, n = self._of_all_ranks(outcome), len(batch) * self.ranks.n
         trainer = trainer_of(self)
         step = 0 if trainer is None else trainer.global_step
-        require_finite(together.loss, batch, step, self.ranks.sum)
+        require_finite(together.loss, together.losses, x, self, step, self.ranks)
         self.count_silence(together.fired, n)
         self._log_step(together, together.fired.sum() / n)
         return {
@@ -407,6 +431,15 @@ class SparseAutoencoder(LightningModule):
             "fired": outcome.fired,
             "squared_error": outcome.squared_error,
         }
+
+    @override
+    def on_train_end(self) -> None:
+        """Look at what the last step gave, which no further loss shows.
+
+        Raises:
+            FloatingPointError: If weights are not finite.
+        """
+        require_finite_weights(self, self.trainer.global_step)
 
     def _evaluate(self, x: Float[Tensor, "batch d_in"]) -> Outcome:
         rows = self.chunk_rows or default_chunk_rows(self.d_sae, x.device.type, dense=True)
@@ -508,6 +541,8 @@ class SparseAutoencoder(LightningModule):
     @override
     def validation_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
         """Add a batch of held-out activations to the metrics, in raw space."""
+        require_batch(batch, self.d_in)
+        self._held_out_not_finite += int((~torch.isfinite(batch)).any(-1).sum())
         f = self.encode(batch)
         self.metrics.update(x=batch, x_hat=self.decode(f), f=f)
         trainer = trainer_of(self)
@@ -516,7 +551,7 @@ class SparseAutoencoder(LightningModule):
     @override
     def on_validation_epoch_start(self) -> None:
         """Count anew."""
-        self.held_out_count = 0
+        self.held_out_count = self._held_out_not_finite = 0
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -526,7 +561,7 @@ class SparseAutoencoder(LightningModule):
     @override
     def on_test_epoch_start(self) -> None:
         """Count anew."""
-        self.held_out_count = 0
+        self.held_out_count = self._held_out_not_finite = 0
 
     @override
     def test_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
@@ -539,6 +574,13 @@ class SparseAutoencoder(LightningModule):
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
+        if self._held_out_not_finite:
+            warnings.warn(
+                f"{self._held_out_not_finite} held-out activations are not finite, and so are the "
+                "figures: look at the model and its dtype, or leave them out with "
+                "`data.max_norm_multiple`.",
+                stacklevel=2,
+            )
         values = self.metrics.compute()
         self.held_out_frequency = values.pop("frequency")
         named = {f"{stage}/{name}": value.float() for name, value in values.items()}
@@ -588,7 +630,11 @@ class SparseAutoencoder(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what kind of SAE the checkpoint holds, of what, and the layout of its codes."""
+        """Note what kind of SAE the checkpoint holds, of what, and the layout of its codes.
+
+        Raises:
+            FloatingPointError: If weights are not finite: nobody could go on from them.
+        """
         trainer = trainer_of(self)
         checkpoint["lightning_sae"] = {
             "architecture": type(self).__name__,
@@ -599,6 +645,7 @@ class SparseAutoencoder(LightningModule):
         }
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
+        require_finite_weights(self, 0 if self._trainer is None else self.trainer.global_step)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

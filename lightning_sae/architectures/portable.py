@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -10,7 +11,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_sae.files import write_atomically
+from lightning_sae.checks import expect, require_types
+from lightning_sae.files import first_line, not_finite, read_json, write_atomically
 from lightning_sae.functional.penalties import from_description, plain_arguments
 from lightning_sae.version import __version__
 
@@ -64,10 +66,29 @@ def save_pretrained(sae: Portable, folder: Path) -> Path:
             "choose another folder, or move them away."
         )
     weights = {name: w.cpu() for name, w in folded_state(sae).items()}
+    bad = not_finite(weights, dict(sae.named_buffers()))
+    if bad:
+        raise ValueError(
+            f"The SAE is not written to {folder}, for its weights are not finite "
+            f"({', '.join(bad)}): lower `lr`, from an earlier checkpoint on if there is one."
+        )
     write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
-    text = json.dumps(_description(sae), indent=2, sort_keys=True)
+    described = _description(sae)
+    described["checksums"] = _checksums(folder, described)
+    text = json.dumps(described, indent=2, sort_keys=True)
     write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
     return folder
+
+
+def _checksums(folder: Path, description: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the weights' file, as `sha256sum` has it, and of the rest of the description."""
+    rest = {name: value for name, value in description.items() if name != "checksums"}
+    text = json.dumps(rest, sort_keys=True)
+    with (folder / WEIGHTS).open("rb") as file:
+        weights = sha256()
+        while block := file.read(2**20):
+            weights.update(block)
+    return {WEIGHTS: weights.hexdigest(), CONFIG: sha256(text.encode()).hexdigest()}
 
 
 @torch.no_grad()
@@ -152,49 +173,165 @@ def penalty_of(checkpoint: Any) -> dict[str, Any]:
 
 S = TypeVar("S", bound=nn.Module)
 
+ENTRIES = {
+    "format": int,
+    "architecture": str,
+    "arguments": dict,
+    "source": dict,
+    "versions": dict,
+    "checksums": dict,
+}
+"""What a description holds, by type; the checksums may be missing, as they once were."""
+
 
 def read(path: Path, *architectures: type[S]) -> S:
     """Read a folder that `save_pretrained` wrote, as the one of these classes that it names.
 
     Raises:
-        ValueError: If there is no SAE at `path`, or it is of none of these classes.
+        ValueError: If there is no SAE at `path`, it is damaged, or of none of these classes.
     """
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise ValueError(
             f"Expected argument `path` to be a folder with {CONFIG} and {WEIGHTS}, or a .ckpt "
             f"file, but got {path}: give a folder that `save_pretrained` wrote."
         )
-    description = json.loads((path / CONFIG).read_text())
-    return build(description, load_file(path / WEIGHTS), *architectures)
+    description = read_json(path / CONFIG)
+    _require_format(description, path / CONFIG)
+    weights = _read_weights(path / WEIGHTS)
+    # The size and the names first: they say more than that a checksum differs.
+    require_fit(description, weights, path / CONFIG, *architectures)
+    _require_checksums(description, path)
+    return build(description, weights, path / CONFIG, *architectures)
 
 
-def build(description: dict[str, Any], weights: dict[str, Tensor], *architectures: type[S]) -> S:
-    """The SAE of a description and its weights, in evaluation mode.
+def _require_format(description: Any, path: Path) -> None:
+    if not isinstance(description, dict):
+        raise _refusal(path, f"it holds a {type(description).__name__} and no description")
+    missing = ENTRIES.keys() - description.keys() - {"checksums"}
+    unknown = description.keys() - ENTRIES.keys()
+    if missing or unknown:
+        raise _refusal(path, f"it lacks {sorted(missing)} and has {sorted(unknown)} too many")
+    require_entries(description, path)
+    found = description["format"]
+    if found != FORMAT:
+        remedy = "a newer version of lightning-sae may read it"
+        raise _refusal(path, f"its `format` is {found} and this version reads {FORMAT}: {remedy}")
+
+
+def require_entries(description: dict[str, Any], path: Path) -> None:
+    """Raise a ValueError about the file at `path` if an entry is of a wrong type."""
+    for name, value in description.items():
+        kind = ENTRIES[name]
+        if type(value) is not kind:
+            raise _refusal(path, f"its `{name}` is {value!r:.40} and no {kind.__name__}")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # of many kinds, as a damaged header may say anything
+        raise _refusal(path, f"it is damaged ({first_line(error)})") from error
+
+
+def _require_checksums(description: dict[str, Any], folder: Path) -> None:
+    if "checksums" not in description:  # of a version that wrote none
+        return
+    for name, own in _checksums(folder, description).items():
+        if description["checksums"].get(name) != own:
+            remedy = (
+                f"if you changed it yourself, delete `checksums` in {CONFIG}, and nothing is "
+                "compared any more"
+            )
+            raise _refusal(folder / name, f"it is not what was written (its checksum): {remedy}")
+
+
+def _refusal(path: Path, reason: str) -> ValueError:
+    return ValueError(f"Could not read {path}: {reason}.")
+
+
+def build(
+    description: dict[str, Any], weights: dict[str, Tensor], of: Path, *architectures: type[S]
+) -> S:
+    """The SAE of a description and its weights, in evaluation mode and in the weights' dtypes.
 
     Args:
         description: `architecture`, `arguments` and `source`.
         weights: By name.
+        of: The file with the description, for messages.
         architectures: The classes that it may be of.
 
     Raises:
-        ValueError: If it is of none of these classes, or weights are missing or too many.
+        ValueError: If it is of none of these classes, or the weights do not fit or are not finite.
     """
+    require_fit(description, weights, of, *architectures)
+    sae: Any = _made(description, of, *architectures)
+    bad = not_finite(weights, dict(sae.named_buffers()))
+    if bad:
+        raise _refusal(of, f"its weights are not finite ({', '.join(bad)})")
+    for name, own in _tensors(sae).items():
+        if name in weights and own.is_floating_point():
+            own.data = own.data.to(weights[name].dtype)
+    sae.load_state_dict(weights, strict=False)
+    sae.source, sae.is_trained = description["source"], True
+    return sae.eval()
+
+
+def require_fit(
+    description: dict[str, Any],
+    weights: dict[str, Tensor],
+    of: Path,
+    *architectures: type[nn.Module],
+) -> None:
+    """Raise a ValueError unless weights are those of the SAE described, without making it.
+
+    On the `meta` device a tensor has a shape and no memory, so that absurd sizes cost nothing.
+    """
+    with torch.device("meta"):
+        sae: Any = _made(description, of, *architectures)
+    expected = _tensors(sae)
+    # Of the buffers, a folded SAE needs those that were folded.
+    needed = {name for name, _ in sae.named_parameters()} | {*sae.latent_units, *sae.input_units}
+    missing, unexpected = sorted(needed - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unexpected:
+        raise _refusal(of, f"the weights lack {missing} and have {unexpected} too many")
+    for name, weight in weights.items():
+        own = expected[name]
+        if weight.shape != own.shape:
+            raise _refusal(
+                of,
+                f"by its `arguments` (d_in={sae.d_in}, d_sae={sae.d_sae}) the shape of {name} is "
+                f"{tuple(own.shape)} but the weights have {tuple(weight.shape)}",
+            )
+        if weight.dtype != own.dtype and not (own.is_floating_point() and weight.dtype in FLOATS):
+            raise _refusal(of, f"{name} is of dtype {weight.dtype} and not {own.dtype}")
+
+
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+"""The dtypes that weights may have."""
+
+
+def _made(description: dict[str, Any], of: Path, *architectures: type[nn.Module]) -> nn.Module:
+    """An SAE with new weights."""
     named = description["architecture"]
     known = {architecture.__name__: architecture for architecture in architectures}
     if named not in known:
         raise ValueError(
             f"Expected an SAE of architecture {' or '.join(f'`{name}`' for name in known)} but the "
-            f"file holds `{named}`: load it with that class, `{named}.from_pretrained(path)`."
+            f"file holds `{named}`: load it with that class, `{named}.from_pretrained(path)`. "
+            f"({of})"
         )
-    arguments: dict[str, Any] = description["arguments"]
     # JSON knows no tuples.
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    if arguments.get("penalty"):
-        arguments["penalty"] = from_description(arguments["penalty"])
-    sae: Any = known[named](**arguments)
-    missing, unexpected = sae.load_state_dict(weights, strict=False)
-    missing = sorted(set(missing) - dict(sae.named_buffers()).keys())  # a folded SAE needs none
-    if unexpected or missing:
-        raise ValueError(f"The weights lack {missing} and have {unexpected} too many.")
-    sae.source, sae.is_trained = description["source"], True
-    return sae.eval()
+    given: dict[str, Any] = description["arguments"]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    try:
+        if given.get("penalty") is not None:
+            expect(isinstance(given["penalty"], dict), "penalty", "a class", repr(given["penalty"]))
+            given["penalty"] = from_description(given["penalty"])
+        require_types(known[named], given)
+        return known[named](**given)
+    except Exception as error:  # an argument of a wrong type may raise any
+        raise _refusal(of, f"its `arguments` give no {named}: {first_line(error)}") from error
+
+
+def _tensors(sae: nn.Module) -> dict[str, Tensor]:
+    return {**dict(sae.named_parameters()), **dict(sae.named_buffers())}

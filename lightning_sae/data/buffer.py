@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,6 +46,7 @@ class ShuffleBuffer(Iterator[Tensor]):
         seed: Seed of the shuffle.
         prefetch: Whether a thread reads ahead; otherwise a refill reads when it is due. The
             batches are the same.
+        look_at: Called with the rows of the first full buffer, which are not the ones to change.
 
     Raises:
         ValueError: If the batch does not fit into the buffer or the fraction is not in (0, 1].
@@ -59,9 +60,11 @@ class ShuffleBuffer(Iterator[Tensor]):
         refill_fraction: float = 0.5,
         seed: int = 0,
         prefetch: bool = True,
+        look_at: Callable[[Tensor], None] | None = None,
     ) -> None:
         check_buffer(capacity, batch_size, refill_fraction)
         self.source = source
+        self._look_at = look_at
         self.capacity = capacity
         self.batch_size = batch_size
         self.settings = {
@@ -93,6 +96,8 @@ class ShuffleBuffer(Iterator[Tensor]):
         """Fill the empty buffer from the source."""
         self._request(self.capacity)
         self.rows = self._receive()
+        if self._look_at is not None:
+            self._look_at(self.rows)
         self._shuffle()
         return self.rows
 

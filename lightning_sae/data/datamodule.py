@@ -26,7 +26,7 @@ from lightning_sae.data.loaders import (
     begins_anew,
     require_an_end,
 )
-from lightning_sae.data.scaling import Scaling, estimate_scaling
+from lightning_sae.data.scaling import Scaling, estimate_scaling, require_usable
 from lightning_sae.data.several_hooks import (
     SeveralHooks,
     checked_names,
@@ -268,11 +268,9 @@ class ActivationDataModule(ActivationSource):
         if not self._scalings and self.buffer is not None and (self.center or self.scale):
             rows = self.buffer.fill() if self.buffer.rows is None else self.buffer.rows
             mean_of_ranks = partial(self.of_all_ranks, operation="mean")
-            parts = self.by_hook(rows)
-            parts = parts if isinstance(parts, dict) else {self.hook_names[0]: parts}
             self._scalings = {
                 name: estimate_scaling(part, self.center, self.scale, mean_of_ranks)
-                for name, part in parts.items()
+                for name, part in self._parts(rows).items()
             }
         return self._scalings
 
@@ -485,7 +483,16 @@ class ActivationDataModule(ActivationSource):
             self.refill_fraction,
             self.seed + stream.blocks.rank,
             self.prefetch,
+            self._look_at,
         )
+
+    def _look_at(self, rows: Float[Tensor, "rows d"]) -> None:
+        for name, part in self._parts(rows).items():
+            require_usable(part, name)
+
+    def _parts(self, rows: Float[Tensor, "rows d"]) -> dict[str, Float[Tensor, "rows d_hook"]]:
+        parts = self.by_hook(rows)
+        return parts if isinstance(parts, dict) else {self.hook_names[0]: parts}
 
     def val_dataloader(self) -> HeldOutBatches:
         """Held-out activations in order."""

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.data.scaling import require_precision
 from lightning_sae.data.tokens import TokenBlocks
 
 REASONS = ("special_token", "position", "norm", "context_only")
@@ -109,10 +110,14 @@ class ActivationStream:
         activations = self.model.activations(tokens)
         left_out = self.keep.left_out(tokens, activations)
         kept = ~torch.stack(list(left_out.values())).any(0)
-        self.seen += tokens.numel()
+        first, self.seen = self.seen == 0, self.seen + tokens.numel()
         for reason, mask in left_out.items():
             self.dropped[reason] += int(mask.sum())
-        return activations[kept.to(activations.device)].to(self.dtype)
+        rows = activations[kept.to(activations.device)]
+        if first and len(rows) and self.dtype.itemsize < rows.dtype.itemsize:
+            for part in rows.split(self.keep.widths or rows.shape[-1], -1):
+                require_precision(part, self.dtype)
+        return rows.to(self.dtype)
 
     def statistics(self) -> dict[str, float]:
         """Activations seen, passes over the text begun before, rows skipped, shares left out."""

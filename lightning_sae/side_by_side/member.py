@@ -1,6 +1,7 @@
 """One SAE among several in a run: its steps are those of Lightning's automatic optimisation."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -187,7 +188,9 @@ class Member:
         own: dict[str, Any] = {"hyper_parameters": dict(self.sae.hparams)}
         own["callbacks"] = {each.state_key: each.state_dict() for each in self.callbacks}
         self.call_callbacks("on_save_checkpoint", own)
-        self.sae.on_save_checkpoint(own)
+        # Weights that are not finite are why a member has stopped; of others they are an error.
+        with suppress(*([] if self.stopped is None else [FloatingPointError])):
+            self.sae.on_save_checkpoint(own)
         return {**own, "name": self.name, "stopped": self.stopped, "stopped_at": self.stopped_at}
 
     def load_state_dict(self, own: dict[str, Any]) -> None:

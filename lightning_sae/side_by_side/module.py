@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.checks import require_finite_weights
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed import require_agreement, take_part
 from lightning_sae.functional.sparse.memory import Workspace
@@ -156,12 +157,29 @@ class SideBySide(LightningModule):
                 losses.append(member.forward_and_backward(batch, batch_idx))
             except FloatingPointError as error:
                 self._stop(member, error)
-        if not losses:
-            raise FloatingPointError(f"All members have stopped. {_reasons(self.stopped)}")
+        self._require_a_member()
         loss = torch.stack([loss.float() for loss in losses]).mean()
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("members", float(len(losses)), prog_bar=True, logger=False)
         return loss
+
+    @override
+    def on_train_end(self) -> None:
+        self._stop_what_is_not_finite()
+        self._pass_on("on_train_end")
+
+    def _stop_what_is_not_finite(self) -> None:
+        """Stop members whose last step gave weights that are not finite."""
+        for member in self.active:
+            try:
+                require_finite_weights(member.sae, self.trainer.global_step)
+            except FloatingPointError as error:
+                self._stop(member, error)
+        self._require_a_member()
+
+    def _require_a_member(self) -> None:
+        if not self.active:
+            raise FloatingPointError(f"All members have stopped. {_reasons(self.stopped)}")
 
     def _stop(self, member: Member, error: FloatingPointError) -> None:
         member.stop(error)
@@ -253,6 +271,7 @@ class SideBySide(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note all that a member has beside weights and optimiser."""
+        self._stop_what_is_not_finite()
         checkpoint["members"] = [member.state_dict() for member in self.members]
         checkpoint["ranks"] = self.trainer.world_size
 
@@ -298,7 +317,6 @@ def _passing_on(hook: str) -> Callable[..., None]:
 for _hook in (
     "on_fit_start",
     "on_fit_end",
-    "on_train_end",
     "on_train_epoch_start",
     "on_train_epoch_end",
     "on_validation_start",

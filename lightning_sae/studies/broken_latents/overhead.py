@@ -91,8 +91,9 @@ def in_plain_loop(run: ExperimentRun, sae: ReLUSAE, world: ToyDataModule) -> lis
     stream, times = iter(world.train_dataloader()), []
     for step in range(run.steps):
         batch = next(stream)
-        outcome = at_once(sae.objective, sae.scaled(batch))
-        require_finite(outcome.loss, batch, step)
+        x = sae.scaled(batch)
+        outcome = at_once(sae.objective, x)
+        require_finite(outcome.loss, outcome.losses, x, sae, step, sae.ranks)
         sae.count_silence(outcome.fired, len(batch))
         optimizer.zero_grad()
         outcome.loss.backward()
