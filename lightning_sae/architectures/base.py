@@ -34,6 +34,7 @@ from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_row
 from lightning_sae.functional.sparse.memory import keep_freed_blocks
 from lightning_sae.functional.sparse.selection import Rule
 from lightning_sae.metrics import held_out_metrics
+from lightning_sae.resuming import Settings, compare_settings, note_settings, settings_of
 
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
@@ -559,6 +560,8 @@ class SparseAutoencoder(LightningModule):
             "dense": self.layout.dense,
             "ranks": 1 if self._trainer is None else self.trainer.world_size,
         }
+        if self._trainer is not None:
+            note_settings(checkpoint, self._settings())
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
 
@@ -569,9 +572,11 @@ class SparseAutoencoder(LightningModule):
         When training goes on, each rank adds what it alone had.
 
         Raises:
-            ValueError: If it does not fit this SAE.
+            ValueError: If it does not fit this SAE, or the run cannot go on with other settings.
         """
         require_matching(self, checkpoint)
+        if self._trainer is not None:
+            compare_settings(checkpoint, self._settings(), self.trainer)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self._take_part(checkpoint)
         source = checkpoint["lightning_sae"]["source"]
@@ -581,6 +586,10 @@ class SparseAutoencoder(LightningModule):
         self.is_trained = True
         # The layouts differ by rounding: a run goes on with the one it had.
         self.layout.dense = checkpoint["lightning_sae"]["dense"]
+
+    def _settings(self) -> Settings:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return settings_of(self.trainer, {"model.": self}, {"": callbacks})
 
     def _take_part(self, checkpoint: dict[str, Any]) -> None:
         saved, present = checkpoint["lightning_sae"].get("ranks", 1), self.trainer.world_size
