@@ -155,7 +155,10 @@ def _of_trainer(trainer: Trainer) -> Settings:
 
 
 def _of_data(data: LightningDataModule) -> Settings:
-    ours = any(each.__module__.startswith("lightning_sae.") for each in type(data).__mro__)
+    ours = any(
+        "__init__" in vars(each) and each.__module__.startswith("lightning_sae.")
+        for each in type(data).__mro__
+    )
     return {
         f"data.{name}": Setting(value, not ours or name in FREE_IN_DATA)
         for name, value in _flat(_kept_arguments(data))
