@@ -1,17 +1,22 @@
 """The checkpoint from which a run goes on: regularly, at the end, and when a run is stopped."""
 
 import logging
+import shlex
 import signal
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_prefixed_message
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_warn
 from typing_extensions import override
 
+from lightning_sae.callbacks.run_folder import hold, release, remove_unfinished, require_new_run
 from lightning_sae.distributed import remove_other_parts, write_part
 
 log = logging.getLogger("lightning.pytorch")
@@ -32,12 +37,15 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
     `lightning_sae.distributed`. If one of them fails or is killed, `last.ckpt` is where to go on:
     the others cannot tell what became of it, and save nothing.
 
+    A validation that was due at the checkpoint's step and had not been done is done on resume, and
+    torch's generator on the CPU goes on where it was. See `docs/resuming.md`.
+
     Args:
         every_n_steps: Optimiser steps between two checkpoints.
 
     Raises:
         ValueError: If `every_n_steps` is not positive; before training, if the folder holds a run
-            that is not being resumed.
+            that is not being resumed, or another process trains there.
     """
 
     def __init__(self, every_n_steps: int = 1000) -> None:
@@ -46,7 +54,9 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
                 f"Expected argument `every_n_steps` to be positive but got {every_n_steps}."
             )
         self.every_n_steps = every_n_steps
-        self._started = False
+        self._holds = self._started = False
+        self._before_validation = False  # whether one is due, while a checkpoint is being saved
+        self._restored: dict[str, Any] = {}
         self._step_before = self._tried_at = self._saved_at = -1
         self._saving: Path | None = None
         self._saved: Path | None = None
@@ -59,6 +69,9 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
         kept = trainer.checkpoint_callbacks
         self._others = [other for other in kept if isinstance(other, ModelCheckpoint)]
+        self._restored = {}
+        if stage == "fit":
+            self._hold(trainer)
 
     @property
     def best_model_path(self) -> str:
@@ -69,14 +82,49 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         paths = [other.best_model_path for other in self._others]
         return next(filter(None, paths), str(self._saved or ""))
 
+    def _hold(self, trainer: Trainer) -> None:
+        """Take the run's folder; if rank 0 cannot, all ranks end."""
+        refusal = None
+        if trainer.is_global_zero:
+            try:
+                hold(self.folder.parent)
+                self._holds = True
+            except ValueError as error:
+                refusal = str(error)
+        refusal = trainer.strategy.broadcast(refusal)
+        if refusal is not None:
+            raise ValueError(refusal)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._holds:
+            release(self.folder.parent)
+        self._holds = False
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup, where the trainer does not yet tell whether it resumes.
-        require_new_run(self.folder.parent, trainer.ckpt_path, ("checkpoints",))
+        require_new_run(self.folder.parent, trainer.ckpt_path)
+        if trainer.is_global_zero:
+            for name in ("last.ckpt", "stopped.ckpt"):
+                remove_unfinished(self.folder, name)
+        if is_overridden("on_train_batch_end", pl_module):
+            rank_zero_warn(
+                f"`{type(pl_module).__name__}.on_train_batch_end` comes after the checkpoint of "
+                "its step, as Lightning calls them, and is lost where a run goes on from there: "
+                "have a callback do it, which `configure_callbacks` may bring along."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._received, self._started = None, True
+        if "generator" in self._restored:
+            torch.set_rng_state(self._restored["generator"])
+        if self._restored.get("before_validation"):
+            _validate_first(trainer)
         for number in SIGNALS:
             try:
                 self._handlers[number] = signal.signal(number, self._note)
@@ -103,7 +151,13 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         if trainer.world_size > 1:  # a signal may reach one rank only, or at different steps
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop or trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer, "last.ckpt")
+            due = _validation_is_due(trainer)
+            # With the last step the validation comes first: at its end a run would not make up
+            # for it.
+            if stop or not (due and trainer.global_step == trainer.max_steps):
+                self._before_validation = due
+                self._save(trainer, "last.ckpt")
+                self._before_validation = False
         if stop:
             raise KeyboardInterrupt
 
@@ -119,8 +173,11 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._give_signals_back()
-        if not self._started or trainer.global_step == 0:
-            return
+        if self._started and trainer.global_step > 0:
+            self._save_and_tell(trainer)
+        self._release()
+
+    def _save_and_tell(self, trainer: Trainer) -> None:
         # Saving needs all ranks, and the others may be anywhere.
         if self._tried_at != trainer.global_step and trainer.world_size == 1:
             with suppress(FloatingPointError):  # weights that are not finite are not worth keeping
@@ -133,7 +190,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
             of_step = "" if self._saved is None else f", of step {self._saved_at}"
             text += (
                 f"the checkpoint is {path}{of_step}\n"
-                f"Go on with the same command and --ckpt_path {path}"
+                f"Go on with the same command and --ckpt_path {shlex.quote(str(path))}"
             )
         rank = trainer.global_rank if trainer.world_size > 1 else None
         log.info("\n" + rank_prefixed_message(text, rank))
@@ -162,19 +219,38 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
             write_part(self._saving, trainer.global_rank, checkpoint)
         trainer.strategy.barrier()
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Where torch's generator stands, and whether a validation is due."""
+        return {
+            "generator": torch.get_rng_state(),
+            "before_validation": self._before_validation,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for the start of training."""
+        self._restored = state_dict
+
     def _give_signals_back(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
 
-def require_new_run(folder: Path, ckpt_path: str | Path | None, parts: tuple[str, ...]) -> None:
-    """Raise a ValueError if `folder` holds one of a run's `parts` and that run is not resumed."""
-    held = [name for name in parts if (folder / name).exists()]
-    inside = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
-    if held and not inside:
-        raise ValueError(
-            f"Expected argument `trainer.default_root_dir` to be a new folder but {folder} holds a "
-            f"run ({', '.join(held)}), which is not overwritten: choose another folder, or go on "
-            f"with that run by --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}"
-        )
+def _validation_is_due(trainer: Trainer) -> bool:
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def _validate_first(trainer: Trainer) -> None:
+    """Have a resumed run begin with the validation that its checkpoint was saved before.
+
+    Lightning takes it as done unless it was broken off: so it was, before the first batch.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop.val_loop.batch_progress.reset_on_run()
+    loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+    # It counts the step that has been taken once as it goes on, and again after the validation.
+    loop._batches_that_stepped -= 1

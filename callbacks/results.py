@@ -1,8 +1,12 @@
 """The SAE and its figures as files that other programs read."""
 
+import filecmp
 import json
+import shutil
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -22,19 +26,64 @@ from lightning_sae.files import write_atomically
 class ExportSAE(Callback):
     """Writes the trained SAE to `<trainer.default_root_dir>/sae` when training ends.
 
-    If there is one already, as when a finished run is prolonged, to `sae-2` and so on.
+    If there is another one already, as when a finished run is prolonged, to `sae-2` and so on. A
+    run that was stopped behind its last step, and is resumed, makes up for it; an export that was
+    stopped half way is replaced.
+
+    Attributes:
+        folder: Where the SAE is, once it is written.
     """
 
     def __init__(self) -> None:
         self.folder: Path | None = None
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder = None
+
+    @override
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._export(trainer, pl_module)
+
+    @override
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # With nothing left to train, Lightning calls no `on_train_end`.
+        if self.folder is None and trainer.ckpt_path is not None:
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.folder = unused(Path(trainer.default_root_dir) / "sae")
-        pl_module.save_pretrained(self.folder)  # type: ignore[operator]
+        root = Path(trainer.default_root_dir)
+        for left_over in root.glob(".sae.*"):
+            shutil.rmtree(left_over)
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(mkdtemp(dir=root, prefix=".sae.")) / "sae"
+        try:
+            pl_module.save_pretrained(temporary)  # type: ignore[operator]
+            self.folder = _put(temporary, root / "sae")
+        finally:
+            shutil.rmtree(temporary.parent)
+
+
+def _put(made: Path, folder: Path) -> Path:
+    """Where an exported SAE is, moved there unless one of the very same files exists."""
+    names = sorted(path.name for path in made.iterdir())
+    for place in _numbered(folder):
+        if not place.exists():
+            break
+        if not place.is_dir():
+            continue
+        there = {path.name for path in place.iterdir()}
+        if filecmp.cmpfiles(made, place, names, shallow=False)[0] == names:
+            return place
+        # Half of what an earlier export would have written, and nothing else.
+        if not set(names) <= there and all(n in names or n[0] == "." for n in there):
+            shutil.rmtree(place)
+            break
+    return made.rename(place)
 
 
 class HeldOutEvaluation(Callback):
@@ -121,5 +170,10 @@ def compressed_rows(f: Float[Tensor, "batch d_sae"]) -> dict[str, Tensor]:
 
 def unused(path: Path) -> Path:
     """`path`, or the first of `name-2`, `name-3`, ... that does not exist."""
-    others = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2))
-    return path if not path.exists() else next(other for other in others if not other.exists())
+    return next(place for place in _numbered(path) if not place.exists())
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """`path`, then `name-2`, `name-3` and so on."""
+    yield path
+    yield from (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2))

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -34,10 +36,10 @@ from lightning_sae.callbacks import (
     SAEProgressBar,
     StreamMonitor,
 )
-from lightning_sae.callbacks.checkpoint import require_new_run
 from lightning_sae.callbacks.results import unused
+from lightning_sae.callbacks.run_folder import held, remove_unfinished, require_new_run
 from lightning_sae.distributed import require_agreement
-from lightning_sae.files import AtomicCheckpointIO
+from lightning_sae.files import AtomicCheckpointIO, write_atomically
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.results import after_fit, after_predict, after_test, after_validate
 
@@ -56,7 +58,12 @@ class SaveConfig(SaveConfigCallback):
     """Writes the run's whole configuration to `<trainer.default_root_dir>/config.yaml`.
 
     With several ranks: refuses to start if they have different ones.
+
+    Attributes:
+        path: The file, once it is written.
     """
+
+    path: Path
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -67,12 +74,16 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        self.path = folder / "config.yaml"
         if not trainer.is_global_zero:
             return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = unused(folder / "config.yaml")  # a resumed run may have other settings
-        self.parser.save(self.config, path, skip_none=False, multifile=False)
+        remove_unfinished(folder, "config*.yaml")
+        text = self.parser.dump(self.config, skip_none=False)
+        # A start that was stopped before its first checkpoint may have left the same.
+        if not self.path.exists() or self.path.read_text() != text:
+            self.path = unused(self.path)  # a resumed run may have other settings
+            write_atomically(self.path, lambda path: path.write_text(text))
 
 
 class SAECLI(LightningCLI):
@@ -96,8 +107,26 @@ class SAECLI(LightningCLI):
             }
         )
 
+    @override
     def _parse_ckpt_path(self) -> None:
-        """Take no arguments, and so no classes, from a checkpoint: the configuration says all."""
+        """Take no arguments, and so no classes, from a checkpoint: the configuration says all.
+
+        What differs from the checkpoint is compared when it is loaded.
+        """
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As Lightning's; then find a run's folder that was moved."""
+        super().parse_arguments(parser, args)
+        given = sys.argv[1:] if args is None else args
+        in_words = isinstance(given, list) and any("default_root_dir" in word for word in given)
+        own = self.config.get(str(self.config.get("subcommand")))
+        if own is not None and own.get("config") and own.get("ckpt_path") and not in_words:
+            folder = Path(str(own.config[-1])).parent
+            trainer = own.trainer
+            if _is_moved(folder, Path(own.ckpt_path), Path(trainer.default_root_dir)):
+                say(f"The run's folder is {folder}, not {trainer.default_root_dir} as it was.")
+                trainer.default_root_dir = str(folder)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -129,12 +158,14 @@ class SAECLI(LightningCLI):
         """Lightning's subcommands, and `bench`."""
         return {**LightningCLI.subcommands(), "bench": {"model", "datamodule"}}
 
-    def before_fit(self) -> None:
-        """Refuse a folder that holds a run, before anything is written."""
+    def fit(self, **arguments: Any) -> None:
+        """Train, unless the folder holds a run or has one under way; see before that is written."""
         root, ckpt_path = Path(self.trainer.default_root_dir), self._ckpt_path()
-        if ckpt_path is not None:
-            require_checkpoint(ckpt_path, root)
-        require_new_run(root, ckpt_path, ("config.yaml", "checkpoints", "sae", "members"))
+        with held(root) if self.trainer.is_global_zero else nullcontext():
+            if ckpt_path is not None:
+                require_checkpoint(ckpt_path, root)
+            require_new_run(root, ckpt_path)
+            self.trainer.fit(**arguments)
 
     def before_test(self) -> None:
         """Refuse to evaluate an SAE that was not trained."""
@@ -148,22 +179,27 @@ class SAECLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what was made and what to type next."""
         root = Path(self.trainer.default_root_dir)
+        last, config = root / "checkpoints" / "last.ckpt", self._config_in_force()
         if isinstance(self.model, SideBySide):
-            say(*after_fit(self.model, self.trainer))
+            say(*after_fit(self.model, self.trainer, config))
             return
         made = {
             self._callback(ExportSAE).folder: "the SAE, for lightning_sae.load",
-            root / "checkpoints" / "last.ckpt": "to go on from",
+            last: "to go on from",
             root / "tensorboard": "curves and histograms",
         }
         say(
             f"\nTrained {type(self.model).__name__} for {self.trainer.global_step} steps. Made:",
             *(f"  {path}  {what}" for path, what in made.items() if path and path.exists()),
             "Next:",
-            f"  lightning-sae test --config {root / 'config.yaml'} "
-            f"--ckpt_path {root / 'checkpoints' / 'last.ckpt'}",
-            f"  tensorboard --logdir {root / 'tensorboard'}",
+            "  " + quoted("lightning-sae", "test", "--config", config, "--ckpt_path", last),
+            "  " + quoted("tensorboard", "--logdir", root / "tensorboard"),
         )
+
+    def _config_in_force(self) -> Path:
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return Path(self.trainer.default_root_dir) / "config.yaml"
+        return self._callback(SaveConfig).path
 
     def after_test(self) -> None:
         """Show the figures and where they are."""
@@ -172,13 +208,14 @@ class SAECLI(LightningCLI):
             return
         evaluation = self._callback(HeldOutEvaluation)
         root = Path(self.trainer.default_root_dir)
+        show = f"import lightning_sae; print(lightning_sae.load({_newest(root)!r}))"
         say(
             "\nOn held-out text:",
             *(f"  {name:<30}{value:>14.6g}" for name, value in evaluation.results.items()),
             f"Made: {evaluation.path}",
             "Next:",
-            f"  tensorboard --logdir {root / 'tensorboard'}",
-            f'  python -c "import lightning_sae; print(lightning_sae.load({_newest(root)!r}))"',
+            "  " + quoted("tensorboard", "--logdir", root / "tensorboard"),
+            "  " + quoted("python", "-c", show),
         )
 
     def after_validate(self) -> None:
@@ -216,15 +253,29 @@ class SAECLI(LightningCLI):
 def require_checkpoint(ckpt_path: str | None, root: Path) -> None:
     """Raise a ValueError if `ckpt_path` is no checkpoint file; without one, weights are random."""
     if ckpt_path is None or ("://" not in ckpt_path and not Path(ckpt_path).is_file()):
+        last = root / "checkpoints" / "last.ckpt"
+        remedy = f"the run in {root} left {last}"
+        if not last.is_file():
+            remedy = f"there is none in {root} either; `fit` without `--ckpt_path` starts anew"
         raise ValueError(
-            f"Expected argument `ckpt_path` to be a checkpoint file but got {ckpt_path}: a run "
-            f"leaves its own at {root / 'checkpoints' / 'last.ckpt'}"
+            f"Expected argument `ckpt_path` to be a checkpoint file but got {ckpt_path}: {remedy}."
         )
+
+
+def _is_moved(folder: Path, ckpt_path: Path, noted: Path) -> bool:
+    """Whether a configuration and a checkpoint of one run lie elsewhere than the run has noted."""
+    together = ckpt_path.parent.resolve() == (folder / "checkpoints").resolve()
+    return together and folder.resolve() != noted.resolve()
 
 
 def _newest(root: Path) -> str:
     exported = sorted(root.glob("sae*/config.json"), key=lambda path: path.stat().st_mtime)
     return str(exported[-1].parent if exported else root / "sae")
+
+
+def quoted(*words: str | Path) -> str:
+    """Words of a command as one may paste them into a shell."""
+    return shlex.join(map(str, words))
 
 
 @rank_zero_only

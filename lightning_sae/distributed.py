@@ -174,7 +174,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 # replaces an earlier one, and parts of earlier steps are removed only after it: whenever a run is
 # killed, the checkpoint's own parts are there.
 
-SHARED = {"state_dict", "optimizer_states", "lr_schedulers", "hyper_parameters"}
+SHARED = {"state_dict", "optimizer_states", "lr_schedulers", "hyper_parameters", "settings"}
 """Entries of a checkpoint that are the same on all ranks."""
 
 

@@ -10,7 +10,7 @@ import pytest
 LAYERS = (
     {"version"},
     {"files", "checks"},
-    {"distributed", "functional"},
+    {"distributed", "functional", "resuming"},
     {"metrics", "data"},
     {"architectures"},
     {"analysis", "loading"},

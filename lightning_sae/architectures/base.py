@@ -45,6 +45,7 @@ from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_row
 from lightning_sae.functional.sparse.memory import keep_freed_blocks
 from lightning_sae.functional.sparse.selection import Rule
 from lightning_sae.metrics import held_out_metrics
+from lightning_sae.resuming import Settings, compare_settings, note_settings, settings_of
 
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
@@ -643,6 +644,8 @@ class SparseAutoencoder(LightningModule):
             "is_trained": self.is_trained,  # not yet, where a tuner saves to undo its steps
             "ranks": 1 if trainer is None else trainer.world_size,
         }
+        if trainer is not None:
+            note_settings(checkpoint, self._settings())
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
         require_finite_weights(self, 0 if self._trainer is None else self.trainer.global_step)
@@ -654,10 +657,12 @@ class SparseAutoencoder(LightningModule):
         When training goes on, each rank adds what it alone had.
 
         Raises:
-            ValueError: If it does not fit this SAE.
+            ValueError: If it does not fit this SAE, or the run cannot go on with other settings.
         """
         require_matching(self, checkpoint)
         trainer = trainer_of(self)
+        if trainer is not None:
+            compare_settings(checkpoint, self._settings(), trainer)
         if trainer is not None and trainer.state.fn == "fit":
             self._take_part(checkpoint)
         source = checkpoint["lightning_sae"]["source"]
@@ -667,6 +672,10 @@ class SparseAutoencoder(LightningModule):
         self.is_trained = checkpoint["lightning_sae"].get("is_trained", True)
         # The layouts differ by rounding: a run goes on with the one it had.
         self.layout.dense = checkpoint["lightning_sae"]["dense"]
+
+    def _settings(self) -> Settings:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return settings_of(self.trainer, {"model.": self}, {"": callbacks})
 
     def _take_part(self, checkpoint: dict[str, Any]) -> None:
         saved, present = checkpoint["lightning_sae"].get("ranks", 1), self.trainer.world_size

@@ -56,7 +56,7 @@ def adam_with_schedule(
     share = partial(warmup_stable_decay, warmup=warmup, decay=decay, total=total)
     return {
         "optimizer": optimizer,
-        "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"},
+        "lr_scheduler": {"scheduler": Schedule(optimizer, share), "interval": "step"},
     }
 
 
@@ -70,10 +70,36 @@ def set_peak_rates(schedule: Any, rates: list[float]) -> None:
         group["initial_lr"], group["lr"] = rate, rate * share(schedule.last_epoch)
 
 
+class Schedule(LambdaLR):
+    """A schedule that goes on from a checkpoint with the peak learning rates it was given."""
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        given = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = given
+        self._last_lr = [
+            peak * share(self.last_epoch)
+            for peak, share in zip(given, self.lr_lambdas, strict=True)
+        ]
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
+
+
 class MemoryOrderAdam(Adam):
-    """Adam that reads transposed weights as they lie in memory; torch's fused step copies them."""
+    """Adam that reads transposed weights as they lie in memory; torch's fused step copies them.
+
+    From a checkpoint it takes the moments; rates are those it was given.
+    """
 
     grad_scale: Tensor | None = None  # what the next fused step divides gradients by
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        given = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, given, strict=True):
+            group.update(own)
 
     @override
     def _init_group(self, group: Any, *lists: Any) -> bool:

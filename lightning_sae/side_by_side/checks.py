@@ -1,7 +1,12 @@
 """What a run of several SAEs asks of its parts before it starts."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    Checkpoint,
+    EarlyStopping,
+    Timer,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_sae.data.source import ActivationSource
@@ -33,13 +38,19 @@ def require_hook(member: Member, data: ActivationSource | None) -> None:
     )
 
 
-def require_no_writer(member: Member, stage: str) -> None:
-    """Raise a ValueError if a callback would write the predictions of all members as one's own."""
-    for callback in member.callbacks if stage == "predict" else ():
-        if isinstance(callback, BasePredictionWriter):
+def require_own_callbacks(member: Member, stage: str) -> None:
+    """Raise a ValueError if a callback would act on the whole run, not on its member."""
+    for callback in member.callbacks:
+        kind = type(callback).__name__
+        if stage == "predict" and isinstance(callback, BasePredictionWriter):
             raise ValueError(
                 "Expected a member's callbacks to be no `BasePredictionWriter`, whose "
                 "`on_predict_batch_end` and `on_predict_epoch_end` take indices and predictions "
-                f"from the whole run, but got {type(callback).__name__}: write the latents in "
-                "`on_predict_batch_end` of a plain `Callback`."
+                f"from the whole run, but got {kind}: write the latents in `on_predict_batch_end` "
+                "of a plain `Callback`."
+            )
+        if stage == "fit" and isinstance(callback, Checkpoint | EarlyStopping | Timer):
+            raise ValueError(
+                "Expected a member's callbacks to act on its SAE alone but got "
+                f"{kind}, which saves or ends the whole run: move it to `trainer.callbacks`."
             )

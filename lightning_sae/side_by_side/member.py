@@ -115,7 +115,13 @@ class Member:
 
     def start_batch(self, batch: Any, batch_idx: int) -> None:
         """What comes before a batch."""
-        self.call("on_train_batch_start", self.rows(batch), batch_idx)
+        self.call_callbacks("on_train_batch_start", self.rows(batch), batch_idx)
+        response: Any = self.sae.on_train_batch_start(self.rows(batch), batch_idx)
+        if response == -1:
+            raise ValueError(
+                "Expected `on_train_batch_start` of an SAE side by side to return nothing but got "
+                "-1, which would end the epoch of all members: train this SAE alone."
+            )
 
     def forward_and_backward(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
         """Loss and gradients of a batch, or of a share of one where gradients are accumulated."""
@@ -191,6 +197,7 @@ class Member:
         # Weights that are not finite are why a member has stopped; of others they are an error.
         with suppress(*([] if self.stopped is None else [FloatingPointError])):
             self.sae.on_save_checkpoint(own)
+        own.pop("settings", None)  # noted once, for the whole run
         return {**own, "name": self.name, "stopped": self.stopped, "stopped_at": self.stopped_at}
 
     def load_state_dict(self, own: dict[str, Any]) -> None:

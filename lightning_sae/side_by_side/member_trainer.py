@@ -53,6 +53,19 @@ class MemberTrainer(Trainer):
         return getattr(self._run_of_all, name)
 
     @property
+    def should_stop(self) -> bool:
+        """Whether the run is to end."""
+        return self._run_of_all.should_stop
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        if value and not self._run_of_all.should_stop:
+            raise ValueError(
+                "Expected a member's callbacks to leave `trainer.should_stop` alone, which would "
+                "end the run of all members, but one set it: move it to `trainer.callbacks`."
+            )
+
+    @property
     @override
     def lightning_module(self) -> LightningModule:
         """The member's SAE."""

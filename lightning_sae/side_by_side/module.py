@@ -17,7 +17,8 @@ from lightning_sae.checks import require_finite_weights
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed import require_agreement, take_part
 from lightning_sae.functional.sparse.memory import Workspace
-from lightning_sae.side_by_side.checks import require_hook, require_no_writer, require_supported
+from lightning_sae.resuming import Settings, compare_settings, note_settings, settings_of
+from lightning_sae.side_by_side.checks import require_hook, require_own_callbacks, require_supported
 from lightning_sae.side_by_side.descriptions import build_members, named
 from lightning_sae.side_by_side.member import Member
 from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
@@ -104,8 +105,8 @@ class SideBySide(LightningModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """One that tells the members' callbacks what Lightning does not tell a module."""
-        return [_CallbackOnlyHooks()]
+        """One that calls members' hooks where Lightning calls those of a module too late."""
+        return [_MembersHooks()]
 
     @override
     def setup(self, stage: str) -> None:
@@ -116,7 +117,7 @@ class SideBySide(LightningModule):
         for member in self.members:
             with named(member.name):
                 require_hook(member, source_of(self.trainer))
-                require_no_writer(member, stage)
+                require_own_callbacks(member, stage)
                 member.setup(self.trainer, stage)
 
     @override
@@ -202,8 +203,8 @@ class SideBySide(LightningModule):
         for member in self.active:
             member.step()
 
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def end_batch(self, batch: Any, batch_idx: int) -> None:
+        """What follows a batch; logs are written every so many steps."""
         steps, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore
         for member in self.active:
             member.end_batch(batch, batch_idx)
@@ -274,13 +275,15 @@ class SideBySide(LightningModule):
         self._stop_what_is_not_finite()
         checkpoint["members"] = [member.state_dict() for member in self.members]
         checkpoint["ranks"] = self.trainer.world_size
+        note_settings(checkpoint, self._settings())
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give it back to each.
 
         Raises:
-            ValueError: If the checkpoint is not of a run of the same members.
+            ValueError: If the checkpoint is not of a run of the same members, or the run cannot go
+                on with other settings.
         """
         self._take_part(checkpoint)
         names = [member.name for member in self.members]
@@ -296,6 +299,13 @@ class SideBySide(LightningModule):
             its = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
             with named(member.name):
                 member.load_state_dict({**own, "state_dict": its, "global_step": 0})
+        compare_settings(checkpoint, self._settings(), self.trainer)
+
+    def _settings(self) -> Settings:
+        saes = {f"members.{member.name}.": member.sae for member in self.members}
+        callbacks = {f"members.{member.name}.": member.callbacks for member in self.members}
+        own = self.trainer.callbacks  # type: ignore[attr-defined]
+        return settings_of(self.trainer, saes, {"": own, **callbacks})
 
     def _take_part(self, checkpoint: dict[str, Any]) -> None:
         among = self.trainer.global_rank, self.trainer.world_size
@@ -322,7 +332,6 @@ for _hook in (
     "on_validation_start",
     "on_validation_epoch_start",
     "on_validation_batch_start",
-    "on_validation_end",
     "on_test_start",
     "on_test_epoch_start",
     "on_test_batch_start",
@@ -336,8 +345,27 @@ for _hook in (
     setattr(SideBySide, _hook, _passing_on(_hook))
 
 
-class _CallbackOnlyHooks(Callback):
-    """Passes on the hooks that Lightning calls of callbacks and not of modules."""
+class _MembersHooks(Callback):
+    """Calls members' hooks that Lightning calls of callbacks alone, or of a module too late.
+
+    Callbacks that save a checkpoint come last, but before the module. What members do at the end
+    of a step, of a validation or of the training has to be in it.
+    """
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(pl_module, SideBySide):  # else the trainer has gone on to another module
+            pl_module.end_batch(batch, batch_idx)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pass_on(pl_module, "on_validation_end", to_saes=True)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pass_on(pl_module, "on_train_end", to_saes=True)
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -354,11 +382,13 @@ class _CallbackOnlyHooks(Callback):
         self._pass_on(pl_module, "on_exception", exception)
 
     @staticmethod
-    def _pass_on(pl_module: LightningModule, hook: str, *args: Any) -> None:
-        if not isinstance(pl_module, SideBySide):  # the trainer has gone on to another module
+    def _pass_on(pl_module: LightningModule, hook: str, *args: Any, to_saes: bool = False) -> None:
+        if not isinstance(pl_module, SideBySide):
             return
         for member in pl_module.active:
-            if hasattr(member, "trainer"):  # not before it is set up
+            if to_saes:
+                member.call(hook, *args)
+            elif hasattr(member, "trainer"):  # not before it is set up
                 member.call_callbacks(hook, *args)
 
 

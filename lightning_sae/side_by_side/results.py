@@ -1,5 +1,6 @@
 """What a run of many SAEs made, for the reader at the terminal."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ C = TypeVar("C", bound=Callback)
 COLUMNS = ("l0", "fvu", "dead_fraction")
 
 
-def after_fit(model: SideBySide, trainer: Trainer) -> Iterator[str]:
+def after_fit(model: SideBySide, trainer: Trainer, config: Path) -> Iterator[str]:
     """Which SAEs were trained, which were stopped, and what to type next."""
     root = Path(trainer.default_root_dir)
     last = root / "checkpoints" / "last.ckpt"
@@ -28,8 +29,10 @@ def after_fit(model: SideBySide, trainer: Trainer) -> Iterator[str]:
         yield f"  {last}  all members, to go on from"
     yield from _stopped(model)
     yield "Next:"
-    yield f"  lightning-sae test --config {root / 'config.yaml'} --ckpt_path {last}"
-    yield f"  tensorboard --logdir {root / 'tensorboard'}"
+    yield "  " + shlex.join(
+        ["lightning-sae", "test", "--config", str(config), "--ckpt_path", str(last)]
+    )
+    yield _tensorboard(root)
 
 
 def after_test(model: SideBySide, trainer: Trainer) -> Iterator[str]:
@@ -42,7 +45,7 @@ def after_test(model: SideBySide, trainer: Trainer) -> Iterator[str]:
     yield from (f"  {evaluation.path}" for evaluation in found.values())
     yield from _stopped(model)
     yield "Next:"
-    yield f"  tensorboard --logdir {Path(trainer.default_root_dir) / 'tensorboard'}"
+    yield _tensorboard(Path(trainer.default_root_dir))
 
 
 def after_validate(model: SideBySide) -> Iterator[str]:
@@ -58,6 +61,10 @@ def after_predict(model: SideBySide) -> Iterator[str]:
     """Where the latents are."""
     yield "\nPredicted the latents of held-out data. Made:"
     yield from (f"  {_callback(member, LatentWriter).folder}" for member in model.active)
+
+
+def _tensorboard(root: Path) -> str:
+    return f"  tensorboard --logdir {shlex.quote(str(root / 'tensorboard'))}"
 
 
 def _table(of_members: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> Iterator[str]:

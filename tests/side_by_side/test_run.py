@@ -173,7 +173,8 @@ def test_validation_shows_figures_of_each_member(
 
 
 def test_a_folder_with_members_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "run" / "members").mkdir(parents=True)
+    (tmp_path / "run" / "members" / "relu").mkdir(parents=True)
+    (tmp_path / "run" / "members" / "relu" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"new folder but .* holds a run \(members\)"):
         run(tmp_path / "run", side_by_side(MEMBERS), HOOKS)
 

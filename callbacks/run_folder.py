@@ -1,0 +1,135 @@
+"""The folder of a run: which process writes there, and what it must not overwrite."""
+
+import os
+import shlex
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+PARTS = ("checkpoints", "sae", "members", "results.json", "latents")
+
+
+class _Hold(NamedTuple):
+    descriptor: int
+    times: int  # that it was asked for
+    made: bool  # whether the folder was made for it
+
+
+_held: dict[Path, _Hold] = {}
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from training into `folder`; see `hold`."""
+    hold(folder)
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+def hold(folder: Path) -> None:
+    """Take a folder for this process; several times, if it is released as often.
+
+    The lock belongs to the process: killed in whatever way, it leaves the folder free, and its
+    children do not hold it either.
+
+    Raises:
+        ValueError: If another process trains there.
+    """
+    if fcntl is None:
+        return
+    folder = folder.resolve()
+    if folder in _held:
+        _held[folder] = _held[folder]._replace(times=_held[folder].times + 1)
+        return
+    made = not folder.exists()
+    descriptor = _locked(folder / LOCK)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _held[folder] = _Hold(descriptor, 1, made)
+
+
+def release(folder: Path) -> None:
+    """Give a folder up that `hold` took; one that is not held is left alone."""
+    folder = folder.resolve()
+    if folder not in _held:
+        return
+    own = _held.pop(folder)
+    if own.times > 1:
+        _held[folder] = own._replace(times=own.times - 1)
+        return
+    (folder / LOCK).unlink(missing_ok=True)
+    os.close(own.descriptor)
+    if own.made and folder.is_dir() and not any(folder.iterdir()):  # refused before it began
+        folder.rmdir()
+
+
+def _locked(path: Path) -> int:
+    """An open file that this process alone has locked, and that has not been removed meanwhile."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            other = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise ValueError(
+                f"Expected argument `trainer.default_root_dir` to be a folder of its own but "
+                f"another run is under way in {path.parent} ({other or 'just begun'}): choose "
+                "another folder, or wait for its end."
+            ) from error
+        except OSError:  # a file system without locks
+            return descriptor
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def require_new_run(folder: Path, ckpt_path: str | Path | None) -> None:
+    """Raise a ValueError if `folder` holds something of a run, and that run is not resumed.
+
+    What a start leaves that was stopped before its first checkpoint is nothing to be lost: its
+    configuration, curves, and what it had not finished to write.
+    """
+    held_parts = [name for name in PARTS if _holds_something(folder / name)]
+    inside = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
+    if held_parts and not inside:
+        raise ValueError(
+            f"Expected argument `trainer.default_root_dir` to be a new folder but {folder} holds a "
+            f"run ({', '.join(held_parts)}), which is not overwritten: choose another folder"
+            + _way_on(folder)
+        )
+
+
+def _way_on(folder: Path) -> str:
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        return "."
+    return f", or go on with that run by --ckpt_path {shlex.quote(str(last))}"
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether there is a file, or a folder with files that are not hidden, however deep."""
+    if not path.is_dir():
+        return path.exists()
+    return any(_holds_something(each) for each in path.iterdir() if each.name[0] != ".")
+
+
+def remove_unfinished(folder: Path, name: str) -> None:
+    """Remove what writes of `folder/name` left that were killed; see `write_atomically`."""
+    for path in folder.glob(f".{name}.*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)

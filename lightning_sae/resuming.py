@@ -1,0 +1,221 @@
+"""What counts when a run goes on from a checkpoint: what is given now, or what it was made with.
+
+Each setting that bears on the run is noted in the checkpoint. On resume, one that is given another
+value either is in force from there on, which is said, or is refused. `docs/resuming.md` has the
+table for readers.
+"""
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sae.functional.penalties import plain_arguments
+
+# Of an SAE: what its weights mean, and what only the start of a run uses. Widths and architecture
+# are compared with the weights themselves, see `require_matching`. All else may change.
+FIXED_IN_MODEL = {"apply_b_dec_to_input", "decoder_norm", "b_dec_init", "threshold_init"}
+# Of the package's data: what may change. The text, model and hook are compared as the SAE's
+# `source`, see `compare_sources`. All else is fixed, for the buffer would be another one.
+FREE_IN_DATA = {"prefetch", "n_validation", "n_test", "largest_saved_buffer"}
+SOURCE = {
+    "model",
+    "hook_name",
+    "context_length",
+    "drop_special_tokens",
+    "positions",
+    "max_norm_multiple",
+    "text",
+}
+FIXED_IN_TRAINER = ("accumulate_grad_batches", "precision")
+CHANGING_IN_TRAINER = ("max_steps", "gradient_clip_val", "gradient_clip_algorithm")
+# Callbacks of the package on which no weight depends.
+WATCHING = {
+    "ExportSAE",
+    "HeldOutEvaluation",
+    "Histograms",
+    "LatentWriter",
+    "RunCheckpoint",
+    "SAEProgressBar",
+    "SaveConfig",
+    "StreamMonitor",
+}
+
+
+class Setting(NamedTuple):
+    """A plain value, and whether a run may go on with another one."""
+
+    value: Any
+    may_change: bool
+
+
+Settings = dict[str, Setting]
+
+
+def settings_of(
+    trainer: Trainer,
+    models: Mapping[str, LightningModule],
+    callbacks: Mapping[str, Sequence[Callback]],
+) -> Settings:
+    """All settings of a run by their dotted names.
+
+    Args:
+        trainer: The run's.
+        models: SAEs, by what their settings' names begin with.
+        callbacks: Theirs and the run's, likewise.
+    """
+    found = _of_trainer(trainer)
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is not None:
+        found |= _of_data(data)
+    for prefix, model in models.items():
+        given = {k: v for k, v in plain_arguments(model.hparams).items() if k[0] != "_"}
+        found |= {
+            f"{prefix}{name}": Setting(value, name not in FIXED_IN_MODEL)
+            for name, value in _flat(given)
+        }
+    for prefix, each in callbacks.items():
+        found |= {f"{prefix}{name}": setting for name, setting in _of_callbacks(each).items()}
+    return found
+
+
+def note_settings(checkpoint: dict[str, Any], settings: Settings) -> None:
+    """Put the values into a checkpoint."""
+    checkpoint["settings"] = {name: setting.value for name, setting in settings.items()}
+
+
+def compare_settings(checkpoint: Mapping[str, Any], present: Settings, trainer: Trainer) -> None:
+    """Say which settings differ from those of the checkpoint, or refuse them where a run goes on.
+
+    Raises:
+        ValueError: If a run cannot go on with one of them, or ends before the checkpoint.
+    """
+    if "settings" not in checkpoint or _is_of_tuner(trainer):
+        return
+    saved = checkpoint["settings"]
+    differing = [
+        name for name, setting in present.items() if name in saved and saved[name] != setting.value
+    ]
+    if trainer.state.fn == "fit":
+        fixed = [name for name in differing if not present[name].may_change]
+        _refuse(fixed, saved, present)
+        _require_steps_left(checkpoint["global_step"], trainer.max_steps)
+    else:
+        differing = [name for name in differing if name.startswith(("model.", "members."))]
+    if differing:
+        lines = [f"  {name}: {present[name].value} (was {saved[name]})" for name in differing]
+        rank_zero_info(
+            "\n".join(["These settings are not the checkpoint's; what is given counts:", *lines])
+        )
+
+
+def _refuse(fixed: Sequence[str], saved: Mapping[str, Any], present: Settings) -> None:
+    if not fixed:
+        return
+    pairs = "; ".join(f"`{n}` to be {saved[n]} but got {present[n].value}" for n in fixed)
+    raise ValueError(
+        f"Expected, as in the checkpoint, {pairs}: a run cannot go on with another value. Give the "
+        "checkpoint's, or train anew in another folder, from `lightning_sae.load(ckpt_path)` if "
+        "these weights shall be the start."
+    )
+
+
+def _require_steps_left(taken: int, max_steps: int) -> None:
+    if 0 <= max_steps < taken:
+        raise ValueError(
+            f"Expected argument `trainer.max_steps` to be at least {taken}, the steps that the "
+            f"checkpoint has taken, but got {max_steps}: raise it, or give an earlier `ckpt_path`."
+        )
+
+
+def _is_of_tuner(trainer: Trainer) -> bool:
+    """Whether Lightning's tuner puts back the state that it noted itself."""
+    name = Path(trainer.ckpt_path or "").name
+    return name.startswith((".lr_find", ".scale_batch_size"))
+
+
+def _of_trainer(trainer: Trainer) -> Settings:
+    scheduled = any(
+        isinstance(callback, GradientAccumulationScheduler)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
+    fixed = [name for name in FIXED_IN_TRAINER if not (scheduled and name.startswith("acc"))]
+    names = {name: name not in FIXED_IN_TRAINER for name in (*fixed, *CHANGING_IN_TRAINER)}
+    found = {f"trainer.{n}": Setting(getattr(trainer, n), may) for n, may in names.items()}
+    seed = os.environ.get("PL_GLOBAL_SEED")  # where Lightning keeps it
+    if seed is not None:
+        found["seed_everything"] = Setting(int(seed), False)
+    return found
+
+
+def _of_data(data: LightningDataModule) -> Settings:
+    ours = any(
+        "__init__" in vars(each) and each.__module__.startswith("lightning_sae.")
+        for each in type(data).__mro__
+    )
+    return {
+        f"data.{name}": Setting(value, not ours or name in FREE_IN_DATA)
+        for name, value in _flat(_kept_arguments(data))
+        if name not in SOURCE and not (ours and name in FREE_IN_DATA)
+    }
+
+
+def _of_callbacks(callbacks: Sequence[Callback]) -> Settings:
+    acting = [each for each in callbacks if _acts(each)]
+    kinds = sorted(type(each).__name__ for each in acting)
+    found = {"callbacks": Setting(", ".join(kinds), True)}
+    for callback in acting:
+        ours = _module(callback).startswith("lightning_sae.")
+        found |= {
+            f"callbacks.{type(callback).__name__}.{name}": Setting(value, not ours)
+            for name, value in _flat(_kept_arguments(callback))
+        }
+    return found
+
+
+def _acts(callback: Callback) -> bool:
+    """Whether weights may depend on it, as far as its class tells."""
+    name, module = type(callback).__name__, _module(callback)
+    return name not in WATCHING and name[0] != "_" and not module.startswith("lightning.")
+
+
+def _module(callback: Callback) -> str:
+    return type(callback).__module__
+
+
+def _kept_arguments(part: object) -> dict[str, Any]:
+    """The arguments that an object keeps under their own names."""
+    inits = [vars(each)["__init__"] for each in type(part).__mro__[:-1] if "__init__" in vars(each)]
+    names = {name for init in inits for name in inspect.signature(init).parameters}
+    return {name: value for name, value in sorted(vars(part).items()) if name in names}
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Plain values by their dotted names; others are left out."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", each) for inner, each in _flat(value))
+        elif _is_plain(value):
+            yield name, _plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(each) for each in value)
+    return value is None or isinstance(value, str | int | float | Path | torch.dtype)
+
+
+def _plain(value: Any) -> Any:
+    """A value of Python's own types; lists as tuples, for configuration files know none."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if value is None or isinstance(value, bool):
+        return value
+    kind = next((kind for kind in (int, float) if isinstance(value, kind)), str)
+    return kind(value)
