@@ -68,7 +68,7 @@ def _surroundings(results: Row) -> list[str]:
 def _steps(section: Row) -> list[str]:
     plan = section["plan"]
     lines = [
-        "## One optimiser step",
+        "## One optimizer step",
         "",
         f"{plan['batch_size']:,} activations of width {plan['d_in']}, {plan['d_sae']:,} latents, "
         f"float32. Milliseconds from one batch asked for to the next, median of "

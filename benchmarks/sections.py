@@ -33,7 +33,7 @@ class Plan:
         growth: Numbers of latents of the growth table.
         run_d_in: Width of the toy activations.
         run_d_sae: Latents of the whole run.
-        run_steps: Its optimiser steps.
+        run_steps: Its optimizer steps.
         run_lr: Its learning rate.
         run_l1: Its l1_coefficient.
         run_features: Features that the toy activations are made of.
@@ -41,7 +41,7 @@ class Plan:
         source: Where the activations of the language model come from.
         stream_refills: Refills of the buffer that the stream is measured over.
         fit_sizes: Numbers of latents of the runs on the language model.
-        fit_steps: Their optimiser steps.
+        fit_steps: Their optimizer steps.
     """
 
     libraries: tuple[str, ...] = tuple(LIBRARIES)
@@ -125,7 +125,7 @@ class Plan:
 
 
 def steps(plan: Plan) -> Row:
-    """Time one optimiser step of every architecture and library, without a budget."""
+    """Time one optimizer step of every architecture and library, without a budget."""
     rows = [
         plan.step(library, variant, architecture, plan.d_sae, budget=plan.timeout)
         for architecture in plan.architectures

@@ -33,7 +33,7 @@ class Plan(NamedTuple):
         hooks: Where activations are read.
         architectures: Classes of this package that have an `l1_coefficient`.
         coefficients: Values of `l1_coefficient`, each used with every architecture and hook.
-        steps: Optimiser steps of a run.
+        steps: Optimizer steps of a run.
         d_sae: Number of latents of each SAE.
         lr: Learning rate.
         model: A `transformers` folder, or `embedded`.

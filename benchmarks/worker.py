@@ -26,7 +26,7 @@ from benchmarks.synthetic_batches import gaussian_batches, sparse_batches
 def step(
     library: str, task: dict[str, Any], warmup: int, budget: float, at_least: int
 ) -> dict[str, Any]:
-    """Measure time and memory of whole optimiser steps, with the L0 set before training.
+    """Measure time and memory of whole optimizer steps, with the L0 set before training.
 
     Args:
         library: A key of `LIBRARIES`.

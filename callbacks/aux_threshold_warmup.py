@@ -1,21 +1,21 @@
-"""An auxiliary loss of orthogonality that comes into force late and gradually."""
+"""Delay and linear warm-up of the auxiliary orthogonality loss."""
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_sae.callbacks.schedule import ScheduledScale
-from lightning_sae.checks import expect
+from lightning_sae.checks import require_not_negative, require_positive
 
 
 class AuxThresholdWarmup(ScheduledScale):
-    """First no auxiliary loss of orthogonality, then its weight and threshold rise together.
+    """Delay the auxiliary orthogonality loss, then raise its weight and threshold linearly.
 
-    The share in force at the k-th step of a fit, counted from 1, is 0 up to step `delay_steps`, and
-    then min(1, (k - `delay_steps`) / `warmup_steps`). It multiplies both the coefficient and the
-    threshold of `WithOrthogonality`, through the SAE's `aux_scale`, and is logged as
-    `train/aux_scale`. How strongly latents fire is noted from the first step on. Micro-batches of
-    one step share one value. A resumed fit goes on where it was; any other fit starts anew. The SAE
-    is left with the whole loss.
+    The scale at the k-th step of a fit, counted from 1, is 0 up to step `delay_steps`, and then
+    min(1, (k - `delay_steps`) / `warmup_steps`). It multiplies both the coefficient and the
+    threshold of `WithOrthogonality`, through the SAE's `aux_scale`, logged as `train/aux_scale`.
+    Largest activations are tracked from the first step on. Micro-batches of a step share one
+    value. A resumed fit continues the schedule; any other fit restarts it. After the fit the scale
+    is 1.
 
     Source: Chanin et al., Broken latents (2024), with a third of the run for each of delay,
     warm-up and the rest.
@@ -26,8 +26,8 @@ class AuxThresholdWarmup(ScheduledScale):
         trainer = Trainer(callbacks=AuxThresholdWarmup(6500, 6500), max_steps=19_500)
 
     Args:
-        delay_steps: Steps of the optimiser without the loss.
-        warmup_steps: Steps after these until it is in full force.
+        delay_steps: Optimizer steps without the loss.
+        warmup_steps: Further steps until it has its full weight.
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if both are longer than
@@ -37,13 +37,13 @@ class AuxThresholdWarmup(ScheduledScale):
     scale = "aux_scale"
 
     def __init__(self, delay_steps: int, warmup_steps: int) -> None:
-        expect(delay_steps >= 0, "delay_steps", "at least 0", delay_steps)
-        expect(warmup_steps > 0, "warmup_steps", "positive", warmup_steps)
+        require_not_negative(delay_steps=delay_steps)
+        require_positive(warmup_steps=warmup_steps)
         self.delay_steps, self.warmup_steps = delay_steps, warmup_steps
 
     @override
     def share(self, steps_taken: int) -> float:
-        """Share of the loss in force in the step after `steps_taken` steps of the fit.
+        """Scale of the loss in the step after `steps_taken` steps of the fit.
 
         Example:
             >>> [AuxThresholdWarmup(2, 4).share(taken) for taken in range(8)]

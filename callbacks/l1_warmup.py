@@ -1,26 +1,26 @@
-"""A sparsity penalty that comes into force gradually."""
+"""Linear warm-up of the sparsity penalty."""
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_sae.callbacks.schedule import ScheduledScale
+from lightning_sae.checks import require_positive
 
 
 class L1Warmup(ScheduledScale):
-    """Raise the sparsity penalty linearly from zero over the first steps of the optimiser.
+    """Raise the sparsity penalty linearly from zero over the first optimizer steps.
 
-    The share in force at the k-th step of a fit, counted from 1, is min(1, k / `n_steps`); it
-    multiplies the penalty's coefficient, of L1 or another, through the SAE's `penalty_scale`, and
-    is logged as `train/penalty_scale`. Micro-batches of one step share one value. A resumed fit
-    goes on where it was; any other fit starts a warm-up of its own. The SAE is left with the whole
-    penalty.
+    At the k-th step of a fit, counted from 1, the coefficient of the penalty, L1 or another, is
+    multiplied by min(1, k / `n_steps`), through the SAE's `penalty_scale`, logged as
+    `train/penalty_scale`. Micro-batches of a step share one value. A resumed fit continues the
+    warm-up; any other fit starts a new one. After the fit the scale is 1.
 
     Example::
 
         trainer = Trainer(callbacks=L1Warmup(n_steps=1000), max_steps=20_000)
 
     Args:
-        n_steps: Steps of the optimiser until the penalty is in full force.
+        n_steps: Optimizer steps until the penalty has its full weight.
 
     Raises:
         ValueError: If `n_steps` is not positive; when fitting starts, if it is longer than the
@@ -30,16 +30,12 @@ class L1Warmup(ScheduledScale):
     scale = "penalty_scale"
 
     def __init__(self, n_steps: int) -> None:
-        if n_steps <= 0:
-            raise ValueError(
-                f"Expected argument `n_steps` to be positive but got {n_steps}: "
-                "remove the callback if there is to be no warm-up."
-            )
+        require_positive(n_steps=n_steps)
         self.n_steps = n_steps
 
     @override
     def share(self, steps_taken: int) -> float:
-        """Share of the penalty in force in the step after `steps_taken` steps of the warm-up.
+        """Scale of the penalty in the step after `steps_taken` steps of the warm-up.
 
         Example:
             >>> [L1Warmup(n_steps=4).share(taken) for taken in range(6)]

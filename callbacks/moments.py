@@ -1,4 +1,4 @@
-"""The optimiser's memory of single entries of a weight."""
+"""Reset optimizer state for single latents."""
 
 from collections.abc import Iterable
 
@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 def reset_moments(
     optimizers: Iterable[Optimizer], weight: Tensor, latents: Bool[Tensor, " d_sae"], axis: int
 ) -> None:
-    """Set to zero what Adam and its variants remember of `weight` at some latents.
+    """Set the moments of Adam and its variants to zero for some latents of `weight`.
 
-    All running averages are meant, `exp_avg`, `exp_avg_sq` and the like: the entries of the state
-    that have the weight's shape. The count of steps is shared by all latents and stays.
+    This resets all running averages (`exp_avg`, `exp_avg_sq`, ...), i.e. state entries with the
+    weight's shape. The step count is shared by all latents and is kept.
 
     Args:
-        optimizers: Those that may hold the weight.
+        optimizers: Optimizers that may hold the weight.
         weight: A parameter with one axis of latents.
-        latents: Which ones to forget.
+        latents: Latents to reset.
         axis: The weight's axis of latents.
     """
     for optimizer in optimizers:

@@ -1,4 +1,4 @@
-"""Latents without a part in given directions."""
+"""Keep latents orthogonal to given directions."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,13 +28,13 @@ class OrthogonalTo(Callback):
     .. math:: g \leftarrow g - (g\, Q^T) Q \text{ before a step}, \qquad
               w \leftarrow w - (w\, Q^T) Q \text{ after it.}
 
-    The first keeps from Adam's moments what is undone at once; the second is needed because Adam
-    rescales each coordinate. Both happen once per step of the optimiser, not per micro-batch, and
-    not for steps that a gradient scaler skips. Biases are left alone. Latents that
-    `DeadFeatureResampling` replaces are projected with the next step.
+    The first keeps the removed component out of Adam's moments; the second is needed because Adam
+    rescales each coordinate. Both happen once per optimizer step, not per micro-batch, and not for
+    steps that a gradient scaler skips. Biases are not changed. Latents that `DeadFeatureResampling`
+    replaces are projected with the next step.
 
-    A projection shortens rows, a normalisation turns none: so this callback stands before
-    `DecoderNormProjection`, and then rows are both orthogonal and of unit norm after each step.
+    A projection shortens rows, while normalization keeps directions. So this callback must come
+    before `DecoderNormProjection`; rows are then orthogonal and of unit norm after each step.
 
     Source: Neel Nanda's open-source replication of Towards Monosemanticity (2023), where SAEs are
     trained without the direction that ultra-rare latents share.
@@ -45,16 +45,16 @@ class OrthogonalTo(Callback):
 
     Args:
         directions: Directions as rows, [n, d_in] or [d_in], not necessarily orthonormal, in the
-            space of the activations; or a file with such a tensor and no other: .safetensors, or
-            .pt as `torch.save` writes it.
-        encoder: Whether encoder directions are kept so. A tied SAE has one direction for both.
-        decoder: Whether decoder directions are.
+            space of the activations; or a .safetensors or `torch.save` .pt file that holds only
+            such a tensor.
+        encoder: Whether to constrain encoder directions. A tied SAE has one direction for both.
+        decoder: Whether to constrain decoder directions.
 
     Raises:
-        ValueError: If the directions cannot be read, are none or are not finite, or if neither
-            encoder nor decoder is meant; when fitting starts, if their width is not `d_in` or they
-            leave nothing of the space, if the module is no SAE, if `DecoderNormProjection` comes
-            first, or if the trainer has this callback twice.
+        ValueError: If the directions cannot be read, are empty or not finite, or if `encoder` and
+            `decoder` are both false; when fitting starts, if their width is not `d_in` or they span
+            the whole space, if the module is not an SAE, if `DecoderNormProjection` comes first, or
+            if the trainer has this callback twice.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class OrthogonalTo(Callback):
         self._handles: list[RemovableHandle] = []
 
     def names(self, sae: SparseAutoencoder) -> list[str]:
-        """The parameters that are kept orthogonal."""
+        """Names of the constrained parameters."""
         both = (("W_enc", self.encoder), ("W_dec", self.decoder))
         return ["W_dec"] if sae.tied else [name for name, wanted in both if wanted]
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before any data is touched."""
+        """Check the SAE, the directions and the order of callbacks before data is loaded."""
         if stage != "fit":
             return
         if not isinstance(pl_module, SparseAutoencoder):
@@ -98,19 +98,19 @@ class OrthogonalTo(Callback):
         behind = any(isinstance(callback, DecoderNormProjection) for callback in earlier)
         if behind and "W_dec" in self.names(sae):
             raise ValueError(
-                "Expected `OrthogonalTo` before `DecoderNormProjection`, for a projection shortens "
-                "rows that have unit norm, but it comes after it: change their order."
+                "Expected `OrthogonalTo` before `DecoderNormProjection`, because a projection "
+                "shortens rows of unit norm, but it comes after it: change their order."
             )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from orthogonal rows, and project at the end of every step of the optimiser."""
+        """Project the rows now and after every optimizer step."""
         assert isinstance(pl_module, SparseAutoencoder)
         self.basis = self.basis.to(pl_module.device)
         for name in self.names(pl_module):
             weight = pl_module.get_parameter(name)
             rows = _rows(name, weight.detach())
-            # Rows that an earlier step projected stay bit for bit, so that a resume is exact.
+            # Rows that are already orthogonal are not changed, so a resume is exact bit for bit.
             if not self.holds_for(rows):
                 self.project(rows)
             self._handles += [
@@ -123,14 +123,14 @@ class OrthogonalTo(Callback):
         def after_step(*_: object) -> None:
             self.project(rows)
 
-        # A hook of the optimiser itself: Lightning has none between a step and what follows it.
+        # An optimizer hook, because Lightning has none directly after a step.
         return optimizer.register_step_post_hook(after_step)
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Remove from the gradients what would leave the orthogonal space; before clipping."""
+        """Remove the span of the directions from the gradients, before clipping."""
         assert isinstance(pl_module, SparseAutoencoder)
         for name in self.names(pl_module):
             gradient = pl_module.get_parameter(name).grad
@@ -139,25 +139,25 @@ class OrthogonalTo(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimiser."""
+        """Remove the optimizer hooks."""
         self._remove_hooks()
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the optimiser."""
+        """Remove the optimizer hooks."""
         self._remove_hooks()
 
     @torch.no_grad()
     def project(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
-        """Remove in place from rows, of weights or of a gradient, what lies in the span."""
+        """Remove the component in the span from rows of a weight or gradient, in place."""
         basis = self.basis.to(rows.dtype)
         rows.addmm_(rows @ basis.T, basis, alpha=-1)
 
     @torch.no_grad()
     def holds_for(self, rows: Float[Tensor, "d_sae d_in"], tolerance: float = 1e-5) -> bool:
-        """Whether the part of each row in the span is at most so much of the row."""
+        """Whether the component of each row in the span is at most `tolerance` of its norm."""
         parts = torch.linalg.vector_norm(rows @ self.basis.to(rows.dtype).T, dim=-1)
         return bool((parts <= tolerance * torch.linalg.vector_norm(rows, dim=-1)).all())
 
@@ -168,10 +168,10 @@ class OrthogonalTo(Callback):
 
 
 def span(directions: Tensor) -> Float[Tensor, "k d_in"]:
-    """An orthonormal basis of what directions span, [n, d_in] or one alone.
+    """An orthonormal basis of the span of directions, [n, d_in] or [d_in].
 
     Raises:
-        ValueError: If they are none or not finite numbers.
+        ValueError: If they are all zero or not finite.
 
     Example:
         >>> span(torch.tensor([[0.0, 3.0, 0.0], [0.0, -1.0, 0.0]])).abs()
@@ -194,7 +194,7 @@ def read_directions(path: Path) -> Tensor:
     """The only tensor in a .safetensors or .pt file; nothing else is unpickled.
 
     Raises:
-        ValueError: If there is no such file, or not one tensor in it.
+        ValueError: If the file cannot be read or does not hold exactly one tensor.
     """
     try:
         if path.suffix == ".safetensors":

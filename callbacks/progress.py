@@ -9,7 +9,7 @@ from typing_extensions import override
 
 
 class SAEProgressBar(TQDMProgressBar):
-    """Shows optimiser steps of `trainer.max_steps`, loss, L0, dead share and activations/s.
+    """Shows optimizer steps of `trainer.max_steps`, loss, L0, dead share and activations/s.
 
     Args:
         refresh_rate: Batches between two refreshes; 0 hides the bar.

@@ -21,7 +21,7 @@ class Task:
         d_in: Width of the activations.
         d_sae: Number of latents.
         batch_size: Activations in a batch.
-        n_steps: Optimiser steps.
+        n_steps: Optimizer steps.
         l0: Target of active latents on average, for architectures with a threshold.
         k: Number of active latents, for the TopK family.
         lr: Learning rate.

@@ -61,7 +61,7 @@ class Unsaved(Trainer):
 
 
 class Trained(Contender):
-    """A sparse coder; the variant is the optimiser, `adam` or `signum`, which is its default."""
+    """A sparse coder; the variant is the optimizer, `adam` or `signum`, which is its default."""
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -50,7 +50,7 @@ class StepClock(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        if not hasattr(self, "_handle"):  # the optimiser's step ends when its last hook has run
+        if not hasattr(self, "_handle"):  # the step ends when its last hook has run
             self._handle = optimizer.register_step_post_hook(lambda *_: self._now())
 
     @override
@@ -60,7 +60,7 @@ class StepClock(Callback):
     def stages(self) -> dict[str, float]:
         """Median of each stage after the warm-up, in seconds."""
         kept = [t for t in self.times[WARM_UP:] if len(t) == 5]
-        names = ("forward", "backward", "optimiser", "rest")
+        names = ("forward", "backward", "optimizer", "rest")
         spans = [[b - a for a, b in pairwise(t)] for t in kept]
         by_stage = zip(names, zip(*spans, strict=True), strict=True)
         return {
@@ -93,24 +93,24 @@ class Repeated:
 
 
 def now(accelerator: str) -> float:
-    """Seconds on a clock, once the device has done what it was given."""
+    """Current time in seconds, after synchronizing the device."""
     if accelerator == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def tell(what: str) -> None:
-    """Say what is being measured, to who waits."""
+    """Write to standard error what is being measured."""
     sys.stderr.write(f"measuring {what}\n")
 
 
 def hold_still(sae: SparseAutoencoder) -> None:
-    """Have training leave the weights as they are."""
+    """Make training leave the weights unchanged."""
     sae.lr, sae.lr_warmup_steps, sae.lr_decay_steps = 1e-30, 0, 0
 
 
 def norm_callbacks(sae: SparseAutoencoder) -> list[Callback]:
-    """What a step of the SAE cannot do without."""
+    """The callbacks that a training step of the SAE needs."""
     return [DecoderNormProjection()] if sae.decoder_norm == "unit" else []
 
 
@@ -140,7 +140,7 @@ def fit(
 
 
 def batches_of_two_refills(data: Any, at_least: int) -> int:
-    """Batches in whole cycles of the buffer, for a refill comes all at once."""
+    """Number of batches in whole cycles of the buffer, because each refill is one burst."""
     if not isinstance(data, ActivationDataModule):
         return at_least
     served = int(data.refill_fraction * data.buffer_size / data.batch_size)
@@ -201,7 +201,7 @@ def language_model_seconds(data: Any, passes: int = 8) -> float | None:
 
 
 def median_seconds(call: Callable[[], Any], n: int, device: torch.device) -> float:
-    """Median time of a call, two that are not counted coming first."""
+    """Median time of a call, after two warm-up calls."""
     times = []
     for _ in range(n + 2):
         started = time.perf_counter()

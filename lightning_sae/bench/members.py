@@ -1,4 +1,4 @@
-"""What each of several SAEs side by side costs, and what they have in common."""
+"""Cost of each of several SAEs side by side, and their shared cost."""
 
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -108,7 +108,7 @@ class MemberClock:
         self.member, self.accelerator = member, accelerator
         self.times: dict[str, list[float]] = {}
         for part in PARTS:
-            # In the place of the method, for members take turns within each part.
+            # Replaces the method, because members take turns within each part.
             vars(member)[part] = self._timed(getattr(member, part), self.times.setdefault(part, []))
 
     def _timed(self, method: Callable[..., T], times: list[float]) -> Callable[..., T]:
@@ -139,7 +139,7 @@ class MemberClock:
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
             "gradient_seconds": median(self.steps(("forward_and_backward",))),
-            "optimiser_seconds": median(self.steps(("step",))),
+            "optimizer_seconds": median(self.steps(("step",))),
             "rest_seconds": median(self.steps(("start_batch", "end_batch"))),
             "step_seconds": median(self.steps()),
             "state_bytes": 4 * weight_bytes(sae),

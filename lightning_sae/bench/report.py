@@ -33,7 +33,7 @@ class Report:
         for name, key in STAGES.items():
             yield self._row(name, f[key], f["step_seconds"])
         yield self._row("whole step (median)", f["step_seconds"], f["step_seconds"])
-        yield self._row("floor: dense product and optimiser", f["floor_seconds"], f["step_seconds"])
+        yield self._row("floor: dense product and optimizer", f["floor_seconds"], f["step_seconds"])
         yield f"the step is {f['step_seconds'] / f['floor_seconds']:.2f} times the floor"
         yield from self._whole_run()
 
@@ -74,7 +74,7 @@ class MembersReport(Report):
         yield ""
         yield f"{'milliseconds for a batch':<{width}}" + "".join(
             f"{column:>11}"
-            for column in ("L0", "gradients", "optimiser", "rest", "step", "share", "MiB")
+            for column in ("L0", "gradients", "optimizer", "rest", "step", "share", "MiB")
         )
         for member in members:
             stages = "".join(f"{1e3 * member[f'{name}_seconds']:>11.2f}" for name in MEMBER_STAGES)
@@ -98,10 +98,10 @@ STAGES = {
     "forward": "forward_seconds",
     "  of it the dense product": "product_seconds",
     "backward": "backward_seconds",
-    "norms, clipping, optimiser": "optimiser_seconds",
+    "norms, clipping, optimizer": "optimizer_seconds",
     "callbacks, logging, Lightning": "rest_seconds",
 }
-MEMBER_STAGES = ("gradient", "optimiser", "rest", "step")
+MEMBER_STAGES = ("gradient", "optimizer", "rest", "step")
 IN_COMMON = {
     "all members": "members_seconds",
     "logging, Lightning": "rest_seconds",

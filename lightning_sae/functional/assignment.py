@@ -9,13 +9,13 @@ from torch import Tensor
 def optimal_matching(
     similarity: Float[Tensor, "rows columns"],
 ) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """Pair rows with columns, each at most once, so that the sum over pairs is largest.
+    """Pair rows with columns, each at most once, so that the summed similarity is largest.
 
     Args:
-        similarity: What a pair adds to the sum, shape `[rows, columns]`, finite.
+        similarity: Similarity of each row and column, shape `[rows, columns]`, finite.
 
     Returns:
-        Rows, rising, and their columns: as many pairs as the shorter side is long.
+        Row indices in increasing order and the column of each, `min(rows, columns)` pairs.
 
     Raises:
         ValueError: If an entry is not finite.
@@ -25,7 +25,9 @@ def optimal_matching(
         (tensor([0, 1]), tensor([1, 0]))
     """
     if not similarity.isfinite().all():
-        raise ValueError("Expected `similarity` to be finite, but it is not: look for NaN")
+        raise ValueError(
+            "Expected argument `similarity` to be finite but got NaN or infinite entries."
+        )
     pairs = linear_sum_assignment(similarity.detach().double().cpu().numpy(), maximize=True)
     rows, columns = (torch.as_tensor(indices).to(similarity.device) for indices in pairs)
     return rows, columns

@@ -1,4 +1,4 @@
-"""Correlation of two quantities, and what is left of it when a third is held fixed."""
+"""Pearson correlation, and partial correlation given a third quantity."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,10 +11,10 @@ def correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor,
         {\sqrt{\sum_i (x_i - \bar x)^2 \sum_i (y_i - \bar y)^2}}
 
     Returns:
-        A float64 scalar; NaN where `x` or `y` does not vary.
+        A float64 scalar; NaN if `x` or `y` is constant.
 
     Raises:
-        ValueError: If the two differ in length.
+        ValueError: If `x` and `y` differ in length.
 
     Example:
         >>> import torch
@@ -23,8 +23,7 @@ def correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor,
     """
     if x.shape != y.shape:
         raise ValueError(
-            f"Expected `x` and `y` to have one length but got {len(x)} and {len(y)}: pass the two "
-            "quantities of the same things."
+            f"Expected arguments `x` and `y` to have equal length but got {len(x)} and {len(y)}."
         )
     x, y = x.double(), y.double()
     x, y = x - x.mean(), y - y.mean()
@@ -34,21 +33,21 @@ def correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor,
 def partial_correlation(
     x: Float[Tensor, " n"], y: Float[Tensor, " n"], given: Float[Tensor, " n"]
 ) -> Float[Tensor, ""]:
-    r"""Correlation of what a linear fit on a third quantity leaves of `x` and of `y`.
+    r"""Correlation of the residuals of `x` and `y` after a linear fit on `given`.
 
     .. math:: r_{xy \cdot z} =
         \frac{r_{xy} - r_{xz} r_{yz}}{\sqrt{(1 - r_{xz}^2)(1 - r_{yz}^2)}}
 
     Args:
-        x: One quantity.
-        y: Another.
-        given: The third, z.
+        x: First quantity.
+        y: Second quantity.
+        given: Quantity z to control for.
 
     Returns:
-        A float64 scalar; NaN where nothing is left of `x` or `y`.
+        A float64 scalar; NaN if `x` or `y` is a linear function of `given`.
 
     Raises:
-        ValueError: If they differ in length.
+        ValueError: If the lengths differ.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Directions of latents: unit norm, and gradients that keep it."""
+"""Unit-norm directions, and gradients that preserve their norm."""
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ def without_parallel_part(
 ) -> Float[Tensor, "rows d"]:
     """Remove from each row of `gradient` its component along the same row of `w`.
 
-    `w` has unit rows; a step along the result changes their norm in second order only.
+    `w` must have unit rows. A step along the result changes their norm only to second order.
 
     Example:
         >>> w = torch.tensor([[1.0, 0.0]])

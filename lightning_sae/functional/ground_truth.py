@@ -1,14 +1,14 @@
-r"""How well latents speak of features that are known, as in toy data.
+r"""How well latents recover known features, as in toy data.
 
 Here :math:`f_{tj}` is latent :math:`j` of `d_sae` at sample :math:`t`, :math:`a_{ti}` the
 magnitude of feature :math:`i` of `n_features`, :math:`W_j` the latent's decoder row and
-:math:`d_i` the feature's direction. Latent and feature fire where these are not zero. All leading
-axes are sample axes. `matching` [d_sae] says which feature each latent is held against; usual is
-the one that its decoder row points along most, :func:`.matching.best_features`, so that latents may
-share one.
+:math:`d_i` the feature's direction. A latent or feature fires where its value is nonzero. All
+leading axes are sample axes. `matching` [d_sae] gives the feature that each latent is compared
+with, usually the one of largest cosine with its decoder row (:func:`.matching.best_features`);
+several latents may share a feature.
 
-Each running metric is three functions: `_x_update` turns tensors into sums and counts, `_x_compute`
-turns those into the number, and the public function is one after the other.
+Each metric has three functions: `_x_update` computes sums and counts from tensors, `_x_compute`
+computes the result from those, and the public function calls both.
 """
 
 import torch
@@ -32,7 +32,7 @@ def _detection_update(
 def _matched(
     f: Float[Tensor, "... d_sae"], magnitudes: Float[Tensor, "... n_features"], matching: PerLatent
 ) -> tuple[Float[Tensor, "samples d_sae"], Float[Tensor, "samples d_sae"]]:
-    """Each latent beside its feature, all sample axes in one."""
+    """Latents and their matched features, with the sample axes flattened."""
     _check_samples(f, magnitudes)
     return f.flatten(0, -2), magnitudes.flatten(0, -2)[:, matching]
 
@@ -42,8 +42,8 @@ def _check_samples(
 ) -> None:
     if f.ndim < 2 or f.shape[:-1] != magnitudes.shape[:-1]:
         raise ValueError(
-            "Expected `f` [..., d_sae] and `magnitudes` [..., n_features] to be of the same "
-            f"samples, but got shapes {tuple(f.shape)} and {tuple(magnitudes.shape)}"
+            "Expected arguments `f` [..., d_sae] and `magnitudes` [..., n_features] to have the "
+            f"same leading axes but got shapes {tuple(f.shape)} and {tuple(magnitudes.shape)}."
         )
 
 
@@ -56,7 +56,7 @@ def detection_precision(
     magnitudes: Float[Tensor, "... n_features"],
     matching: Int[Tensor, " d_sae"],
 ) -> Float[Tensor, " d_sae"]:
-    r"""Share of each latent's firings on which its feature fires too.
+    r"""Precision of each latent as a detector: share of its firings where its feature fires.
 
     .. math:: P_j = \frac{\sum_t [f_{tj} \neq 0][a_{ti} \neq 0]}{\sum_t [f_{tj} \neq 0]},
         \qquad i = \text{matching}_j
@@ -67,10 +67,10 @@ def detection_precision(
         matching: Feature of each latent, shape `[d_sae]`.
 
     Returns:
-        Shares in float64, shape `[d_sae]`; NaN for a latent that does not fire.
+        Precision in float64, shape `[d_sae]`; NaN for a latent that does not fire.
 
     Raises:
-        ValueError: If `f` and `magnitudes` are of different samples.
+        ValueError: If the leading axes of `f` and `magnitudes` differ.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ def detection_recall(
     magnitudes: Float[Tensor, "... n_features"],
     matching: Int[Tensor, " d_sae"],
 ) -> Float[Tensor, " d_sae"]:
-    r"""Share of the firings of each latent's feature on which the latent fires too.
+    r"""Recall of each latent as a detector: share of its feature's firings where it fires.
 
     .. math:: R_j = \frac{\sum_t [f_{tj} \neq 0][a_{ti} \neq 0]}{\sum_t [a_{ti} \neq 0]},
         \qquad i = \text{matching}_j
@@ -103,10 +103,10 @@ def detection_recall(
         matching: Feature of each latent, shape `[d_sae]`.
 
     Returns:
-        Shares in float64, shape `[d_sae]`; NaN where the feature does not fire.
+        Recall in float64, shape `[d_sae]`; NaN where the feature does not fire.
 
     Raises:
-        ValueError: If `f` and `magnitudes` are of different samples.
+        ValueError: If the leading axes of `f` and `magnitudes` differ.
 
     Example:
         >>> import torch
@@ -141,11 +141,11 @@ def detection_f1(
         matching: Feature of each latent, shape `[d_sae]`.
 
     Returns:
-        Numbers from 0 to 1 in float64, shape `[d_sae]`; 0 for a dead latent of a living feature,
-        NaN where neither fires.
+        F1 in float64, shape `[d_sae]`; 0 for a dead latent whose feature fires, NaN where neither
+        fires.
 
     Raises:
-        ValueError: If `f` and `magnitudes` are of different samples.
+        ValueError: If the leading axes of `f` and `magnitudes` differ.
 
     Example:
         >>> import torch
@@ -173,7 +173,7 @@ def _shrinkage_update(
 
 
 def _along(W_dec: Tensor, features: Tensor, matching: PerLatent) -> Float[Tensor, " d_sae"]:
-    """What a unit of each latent adds along its feature."""
+    """Component of each decoder row along its matched feature."""
     return (W_dec.double() * unit_rows(features.to(W_dec).double())[matching]).sum(-1)
 
 
@@ -190,15 +190,15 @@ def shrinkage(
     features: Float[Tensor, "n_features d_in"],
     matching: Int[Tensor, " d_sae"],
 ) -> Float[Tensor, " d_sae"]:
-    r"""Magnitude that each latent says its feature has, relative to the true one.
+    r"""Magnitude that each latent implies for its feature, relative to the true one.
 
     .. math:: s_j = \frac{\sum_{t \in T} f_{tj}\, W_j \cdot d_i}{\sum_{t \in T} a_{ti}}, \qquad
         T = \{t : f_{tj} \neq 0,\ a_{ti} \neq 0\}, \quad i = \text{matching}_j
 
-    A pure number: 1 is right, below 1 is shrinkage. It is the ratio of two means over the samples
-    where both fire: what a latent misses altogether is the matter of :func:`detection_recall`. A
-    feature of magnitude g that an L1 penalty of weight :math:`\lambda` shrinks to
-    :math:`g - \lambda / 2` gives :math:`1 - \lambda / 2g`.
+    Dimensionless: 1 is unbiased, below 1 is shrinkage. It is the ratio of the means over the
+    samples where both fire; missed firings are measured by :func:`detection_recall`. A feature of
+    magnitude g that an L1 penalty of weight :math:`\lambda` shrinks to :math:`g - \lambda / 2`
+    gives :math:`1 - \lambda / 2g`.
 
     Args:
         f: Latent activations, shape `[..., d_sae]`, in the units of `magnitudes`.
@@ -211,7 +211,7 @@ def shrinkage(
         Ratios in float64, shape `[d_sae]`; NaN where the two never fire together.
 
     Raises:
-        ValueError: If `f` and `magnitudes` are of different samples.
+        ValueError: If the leading axes of `f` and `magnitudes` differ.
 
     Example:
         >>> import torch
@@ -255,29 +255,29 @@ def absorption(
     latents: Int[Tensor, " n_features"],
     with_child: bool = True,
 ) -> Float[Tensor, " pairs"]:
-    r"""Share of a child's firings beside its parent on which the parent's latent is silent.
+    r"""Share of samples where parent and child fire on which the parent's latent is silent.
 
     .. math:: A = \frac{\sum_t [a_{tp} \neq 0][a_{tc} \neq 0][f_{tj} = 0]}
         {\sum_t [a_{tp} \neq 0][a_{tc} \neq 0]}, \qquad j = \text{latents}_p
 
-    A latent that is silent always gives 1 too, and has absorbed nothing. `with_child=False` is the
-    figure to compare with: the same share where the parent fires and the child does not.
-    :func:`.matching.parent_in_child` has the other half of absorption. Source: Chanin et al., "A is
-    for Absorption" (2024), whose measure for features that are not known has more conditions.
+    A latent that never fires also gives 1, without absorption. `with_child=False` is the baseline:
+    the same share over samples where the parent fires and the child does not.
+    :func:`.matching.parent_in_child` measures the other half of absorption. Source: Chanin et al.,
+    "A is for Absorption" (2024), whose measure for unknown features has more conditions.
 
     Args:
         f: Latent activations, shape `[..., d_sae]`.
         magnitudes: True magnitudes, shape `[..., n_features]`.
         pairs: Parent p and child c, shape `[pairs, 2]`.
-        latents: Latent of each feature, shape `[n_features]`; usual is
+        latents: Latent of each feature, shape `[n_features]`, usually from
             :func:`.matching.best_latents`.
-        with_child: Whether the child fires, or does not.
+        with_child: Whether to count samples where the child fires, or those where it does not.
 
     Returns:
         Shares in float64, shape `[pairs]`; NaN where there is no such sample.
 
     Raises:
-        ValueError: If `f` and `magnitudes` are of different samples.
+        ValueError: If the leading axes of `f` and `magnitudes` differ.
 
     Example:
         >>> import torch
@@ -321,16 +321,15 @@ def _activation_mcc_compute(
 def activation_mcc(
     f: Float[Tensor, "... d_sae"], magnitudes: Float[Tensor, "... n_features"]
 ) -> Float[Tensor, ""]:
-    r"""Mean |correlation| of activations and magnitudes over their best one-to-one matching.
+    r"""Mean |correlation| of latents and magnitudes over the best one-to-one matching.
 
     .. math:: \max_\pi \frac{1}{n} \sum_{(j, i) \in \pi} |\mathrm{corr}_t(f_{tj}, a_{ti})|
 
-    As :func:`.matching.mean_correlation_coefficient`, with Pearson's correlation over samples in
-    the place of the decoder's cosine: it is 1 if latents are the magnitudes in any order and scale,
-    whatever the decoder. What does not vary has correlation 0. Needs a matrix
-    `[d_sae, n_features]` in float64 and its product with each batch. Source: Hyvarinen and
-    Morioka, "Unsupervised Feature Extraction by Time-Contrastive Learning and Nonlinear ICA"
-    (2016).
+    Like :func:`.matching.mean_correlation_coefficient`, with Pearson's correlation over samples
+    instead of the decoder's cosine: it is 1 if latents equal the magnitudes up to order and scale,
+    whatever the decoder. Constant latents or features have correlation 0. Costs a float64 matrix
+    `[d_sae, n_features]` and a product of that size per batch. Source: Hyvarinen and Morioka,
+    "Unsupervised Feature Extraction by Time-Contrastive Learning and Nonlinear ICA" (2016).
 
     Args:
         f: Latent activations, shape `[..., d_sae]`.
@@ -340,7 +339,7 @@ def activation_mcc(
         A float64 scalar from 0 to 1; NaN for no samples.
 
     Raises:
-        ValueError: If `f` and `magnitudes` are of different samples.
+        ValueError: If the leading axes of `f` and `magnitudes` differ.
 
     Example:
         >>> import torch

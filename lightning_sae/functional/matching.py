@@ -1,4 +1,4 @@
-r"""Which latent stands for which known feature, by the directions of both.
+r"""Match latents with known features by their directions.
 
 :math:`W_j` is the decoder row of latent :math:`j` of `d_sae`, :math:`d_i` the direction of feature
 :math:`i` of `n_features`.
@@ -15,7 +15,7 @@ from lightning_sae.functional.geometry import unit_rows
 def cosine_matrix(
     rows: Float[Tensor, "d_sae d_in"], features: Float[Tensor, "n_features d_in"]
 ) -> Float[Tensor, "d_sae n_features"]:
-    """Cosine of each latent's row with each feature; rows of zeros have cosine 0.
+    """Cosine of each latent's row with each feature; zero rows have cosine 0.
 
     Args:
         rows: Decoder rows `W_dec`, or encoder columns `W_enc.T`, shape `[d_sae, d_in]`.
@@ -32,8 +32,8 @@ def cosine_matrix(
     """
     if rows.shape[-1] != features.shape[-1]:
         raise ValueError(
-            "Expected `rows` and `features` to have one width, but got shapes "
-            f"{tuple(rows.shape)} and {tuple(features.shape)}: pass `W_dec` or `W_enc.T`"
+            "Expected arguments `rows` and `features` to have equal width but got shapes "
+            f"{tuple(rows.shape)} and {tuple(features.shape)}: pass `W_dec` or `W_enc.T`."
         )
     return unit_rows(rows) @ unit_rows(features.to(rows)).T
 
@@ -41,7 +41,7 @@ def cosine_matrix(
 def best_features(
     W_dec: Float[Tensor, "d_sae d_in"], features: Float[Tensor, "n_features d_in"]
 ) -> Int[Tensor, " d_sae"]:
-    """The feature of largest cosine with each latent's decoder row; several may have the same.
+    """The feature of largest cosine with each decoder row; latents may share a feature.
 
     Example:
         >>> import torch
@@ -67,14 +67,14 @@ def best_latents(
 def mean_correlation_coefficient(
     W_dec: Float[Tensor, "d_sae d_in"], features: Float[Tensor, "n_features d_in"]
 ) -> Float[Tensor, ""]:
-    r"""Mean |cosine| of decoder rows and features over their best one-to-one matching.
+    r"""Mean |cosine| of decoder rows and features over the best one-to-one matching.
 
     .. math:: \max_\pi \frac{1}{n} \sum_{(j, i) \in \pi}
         \left|\frac{W_j \cdot d_i}{\|W_j\| \|d_i\|}\right|
 
-    :math:`\pi` pairs latents with features, each at most once, :math:`n` being the smaller of
-    `d_sae` and `n_features`: latents or features in excess do not count. A pure number from 0 to
-    1, which is 1 for a perfect dictionary in any order. Source: O'Neill et al., "Compute Optimal
+    :math:`\pi` pairs latents with features, each at most once, and :math:`n` is the smaller of
+    `d_sae` and `n_features`: surplus latents or features do not count. From 0 to 1; 1 for a
+    perfect dictionary in any order. Source: O'Neill et al., "Compute Optimal
     Inference and Provable Amortisation Gap in Sparse Autoencoders" (2024).
 
     Args:
@@ -96,7 +96,7 @@ def mean_correlation_coefficient(
 
 
 def matched_mean(similarity: Float[Tensor, "d_sae n_features"]) -> Float[Tensor, ""]:
-    """Mean |similarity| over the one-to-one matching for which it is largest."""
+    """Mean |similarity| over the one-to-one matching that maximizes it."""
     size = similarity.abs()
     return size[optimal_matching(size)].mean()
 
@@ -104,11 +104,11 @@ def matched_mean(similarity: Float[Tensor, "d_sae n_features"]) -> Float[Tensor,
 def duplicates(
     matching: Int[Tensor, " d_sae"], alive: Bool[Tensor, " d_sae"] | None = None
 ) -> Bool[Tensor, " d_sae"]:
-    """Which latents are held against a feature that another latent is held against too.
+    """Which latents share their matched feature with another latent.
 
     Args:
         matching: Feature of each latent, shape `[d_sae]`.
-        alive: Latents that count; by default all. Dead ones are no duplicates and make none.
+        alive: Latents to consider, by default all. Others are not duplicates of any latent.
 
     Example:
         >>> import torch
@@ -127,19 +127,18 @@ def parent_in_child(
     features: Float[Tensor, "n_features d_in"],
     pairs: Int[Tensor, "pairs 2"],
 ) -> Float[Tensor, " pairs"]:
-    r"""Cosine of the decoder row of a child's latent with the direction of its parent.
+    r"""Cosine of the decoder row of a child's latent with the parent's direction.
 
-    Zero, for orthogonal features, where the latent is clean; :math:`1 / \sqrt 2` where it has
-    absorbed the whole of a parent of the same magnitude. A feature's latent is the one of
-    :func:`best_latents`.
+    For orthogonal features it is 0 without absorption, and :math:`1 / \sqrt 2` if the latent has
+    fully absorbed a parent of equal magnitude. Latents are matched by :func:`best_latents`.
 
     Args:
         W_dec: Decoder rows, shape `[d_sae, d_in]`.
         features: Directions, shape `[n_features, d_in]`.
-        pairs: Parent and child, shape `[pairs, 2]`.
+        pairs: Parents and children, shape `[pairs, 2]`.
 
     Returns:
-        A number from -1 to 1 for each pair.
+        Cosines, shape `[pairs]`.
 
     Example:
         >>> import torch

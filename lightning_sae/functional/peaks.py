@@ -1,17 +1,17 @@
-r"""Peaks of a latent's activations: how high they reach, and whether there are two.
+r"""Peaks in the distribution of a latent's activations.
 
 The activations of a latent that mixes features have several peaks: a high one where its main
-feature fires, low ones where only the others do. `two_peaks` fits two normal components to each
+feature fires, and low ones where only others do. `two_peaks` fits two normal components to each
 latent's histogram,
 
 .. math::
     p(a) = \pi_1 N(a; \mu_1, \sigma_1^2) + \pi_2 N(a; \mu_2, \sigma_2^2), \quad \mu_1 < \mu_2
 
-by expectation-maximisation from the split of largest variance between its halves. Between them
-lies the activation that belongs to either with the same probability. How far apart they are is
-:math:`D = \sqrt 2\, (\mu_2 - \mu_1) / \sqrt{\sigma_1^2 + \sigma_2^2}`; above 2 they are clearly
-two. Sources: Otsu, A threshold selection method from gray-level histograms (1979); Ashman et al.,
-Detecting bimodality in astronomical datasets (1994), for D.
+by expectation-maximization, starting from Otsu's split (largest variance between the halves). The
+crossing is the activation between the means that is equally likely under both. The separation is
+Ashman's :math:`D = \sqrt 2\, (\mu_2 - \mu_1) / \sqrt{\sigma_1^2 + \sigma_2^2}`; above 2 the
+peaks are clearly separate. Sources: Otsu, A threshold selection method from gray-level histograms
+(1979); Ashman et al., Detecting bimodality in astronomical datasets (1994), for D.
 """
 
 from typing import NamedTuple
@@ -23,14 +23,14 @@ from torch import Tensor
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern
 
-LEAST_COUNT = 100.0  # activations in a histogram from which components can be fitted
-LEAST_SHARE = 0.05  # of a component: less may be outliers, and no peak
-LEAST_WIDTH = 1 / 32  # standard deviation of a component, in units of the histogram's width
+LEAST_COUNT = 100.0  # activations that a histogram needs for a fit
+LEAST_SHARE = 0.05  # smallest share of a component; smaller ones may be outliers
+LEAST_WIDTH = 1 / 32  # smallest standard deviation, in units of the histogram's width
 CLEARLY_TWO = 2.0  # Ashman's D above which there are two peaks
 
 
 def maxima(f: Code) -> Float[Tensor, " d_sae"]:
-    """The largest activation of each latent in a batch; 0 for one that does not fire.
+    """Largest activation of each latent in a batch; 0 if it does not fire.
 
     Example:
         >>> maxima(Code.of_matrix(torch.tensor([[0.0, 2.0], [0.0, 3.0]])))
@@ -46,9 +46,9 @@ def maxima(f: Code) -> Float[Tensor, " d_sae"]:
 def counts_by_height(
     f: Code, tops: Float[Tensor, " d_sae"], bins: int
 ) -> Int[Tensor, "d_sae bins"]:
-    """How many activations of each latent fall into bins of equal width from 0 to its top.
+    """Histogram of each latent's activations, in bins of equal width from 0 to its top.
 
-    Those above the top count in the last bin. Latents whose top is 0 are not counted.
+    Activations above the top count in the last bin. Latents whose top is 0 are not counted.
 
     Example:
         >>> f = Code.of_matrix(torch.tensor([[1.0], [3.5], [5.0], [0.0]]))
@@ -72,12 +72,12 @@ def _active(f: Code) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
 
 
 class TwoPeaks(NamedTuple):
-    """What a fit of two components found, for each latent.
+    """Result of a fit of two components, for each latent.
 
     Attributes:
-        crossing: Where both components are as likely, as a share of the histogram's width; not
-            meaningful for latents without two peaks.
-        separation: Ashman's D; 0 where nothing could be fitted.
+        crossing: Where both components are equally likely, as a share of the histogram's width;
+            meaningless for latents without two peaks.
+        separation: Ashman's D; 0 where no fit was possible.
         found: Whether there are two peaks.
     """
 
@@ -94,7 +94,7 @@ class _Component(NamedTuple):
     variance: Tensor
 
     def log_density(self) -> Float[Tensor, "d_sae 3"]:
-        """Coefficients of 1, a and a^2 in the log of share times density, but for a constant."""
+        """Coefficients of 1, a and a^2 in log(share * density), up to a constant."""
         constant = self.share.log() - self.variance.log() / 2 - self.mean**2 / self.variance / 2
         return torch.stack([constant, self.mean / self.variance, -1 / self.variance / 2], dim=1)
 
@@ -102,13 +102,12 @@ class _Component(NamedTuple):
 def two_peaks(histogram: Float[Tensor, "d_sae bins"], iterations: int = 20) -> TwoPeaks:
     """Fit two normal components to the histogram of each latent.
 
-    There are two peaks if D is above 2, neither component has less than 5 % of the activations,
-    and there are 100 activations at least. Components are at least 1/32 wide, as their standard
-    deviation.
+    There are two peaks if D is above 2, each component has at least 5 % of the activations, and
+    there are at least 100 activations. Standard deviations are at least 1/32.
 
     Args:
         histogram: Counts, not necessarily whole, in bins of equal width from 0 to 1.
-        iterations: Of expectation-maximisation.
+        iterations: Iterations of expectation-maximization.
     """
     centres = _centres(histogram)
     upper = (centres > otsu_split(histogram).unsqueeze(1)).to(histogram.dtype)
@@ -117,7 +116,7 @@ def two_peaks(histogram: Float[Tensor, "d_sae bins"], iterations: int = 20) -> T
         high = _fitted(histogram, upper, powers)
         low = _fitted(histogram, 1 - upper, powers)
         lead = (high.log_density() - low.log_density()) @ powers.T
-        upper = torch.sigmoid(lead.clamp(-30, 30))  # beyond, products come out denormal, and slow
+        upper = torch.sigmoid(lead.clamp(-30, 30))  # denormal products beyond this are slow
     crossing, crosses = _crossing(low, high)
     spread = (low.variance + high.variance).sqrt()
     enough = torch.minimum(low.share, high.share) >= LEAST_SHARE
@@ -127,7 +126,7 @@ def two_peaks(histogram: Float[Tensor, "d_sae bins"], iterations: int = 20) -> T
 
 
 def otsu_split(histogram: Float[Tensor, "d_sae bins"]) -> Float[Tensor, " d_sae"]:
-    """The edge between bins at which the variance between both halves is largest, from 0 to 1.
+    """Otsu's threshold: the bin edge, from 0 to 1, of largest between-class variance.
 
     Example:
         >>> otsu_split(torch.tensor([[5.0, 4.0, 0.0, 7.0]]))
@@ -146,7 +145,7 @@ def _centres(histogram: Float[Tensor, "d_sae bins"]) -> Float[Tensor, " bins"]:
 
 
 def _fitted(histogram: Tensor, members: Tensor, powers: Tensor) -> _Component:
-    """The component with so large a part of each bin, from its moments."""
+    """The component that has the share `members` of each bin, from its moments."""
     n, first, second = ((histogram * members) @ powers).clamp_min(1e-6).unbind(1)
     mean = first / n
     variance = (second / n - mean**2).clamp_min(LEAST_WIDTH**2)
@@ -154,7 +153,7 @@ def _fitted(histogram: Tensor, members: Tensor, powers: Tensor) -> _Component:
 
 
 def _crossing(low: _Component, high: _Component) -> tuple[Tensor, Tensor]:
-    """Between the means, by bisection; and whether the likelier one changes there."""
+    """The crossing between the means, by bisection, and whether there is one."""
     constant, slope, curve = (high.log_density() - low.log_density()).unbind(1)
 
     def low_leads(at: Tensor) -> Tensor:

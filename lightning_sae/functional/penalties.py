@@ -1,8 +1,7 @@
-"""Sparsity penalties: functions of an activation, never negative, to be summed and averaged.
+"""Sparsity penalties: non-negative functions of an activation.
 
-Each is 0 for a latent that does not fire and has a finite slope there, so that what it says about
-active latents is all there is to say. `batch_penalty` sums over latents and averages over the
-batch.
+Each is 0 at 0 with a finite slope, so it is enough to evaluate it on the active latents.
+`batch_penalty` sums over latents and averages over the batch.
 """
 
 from abc import ABC, abstractmethod
@@ -15,15 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sae.checks import require_positive
 from lightning_sae.functional.sparse.code import Code
 
 
 class Penalty(ABC):
-    """What one activation costs."""
+    """Penalty of a single activation."""
 
     @abstractmethod
     def __call__(self, f: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The cost of each activation, which is not negative; 0 for 0."""
+        """The non-negative penalty of each activation; 0 for an activation of 0."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class L1(Penalty):
 
 @dataclass(frozen=True)
 class Power(Penalty):
-    r""":math:`(f + \epsilon)^p - \epsilon^p`: the p-th power, without the root.
+    r""":math:`(f + \epsilon)^p - \epsilon^p`.
 
-    Its slope at 0 is :math:`p\,\epsilon^{p-1}`, finite; for activations far above epsilon it is
-    :math:`f^p` less a constant.
+    Its slope at 0 is :math:`p\,\epsilon^{p-1}`. Far above epsilon it is :math:`f^p` minus a
+    constant.
 
     Args:
-        p: Exponent, above 0 and at most 1.
+        p: Exponent in (0, 1].
         epsilon: Activation below which the power is nearly linear.
     """
 
@@ -58,13 +58,13 @@ class Power(Penalty):
     def __post_init__(self) -> None:
         if not 0 < self.p <= 1 or self.epsilon <= 0:
             raise ValueError(
-                f"Expected `p` above 0 and at most 1, and `epsilon` above 0, but got p={self.p} "
-                f"and epsilon={self.epsilon}."
+                "Expected argument `p` to be in (0, 1] and `epsilon` to be positive but got "
+                f"p={self.p} and epsilon={self.epsilon}."
             )
 
     @override
     def __call__(self, f: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        # So written it is exact near 0, where the two terms cancel.
+        # This form is accurate near 0, where the two terms of the formula cancel.
         return self.epsilon**self.p * torch.expm1(self.p * torch.log1p(f / self.epsilon))
 
 
@@ -74,36 +74,37 @@ class Sqrt(Power):
 
     Its slope at 0 is :math:`1 / (2\sqrt\epsilon)`, 15.8 for the default.
 
-    Source: the square root in place of the L1 penalty; the shift by epsilon is this package's, for
-    a root alone has an infinite slope at 0.
+    Source: the square root in place of the L1 penalty. The shift by epsilon is an addition of this
+    package, because the slope of a plain root at 0 is infinite.
 
     Args:
-        p: One half.
+        p: Must be 0.5.
         epsilon: Activation below which the root is nearly linear.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.p != 0.5:
-            raise ValueError(f"Expected `p` of `Sqrt` to be 0.5 but got {self.p}: use `Power`.")
+            raise ValueError(
+                f"Expected argument `p` of `Sqrt` to be 0.5 but got {self.p}: use `Power`."
+            )
 
 
 @dataclass(frozen=True)
 class Log(Penalty):
     r""":math:`\log(1 + a f)`.
 
-    Source: Rajamanoharan et al., Improving dictionary learning with gated SAEs (2024), the
-    discussion of smooth penalties for plain SAEs.
+    Source: Rajamanoharan et al., Improving dictionary learning with gated SAEs (2024), discussion
+    of smooth penalties for plain SAEs.
 
     Args:
-        a: How sharply it bends; large activations cost :math:`\log a f`.
+        a: Curvature; large activations cost :math:`\log a f`.
     """
 
     a: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.a <= 0:
-            raise ValueError(f"Expected argument `a` to be positive but got {self.a}.")
+        require_positive(a=self.a)
 
     @override
     def __call__(self, f: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -112,19 +113,18 @@ class Log(Penalty):
 
 @dataclass(frozen=True)
 class Tanh(Penalty):
-    r""":math:`\tanh(c f)`: nearly a count of latents that fire well above 1/c.
+    r""":math:`\tanh(c f)`, approximately the number of latents that fire well above 1/c.
 
     Source: Conerly et al., Circuits Updates, January 2025.
 
     Args:
-        c: Inverse of the activation at which it saturates.
+        c: Inverse of the activation at which the penalty saturates.
     """
 
     c: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.c <= 0:
-            raise ValueError(f"Expected argument `c` to be positive but got {self.c}.")
+        require_positive(c=self.c)
 
     @override
     def __call__(self, f: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -134,9 +134,9 @@ class Tanh(Penalty):
 def batch_penalty(
     penalty: Penalty, f: Code, norms: Float[Tensor, " d_sae"] | None = None
 ) -> Float[Tensor, ""]:
-    r"""Mean over the batch of :math:`\sum_j p(f_j \|W_{dec,j}\|)`, norms 1 unless given.
+    r"""Mean over the batch of :math:`\sum_j p(f_j \|W_{dec,j}\|)`; norms are 1 by default.
 
-    Weighted so, no penalty is escaped by smaller activations and longer decoder rows.
+    With the norms, smaller activations with longer decoder rows do not lower the penalty.
 
     Example:
         >>> f = Code.of_matrix(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
@@ -144,20 +144,20 @@ def batch_penalty(
         tensor(3.)
     """
     costs = penalty(f.values if norms is None else f.values * f.at(norms))
-    return costs.sum() / f.shape[0]  # those of latents that do not fire are zero
+    return costs.sum() / f.shape[0]  # silent latents contribute 0
 
 
 def describe(penalty: Penalty) -> dict[str, Any]:
-    """A penalty of this package as plain values, in the words of a configuration file."""
+    """A penalty of this package as plain values, in the format of a configuration file."""
     kind = type(penalty)
     return {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": dict(vars(penalty))}
 
 
 def from_description(description: dict[str, Any]) -> Penalty:
-    """What `describe` described.
+    """The penalty that `describe` described.
 
     Raises:
-        ValueError: If it is none of this package's: no other code is run for what a file says.
+        ValueError: If it is not one of this package's penalties; a file must not run other code.
     """
     known = {f"{__name__}.{kind.__name__}": kind for kind in (L1, Power, Sqrt, Log, Tanh)}
     name = description["class_path"]
@@ -170,7 +170,7 @@ def from_description(description: dict[str, Any]) -> Penalty:
 
 
 def plain_arguments(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """An SAE's arguments as plain values: penalties as in a configuration file."""
+    """An SAE's arguments as plain values, with penalties as `describe` writes them."""
     return {
         name: describe(value) if isinstance(value, Penalty) else value
         for name, value in hparams.items()

@@ -1,12 +1,12 @@
-r"""How well a reconstruction `x_hat` stands for the activations `x`.
+r"""How well a reconstruction `x_hat` matches the activations `x`.
 
-Every number speaks of the space of the tensors given: raw activations if raw ones are given,
-scaled ones if scaled ones are given. Here :math:`x_t` and :math:`\hat x_t` are the activation and
-its reconstruction at token :math:`t` of :math:`T`, vectors of `d_in` entries. All leading axes are
-token axes. Sums are taken in float64, whatever comes in.
+Results refer to the space of the given tensors: raw activations if raw ones are given, scaled ones
+if scaled ones are given. Here :math:`x_t` and :math:`\hat x_t` are the activation and its
+reconstruction at token :math:`t` of :math:`T`, vectors of `d_in` entries. All leading axes are
+token axes. Sums are computed in float64 for inputs of any dtype.
 
-Each metric is three functions: `_x_update` turns tensors into sums and counts, `_x_compute` turns
-sums and counts into the number, and the public function is one after the other.
+Each metric has three functions: `_x_update` computes sums and counts from tensors, `_x_compute`
+computes the result from those, and the public function calls both.
 """
 
 from jaxtyping import Float, Int
@@ -18,12 +18,11 @@ Count = int | Int[Tensor, ""]
 def _float64_tokens(
     x: Float[Tensor, "... d_in"], x_hat: Float[Tensor, "... d_in"]
 ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_in"]]:
-    """Check the shapes and put all token axes into one, in float64."""
+    """Check the shapes, flatten the token axes and convert to float64."""
     if x.ndim == 0 or x.shape != x_hat.shape:
         raise ValueError(
-            "Expected `x` and `x_hat` to have one shape [..., d_in], but got "
-            f"{tuple(x.shape)} and {tuple(x_hat.shape)}: pass the reconstruction of exactly "
-            "these activations"
+            "Expected arguments `x` and `x_hat` to have the same shape [..., d_in] but got "
+            f"{tuple(x.shape)} and {tuple(x_hat.shape)}: pass the reconstruction of `x`."
         )
     d_in = x.shape[-1]
     return x.reshape(-1, d_in).double(), x_hat.reshape(-1, d_in).double()
@@ -45,8 +44,8 @@ def mse(x: Float[Tensor, "... d_in"], x_hat: Float[Tensor, "... d_in"]) -> Float
 
     .. math:: \frac{1}{T} \sum_t \|x_t - \hat x_t\|^2
 
-    The unit is that of the activations, squared. It is `d_in` times the "mean squared error" of
-    libraries that average over `d_in` too.
+    In squared units of the activations. It is `d_in` times the "mean squared error" of libraries
+    that also average over `d_in`.
 
     Args:
         x: Activations, shape `[..., d_in]`.
@@ -89,16 +88,16 @@ def fvu(x: Float[Tensor, "... d_in"], x_hat: Float[Tensor, "... d_in"]) -> Float
     .. math:: \frac{\sum_t \|x_t - \hat x_t\|^2}{\sum_t \|x_t - \bar x\|^2},
         \qquad \bar x = \frac{1}{T} \sum_t x_t
 
-    A pure number: 0 is perfect, 1 is what the constant :math:`\bar x` achieves. Numerator and
-    denominator are each summed over all tokens and over `d_in`, so it is neither a mean over
-    tokens nor over dimensions.
+    Dimensionless: 0 is perfect, 1 is the value for the constant :math:`\bar x`. Numerator and
+    denominator are each summed over all tokens and over `d_in`; it is not a mean of ratios over
+    tokens or dimensions.
 
     Args:
         x: Activations, shape `[..., d_in]`.
         x_hat: Their reconstruction, same shape.
 
     Returns:
-        A float64 scalar; without meaning where `x` does not vary (one token, constant `x`).
+        A float64 scalar; meaningless if `x` does not vary (one token, constant `x`).
 
     Raises:
         ValueError: If the two shapes differ.
@@ -115,11 +114,11 @@ def fvu(x: Float[Tensor, "... d_in"], x_hat: Float[Tensor, "... d_in"]) -> Float
 def explained_variance(
     x: Float[Tensor, "... d_in"], x_hat: Float[Tensor, "... d_in"]
 ) -> Float[Tensor, ""]:
-    r"""Share of the variance explained, one minus :func:`fvu`.
+    r"""Fraction of variance explained, one minus :func:`fvu`.
 
     .. math:: 1 - \frac{\sum_t \|x_t - \hat x_t\|^2}{\sum_t \|x_t - \bar x\|^2}
 
-    A pure number: 1 is perfect, 0 is what the constant mean achieves. A constant offset of
+    Dimensionless: 1 is perfect, 0 is the value for the constant mean. A constant offset of
     `x_hat` counts as error.
 
     Args:
@@ -127,7 +126,7 @@ def explained_variance(
         x_hat: Their reconstruction, same shape.
 
     Returns:
-        A float64 scalar; without meaning where `x` does not vary.
+        A float64 scalar; meaningless if `x` does not vary.
 
     Raises:
         ValueError: If the two shapes differ.
@@ -155,13 +154,13 @@ def _l2_ratio_compute(sum_norm_ratio: Float[Tensor, ""], num_nonzero: Count) -> 
 
 
 def l2_ratio(x: Float[Tensor, "... d_in"], x_hat: Float[Tensor, "... d_in"]) -> Float[Tensor, ""]:
-    r"""Length of the reconstruction relative to the activation, averaged over tokens.
+    r"""Norm of the reconstruction relative to that of the activation, averaged over tokens.
 
     .. math:: \frac{1}{T} \sum_t \frac{\|\hat x_t\|}{\|x_t\|}
 
-    A pure number. It falls below 1 both when activations are shrunk and when directions are
+    Dimensionless. It falls below 1 both when activations are shrunk and when directions are
     wrong; :func:`relative_reconstruction_bias` separates the two. Tokens with
-    :math:`\|x_t\| = 0` are left out of sum and count. Source: Wright and Sharkey, "Addressing
+    :math:`\|x_t\| = 0` are ignored. Source: Wright and Sharkey, "Addressing
     Feature Suppression in SAEs" (2024).
 
     Args:
@@ -169,7 +168,7 @@ def l2_ratio(x: Float[Tensor, "... d_in"], x_hat: Float[Tensor, "... d_in"]) -> 
         x_hat: Their reconstruction, same shape.
 
     Returns:
-        A float64 scalar; NaN if no token has a length.
+        A float64 scalar; NaN if all activations are zero.
 
     Raises:
         ValueError: If the two shapes differ.
@@ -199,15 +198,15 @@ def _relative_reconstruction_bias_compute(
 def relative_reconstruction_bias(
     x: Float[Tensor, "... d_in"], x_hat: Float[Tensor, "... d_in"]
 ) -> Float[Tensor, ""]:
-    r"""The factor by which reconstructions are too long: dividing by it gives the least error.
+    r"""Factor by which reconstructions are too long: dividing by it minimizes the error.
 
     .. math:: \gamma = \arg\min_{\gamma'} \sum_t \|\hat x_t / \gamma' - x_t\|^2
         = \frac{\sum_t \|\hat x_t\|^2}{\sum_t x_t \cdot \hat x_t}
 
-    A pure number: 1 means no shrinkage, less than 1 shrinkage; :math:`\hat x = \alpha x` gives
+    Dimensionless: 1 means no shrinkage, less than 1 shrinkage; :math:`\hat x = \alpha x` gives
     :math:`\alpha`. Unlike :func:`l2_ratio` it is 1 for an orthogonal projection of `x`, which is
-    shorter than `x` but better not made longer. Source: Rajamanoharan et al., "Improving
-    Dictionary Learning with Gated Sparse Autoencoders" (2024), in the corrected form.
+    shorter than `x` although rescaling would not improve it. Source: Rajamanoharan et al.,
+    "Improving Dictionary Learning with Gated Sparse Autoencoders" (2024), in the corrected form.
 
     Args:
         x: Activations, shape `[..., d_in]`.
@@ -255,15 +254,15 @@ def cosine_similarity(
 
     .. math:: \frac{1}{T} \sum_t \frac{x_t \cdot \hat x_t}{\|x_t\| \, \|\hat x_t\|}
 
-    A pure number from -1 to 1. Tokens with :math:`\|x_t\| = 0` are left out of sum and count;
-    a zero reconstruction of a non-zero activation counts as cosine 0.
+    From -1 to 1. Tokens with :math:`\|x_t\| = 0` are ignored; a zero reconstruction of a nonzero
+    activation counts as cosine 0.
 
     Args:
         x: Activations, shape `[..., d_in]`.
         x_hat: Their reconstruction, same shape.
 
     Returns:
-        A float64 scalar; NaN if no token has a length.
+        A float64 scalar; NaN if all activations are zero.
 
     Raises:
         ValueError: If the two shapes differ.

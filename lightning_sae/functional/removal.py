@@ -1,10 +1,9 @@
 """Removing the lowest activations of a trained SAE's latents.
 
-What is kept stays as it is: every function here only sets entries to zero. A latent fires where its
-activation is above zero; one that does not fire is never counted. Source of the ways to remove:
-Riggs, Improving SAE's by Sqrt()-ing L1 and removing lowest activating features (2024). Three of the
-four are thresholds, one for each latent or one for all, which `Firings` gives for a share to be
-removed.
+Every function here only sets entries to zero. A latent fires where its activation is above zero;
+only firings are counted. Source of the four methods: Riggs, Improving SAE's by Sqrt()-ing L1 and
+removing lowest activating features (2024). Three of them are thresholds, per latent or global,
+which `Firings` computes for a given share of firings to remove.
 """
 
 from collections.abc import Iterable
@@ -14,15 +13,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_sae.checks import require_not_negative
+
 
 def without_below(
     f: Float[Tensor, "... d_sae"], threshold: float | Float[Tensor, " d_sae"]
 ) -> Float[Tensor, "... d_sae"]:
-    """Latent activations with those below a threshold set to zero; one that is equal stays.
+    """Set activations strictly below a threshold to zero.
 
     Args:
         f: Latent activations, at least 0.
-        threshold: In the units of `f`, one for all latents or for each its own.
+        threshold: One for all latents or one per latent, in the units of `f`.
 
     Example:
         >>> without_below(torch.tensor([0.1, 0.5, 2.0]), 0.5)
@@ -34,12 +35,12 @@ def without_below(
 def without_lowest(
     f: Float[Tensor, "... d_sae"], k: int, ranks: Int[Tensor, "... d_sae"] | None = None
 ) -> Float[Tensor, "... d_sae"]:
-    """Latent activations with the k lowest of each token set to zero, or all if it has no more.
+    """Set the k lowest firings of each token to zero, or all if it has at most k.
 
     Args:
         f: Latent activations, at least 0.
-        k: How many firings each token loses; of equal ones those of earlier latents.
-        ranks: `ranks_among_firing(f)`, where that is known already.
+        k: Firings to remove per token; ties are broken in favor of removing earlier latents.
+        ranks: `ranks_among_firing(f)`, if already computed.
 
     Raises:
         ValueError: If `k` is negative.
@@ -48,16 +49,15 @@ def without_lowest(
         >>> without_lowest(torch.tensor([[0.1, 0.0, 2.0, 0.1]]), k=1)
         tensor([[0.0000, 0.0000, 2.0000, 0.1000]])
     """
-    if k < 0:
-        raise ValueError(f"Expected argument `k` to be at least 0 but got {k}.")
+    require_not_negative(k=k)
     return f * ((ranks_among_firing(f) if ranks is None else ranks) >= k)
 
 
 def ranks_among_firing(f: Float[Tensor, "... d_sae"]) -> Int[Tensor, "... d_sae"]:
-    """How many firings of the same token come before each one, from the lowest on.
+    """Rank of each firing among those of the same token, with 0 for the lowest.
 
-    Equal activations come in the order of their latents, so that no two firings of a token share a
-    rank. Latents that do not fire have rank 0.
+    Equal activations are ranked in the order of their latents, so ranks are distinct. Latents that
+    do not fire have rank 0.
 
     Example:
         >>> ranks_among_firing(torch.tensor([[0.5, 0.0, 2.0, 0.1]]))
@@ -65,20 +65,20 @@ def ranks_among_firing(f: Float[Tensor, "... d_sae"]) -> Int[Tensor, "... d_sae"
     """
     fires = f > 0
     n_silent = (~fires).sum(-1, keepdim=True)
-    order = f.sort(dim=-1, stable=True).indices  # those that do not fire stand first
+    order = f.sort(dim=-1, stable=True).indices  # silent latents come first
     place = torch.arange(f.shape[-1], device=f.device).expand_as(f)
     ranks = torch.zeros(f.shape, dtype=torch.int32, device=f.device)
     return ranks.scatter_(-1, order, (place - n_silent).to(torch.int32)) * fires
 
 
 class Firings(NamedTuple):
-    """How strongly latents fire on some text: what levels of removal follow from.
+    """All firings on some text, from which thresholds for removal are computed.
 
     Attributes:
-        maxima: Largest activation of each latent; 0 for one that never fired.
-        values: All activations above 0, latent by latent, each latent's from low to high.
-        counts: How many of them are each latent's.
-        per_token: How many latents fire on each token.
+        maxima: Largest activation of each latent; 0 if it never fired.
+        values: All activations above 0, grouped by latent and sorted in increasing order.
+        counts: Number of firings of each latent.
+        per_token: Number of latents that fire on each token.
     """
 
     maxima: Float[Tensor, " d_sae"]
@@ -87,44 +87,44 @@ class Firings(NamedTuple):
     per_token: Int[Tensor, " tokens"]
 
     def global_threshold(self, share: float) -> float:
-        """The threshold below which lies a share of all firings.
+        """The threshold below which a share of all firings lies.
 
         Args:
-            share: From 0 to below 1.
+            share: Share in [0, 1).
         """
         return float(_lowest_kept(self.values, share))
 
     def quantile_thresholds(self, share: float) -> Float[Tensor, " d_sae"]:
-        """Thresholds below each of which lies a share of its latent's firings, rounded down.
+        """Thresholds below which a share of each latent's firings lies, rounded down.
 
         Args:
-            share: From 0 to below 1.
+            share: Share in [0, 1).
 
         Returns:
-            In the units of the latents; 0 for a latent that never fired.
+            Thresholds in the units of the latents; 0 for a latent that never fired.
         """
         starts = self.counts.cumsum(0) - self.counts
         kept_from = starts + (_checked(share) * self.counts).long()
-        # A latent without firings may point behind the last value: it gets a 0.
+        # The index of a latent without firings may be past the end.
         padded = torch.cat([self.values, self.values.new_zeros(1)])
         return padded[kept_from] * (self.counts > 0)
 
     def share_of_maximum(self, share: float) -> float:
-        """The share of each latent's maximum below which lies a share of all firings.
+        """The fraction of each latent's maximum below which a share of all firings lies.
 
         Args:
-            share: From 0 to below 1.
+            share: Share in [0, 1).
         """
         maxima = self.maxima.repeat_interleave(self.counts)
         return float(_lowest_kept(self.values / maxima, share))
 
     def lowest_per_token(self, share: float) -> int:
-        """How many of a token's firings have to go so that a share of all firings does.
+        """Firings to remove per token so that a share of all firings is removed.
 
-        Tokens that have fewer lose all they have. Of whole numbers it is the nearest.
+        Tokens with fewer firings lose all of them. The result is the closest integer.
 
         Args:
-            share: From 0 to below 1.
+            share: Share in [0, 1).
         """
         tokens_with = torch.bincount(self.per_token).flip(0).cumsum(0).flip(0)[1:].double()
         removed = torch.cat([tokens_with.new_zeros(1), tokens_with.cumsum(0)])
@@ -132,7 +132,7 @@ class Firings(NamedTuple):
 
 
 def firings(batches: Iterable[Float[Tensor, "_ d_sae"]]) -> Firings:
-    """Gather all activations above 0; they are kept, so memory grows with tokens times L0.
+    """Collect all activations above 0; memory grows with tokens times L0.
 
     Args:
         batches: Latent activations.
@@ -159,12 +159,12 @@ def firings(batches: Iterable[Float[Tensor, "_ d_sae"]]) -> Firings:
 
 
 def _lowest_kept(values: Float[Tensor, " n"], share: float) -> Float[Tensor, ""]:
-    """What is lowest when a share of the values, the lowest, has gone."""
+    """The lowest value that is left after removing the lowest share of the values."""
     n_gone = int(_checked(share) * len(values))
     return values.kthvalue(n_gone + 1).values if len(values) else values.new_zeros(())
 
 
 def _checked(share: float) -> float:
     if not 0 <= share < 1:
-        raise ValueError(f"Expected argument `share` to be from 0 to below 1 but got {share}.")
+        raise ValueError(f"Expected argument `share` to be in [0, 1) but got {share}.")
     return share

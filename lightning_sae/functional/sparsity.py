@@ -1,11 +1,11 @@
-r"""How many latents fire, and how often each one does.
+r"""How many latents fire, and how often.
 
 Here :math:`f_{tj}` is latent :math:`j` of `d_sae` at token :math:`t` of :math:`T`. A latent fires
-on a token if its value is not zero. All leading axes are token axes. Scaling latents by a positive
-number changes none of these figures, so raw and scaled spaces give the same.
+on a token if its value is nonzero. All leading axes are token axes. Results do not change if
+latents are scaled by a positive number, so raw and scaled spaces agree.
 
-Each metric is three functions: `_x_update` turns tensors into counts, `_x_compute` turns counts
-into the number, and the public function is one after the other.
+Each metric has three functions: `_x_update` computes counts from tensors, `_x_compute` computes the
+result from those, and the public function calls both.
 """
 
 import torch
@@ -16,11 +16,11 @@ Count = int | Int[Tensor, ""]
 
 
 def _tokens(f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "tokens d_sae"]:
-    """Put all token axes into one."""
+    """Flatten the token axes."""
     if f.ndim == 0:
         raise ValueError(
-            "Expected `f` to have shape [..., d_sae], but got a scalar: pass the latents of at "
-            "least one token"
+            "Expected argument `f` to have shape [..., d_sae] but got a scalar: pass the latents "
+            "of at least one token."
         )
     return f.reshape(-1, f.shape[-1])
 
@@ -35,11 +35,9 @@ def _l0_compute(num_active: Int[Tensor, ""], num_tokens: Count) -> Float[Tensor,
 
 
 def l0(f: Float[Tensor, "... d_sae"]) -> Float[Tensor, ""]:
-    r"""Number of latents that fire, averaged over tokens.
+    r"""Mean number of latents that fire on a token.
 
     .. math:: \frac{1}{T} \sum_t \sum_j [f_{tj} \neq 0]
-
-    The unit is latents per token.
 
     Args:
         f: Latent activations, shape `[..., d_sae]`.
@@ -74,8 +72,6 @@ def feature_frequency(f: Float[Tensor, "... d_sae"]) -> Float[Tensor, " d_sae"]:
 
     .. math:: p_j = \frac{1}{T} \sum_t [f_{tj} \neq 0]
 
-    A pure number from 0 to 1 for each latent.
-
     Args:
         f: Latent activations, shape `[..., d_sae]`.
 
@@ -97,17 +93,17 @@ def _dead_fraction_compute(
     num_firings: Int[Tensor, " d_sae"], num_tokens: Count
 ) -> Float[Tensor, ""]:
     frequency = _feature_frequency_compute(num_firings, num_tokens)
-    # With no tokens nothing is known: NaN, not "all are dead".
+    # Without tokens nothing is known: NaN, not 1.
     return (frequency == 0).double().masked_fill(frequency.isnan(), torch.nan).mean()
 
 
 def dead_fraction(f: Float[Tensor, "... d_sae"]) -> Float[Tensor, ""]:
-    r"""Share of latents that fire on none of the tokens given.
+    r"""Share of latents that fire on none of the tokens.
 
     .. math:: \frac{1}{d_\text{sae}} \sum_j [p_j = 0]
 
-    A pure number from 0 to 1, with :math:`p_j` as in :func:`feature_frequency`. It falls as more
-    tokens are seen, so compare it at equal numbers of tokens only.
+    With :math:`p_j` as in :func:`feature_frequency`. It falls as the number of tokens grows, so
+    compare it only at equal numbers of tokens.
 
     Args:
         f: Latent activations, shape `[..., d_sae]`.
@@ -138,18 +134,18 @@ def frequency_below(f: Float[Tensor, "... d_sae"], threshold: float = 1e-5) -> F
 
     .. math:: \frac{1}{d_\text{sae}} \sum_j [p_j < \text{threshold}]
 
-    A pure number from 0 to 1, with :math:`p_j` as in :func:`feature_frequency`. Latents that never
-    fire are among them. With fewer than `1 / threshold` tokens only those are.
+    With :math:`p_j` as in :func:`feature_frequency`. Latents that never fire count; with fewer
+    than `1 / threshold` tokens only those do.
 
     Args:
         f: Latent activations, shape `[..., d_sae]`.
-        threshold: Frequency, share of tokens.
+        threshold: Frequency as a share of tokens, in (0, 1].
 
     Returns:
         A float64 scalar; NaN for no tokens.
 
     Raises:
-        ValueError: If `f` is a scalar or `threshold` is not between 0 and 1.
+        ValueError: If `f` is a scalar or `threshold` is not in (0, 1].
 
     Example:
         >>> import torch
@@ -166,6 +162,6 @@ def frequency_below(f: Float[Tensor, "... d_sae"], threshold: float = 1e-5) -> F
 def _check_threshold(threshold: float) -> None:
     if not 0 < threshold <= 1:
         raise ValueError(
-            f"Expected `threshold` to be a share of tokens above 0 and at most 1, but got "
-            f"{threshold}: a usual value is 1e-5"
+            f"Expected argument `threshold` to be in (0, 1] but got {threshold}: it is a share of "
+            "tokens, for example 1e-5."
         )

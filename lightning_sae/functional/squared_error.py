@@ -1,4 +1,4 @@
-"""The squared error that training minimises, in as few passes over the batch as it takes."""
+"""The squared error that training minimizes, with few passes over the batch."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def squared_errors(
 ) -> Float[Tensor, " batch"]:
     r"""Squared error of each row, :math:`\|x - \hat x\|^2`, in the precision of `x`.
 
-    The difference is taken once and serves value and gradient. For a metric see
+    The difference is computed once for value and gradient. As a metric use
     `lightning_sae.functional.mse`, which sums in float64.
 
     Example:

@@ -1,4 +1,4 @@
-"""The numbers: torchmetrics, each a thin state over functions of `lightning_sae.functional`."""
+"""torchmetrics of SAEs; the formulas are functions in `lightning_sae.functional`."""
 
 from lightning_sae.metrics.held_out import held_out_metrics
 from lightning_sae.metrics.reconstruction import (

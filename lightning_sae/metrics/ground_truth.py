@@ -1,9 +1,9 @@
-"""How well latents speak of known features, accumulated over batches and ranks.
+"""How well latents recover known features, accumulated over batches and ranks.
 
-Each is made for one set of weights, for which latent is held against which feature follows from
-the decoder: make them anew for each evaluation, as `ground_truth_metrics` does. Latents are to be
-in the units of the magnitudes, as `encode` gives them. Formulas and edge cases stand with the
-functions of the same name in `lightning_sae.functional.ground_truth`.
+The metrics depend on the decoder, which determines how latents and features are matched: create new
+ones for each evaluation, as `ground_truth_metrics` does. Latents must be in the units of the
+magnitudes, as `encode` returns them. Edge cases are documented with the functions of the same name
+in `lightning_sae.functional.ground_truth`.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from lightning_sae.checks import require_positive
 from lightning_sae.functional.ground_truth import (
     _absorption_compute,
     _absorption_update,
@@ -28,11 +29,11 @@ from lightning_sae.functional.ground_truth import (
     _shrinkage_update,
 )
 from lightning_sae.functional.matching import best_features, best_latents, duplicates
-from lightning_sae.metrics.base import SumsAndCounts, require_last_axis, require_positive
+from lightning_sae.metrics.base import SumsAndCounts, require_last_axis
 
 
 class _Detection(SumsAndCounts):
-    """Firings of latents, of their features, and of both: what the metrics below share."""
+    """Firing counts of latents, features and both, the state of the metrics below."""
 
     is_differentiable = False
 
@@ -56,12 +57,12 @@ class _Detection(SumsAndCounts):
 
 
 class DetectionPrecision(_Detection):
-    r"""Share of each latent's firings on which its feature fires too.
+    r"""Precision of each latent as a detector: share of its firings where its feature fires.
 
     .. math:: P_j = \frac{\sum_t [f_{tj} \neq 0][a_{ti} \neq 0]}{\sum_t [f_{tj} \neq 0]},
         \qquad i = \text{matching}_j
 
-    A number from 0 to 1 for each latent, NaN for one that did not fire.
+    `compute` returns shape `[d_sae]`; NaN for a latent that did not fire.
 
     Args:
         matching: Feature of each latent, shape `[d_sae]`.
@@ -82,12 +83,12 @@ class DetectionPrecision(_Detection):
 
 
 class DetectionRecall(_Detection):
-    r"""Share of the firings of each latent's feature on which the latent fires too.
+    r"""Recall of each latent as a detector: share of its feature's firings where it fires.
 
     .. math:: R_j = \frac{\sum_t [f_{tj} \neq 0][a_{ti} \neq 0]}{\sum_t [a_{ti} \neq 0]},
         \qquad i = \text{matching}_j
 
-    A number from 0 to 1 for each latent, NaN where its feature did not fire.
+    `compute` returns shape `[d_sae]`; NaN where the feature did not fire.
 
     Args:
         matching: Feature of each latent, shape `[d_sae]`.
@@ -113,7 +114,7 @@ class DetectionF1(_Detection):
     .. math:: F_j = \frac{2 \sum_t [f_{tj} \neq 0][a_{ti} \neq 0]}
         {\sum_t [f_{tj} \neq 0] + \sum_t [a_{ti} \neq 0]}, \qquad i = \text{matching}_j
 
-    A number from 0 to 1 for each latent; NaN where neither fired.
+    `compute` returns shape `[d_sae]`; NaN where neither fired.
 
     Args:
         matching: Feature of each latent, shape `[d_sae]`.
@@ -129,18 +130,18 @@ class DetectionF1(_Detection):
     higher_is_better = True
 
     def compute(self) -> Float[Tensor, " d_sae"]:
-        """Means over all samples seen."""
+        """F1 over all samples seen."""
         return _f1_compute(self.num_both, self.num_firings, self.num_present)
 
 
 class DuplicateFraction(_Detection):
-    r"""Share of living latents that are held against the same feature as another living one.
+    r"""Share of living latents whose matched feature is also that of another living latent.
 
     .. math:: \frac{|\{j \in A : \exists k \in A \setminus \{j\},\
         \text{matching}_k = \text{matching}_j\}|}{|A|}, \qquad
         A = \{j : \sum_t [f_{tj} \neq 0] > 0\}
 
-    A pure number from 0 to 1; NaN where no latent fired.
+    NaN if no latent fired.
 
     Args:
         matching: Feature of each latent, shape `[d_sae]`.
@@ -155,19 +156,19 @@ class DuplicateFraction(_Detection):
     higher_is_better = False
 
     def compute(self) -> Float[Tensor, ""]:
-        """Share of the latents that have fired."""
+        """Share of duplicates among the latents that have fired."""
         alive = self.num_firings > 0
         return duplicates(self.matching, alive).sum().double() / alive.sum()
 
 
 class Shrinkage(SumsAndCounts):
-    r"""Magnitude that each latent says its feature has, relative to the true one.
+    r"""Magnitude that each latent implies for its feature, relative to the true one.
 
     .. math:: s_j = \frac{\sum_{t \in T} f_{tj}\, W_j \cdot d_i}{\sum_{t \in T} a_{ti}}, \qquad
         T = \{t : f_{tj} \neq 0,\ a_{ti} \neq 0\}, \quad i = \text{matching}_j
 
-    A pure number for each latent: 1 is right, below 1 is shrinkage, NaN where latent and feature
-    never fired together.
+    `compute` returns shape `[d_sae]`: 1 is unbiased, below 1 is shrinkage, NaN where latent and
+    feature never fired together.
 
     Args:
         W_dec: Decoder rows, shape `[d_sae, d_in]`.
@@ -217,18 +218,18 @@ class Shrinkage(SumsAndCounts):
 
 
 class Absorption(SumsAndCounts):
-    r"""Share of a child's firings beside its parent on which the parent's latent is silent.
+    r"""Share of samples where parent and child fire on which the parent's latent is silent.
 
     .. math:: A = \frac{\sum_t [a_{tp} \neq 0][a_{tc} \neq 0][f_{tj} = 0]}
         {\sum_t [a_{tp} \neq 0][a_{tc} \neq 0]}, \qquad j = \text{latents}_p
 
-    A number from 0 to 1 for each pair; NaN where there was no such sample. `with_child=False` is
-    what to compare with: the share where the parent fires and the child does not.
+    `compute` returns shape `[pairs]`; NaN where there was no such sample. `with_child=False` is the
+    baseline: the share over samples where the parent fires and the child does not.
 
     Args:
         pairs: Parent p and child c, shape `[pairs, 2]`.
         latents: Latent of each feature, shape `[n_features]`.
-        with_child: Whether the child fires, or does not.
+        with_child: Whether to count samples where the child fires, or those where it does not.
         kwargs: As for every `torchmetrics.Metric`.
 
     Example:
@@ -277,11 +278,11 @@ class Absorption(SumsAndCounts):
 
 
 class ActivationMCC(SumsAndCounts):
-    r"""Mean |correlation| of activations and magnitudes over their best one-to-one matching.
+    r"""Mean |correlation| of latents and magnitudes over the best one-to-one matching.
 
     .. math:: \max_\pi \frac{1}{n} \sum_{(j, i) \in \pi} |\mathrm{corr}_t(f_{tj}, a_{ti})|
 
-    A pure number from 0 to 1. The state is a matrix `[d_sae, n_features]` in float64.
+    From 0 to 1. The state includes a matrix `[d_sae, n_features]` in float64.
 
     Args:
         d_sae: Number of latents.
@@ -310,8 +311,8 @@ class ActivationMCC(SumsAndCounts):
 
     def __init__(self, d_sae: int, n_features: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.d_sae = require_positive("d_sae", d_sae)
-        self.n_features = require_positive("n_features", n_features)
+        require_positive(d_sae=d_sae, n_features=n_features)
+        self.d_sae, self.n_features = d_sae, n_features
         for name, size in (("f", d_sae), ("a", n_features)):
             self.add_sum(f"sum_{name}", size)
             self.add_sum(f"sum_{name}_squared", size)
@@ -343,18 +344,18 @@ def ground_truth_metrics(
     features: Float[Tensor, "n_features d_in"],
     pairs: Sequence[tuple[int, int]] = (),
 ) -> MetricCollection:
-    """The metrics of one SAE on a toy world, updated together with `update(f=f, magnitudes=a)`.
+    """The metrics of an SAE on toy data, updated by `update(f=f, magnitudes=magnitudes)`.
 
-    Each latent is held against the feature that its decoder row points along most, and each
-    feature of a pair has the latent that points along it most. `precision`, `recall`, `f1` and
-    `shrinkage` are of shape `[d_sae]`, `absorption` and `absorption_baseline` of shape `[pairs]`,
-    the latter where the child does not fire; `duplicate_fraction` is a scalar. torchmetrics makes
-    scalars of what has one entry.
+    Each latent is matched with the feature of largest cosine with its decoder row, and each feature
+    of a pair with the latent of largest cosine. `precision`, `recall`, `f1` and `shrinkage` have
+    shape `[d_sae]`; `absorption` and `absorption_baseline`, which counts samples where the child
+    does not fire, have shape `[pairs]`; `duplicate_fraction` is a scalar. torchmetrics squeezes
+    results with one entry to scalars.
 
     Args:
         W_dec: Decoder rows, shape `[d_sae, d_in]`.
         features: Directions, shape `[n_features, d_in]`.
-        pairs: Pairs of a parent and a child, as `ToyDataModule.pairs`.
+        pairs: Pairs of parent and child, as `ToyDataModule.pairs`.
 
     Example:
         >>> from lightning_sae import ReLUSAE, ToyDataModule

@@ -14,9 +14,9 @@ from lightning_sae.metrics.sparsity import L0, DeadFraction, FeatureFrequency, F
 
 
 def held_out_metrics(d_in: int, d_sae: int) -> MetricCollection:
-    """The metrics of one SAE, to be updated together with `update(x=x, x_hat=x_hat, f=f)`.
+    """The metrics of an SAE, updated by `update(x=x, x_hat=x_hat, f=f)`.
 
-    All but `frequency`, of shape `[d_sae]`, are scalars. Metrics with the same sums share them.
+    All are scalars except `frequency`, of shape `[d_sae]`. Metrics with equal states share them.
 
     Args:
         d_in: Width of the activations.

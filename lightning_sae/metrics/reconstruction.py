@@ -1,7 +1,7 @@
-"""How well reconstructions stand for activations, accumulated over batches and ranks.
+"""How well reconstructions match activations, accumulated over batches and ranks.
 
-Each speaks of the space of the tensors given: raw activations if raw ones are given. Formulas and
-edge cases stand with the functions of the same name in `lightning_sae.functional`.
+Results refer to the space of the given tensors: raw activations if raw ones are given. Edge cases
+are documented with the functions of the same name in `lightning_sae.functional`.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sae.checks import require_positive
 from lightning_sae.functional.reconstruction import (
     _cosine_similarity_compute,
     _cosine_similarity_update,
@@ -21,7 +22,7 @@ from lightning_sae.functional.reconstruction import (
     _relative_reconstruction_bias_compute,
     _relative_reconstruction_bias_update,
 )
-from lightning_sae.metrics.base import SumsAndCounts, require_last_axis, require_positive
+from lightning_sae.metrics.base import SumsAndCounts, require_last_axis
 
 
 class MSE(SumsAndCounts):
@@ -30,7 +31,7 @@ class MSE(SumsAndCounts):
     .. math:: \frac{1}{T} \sum_t \|x_t - \hat x_t\|^2
 
     :math:`x_t` and :math:`\hat x_t` are activation and reconstruction at token :math:`t` of
-    :math:`T`. The unit is that of the activations given, squared.
+    :math:`T`. In squared units of the activations.
 
     Args:
         kwargs: As for every `torchmetrics.Metric`.
@@ -65,15 +66,14 @@ class MSE(SumsAndCounts):
 
 
 class FVU(SumsAndCounts):
-    r"""Fraction of variance unexplained, of all tokens seen together.
+    r"""Fraction of variance unexplained.
 
     .. math:: \frac{\sum_t \|x_t - \hat x_t\|^2}{\sum_t \|x_t - \bar x\|^2},
         \qquad \bar x = \frac{1}{T} \sum_t x_t
 
     :math:`x_t` and :math:`\hat x_t` are activation and reconstruction at token :math:`t` of
-    :math:`T`. The mean :math:`\bar x` is that of the whole set, not of a batch, so that the result
-    does not depend on how the set was cut into batches. A pure number: 0 is perfect, 1 is what the
-    constant mean achieves.
+    :math:`T`. The mean :math:`\bar x` is over all tokens seen, so the result does not depend on the
+    batches. Dimensionless: 0 is perfect, 1 is the value for the constant mean.
 
     Args:
         d_in: Width of the activations.
@@ -101,7 +101,8 @@ class FVU(SumsAndCounts):
 
     def __init__(self, d_in: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.d_in = require_positive("d_in", d_in)
+        require_positive(d_in=d_in)
+        self.d_in = d_in
         self.add_sum("squared_error")
         self.add_sum("sum_x_squared")
         self.add_sum("sum_x", d_in)
@@ -118,11 +119,11 @@ class FVU(SumsAndCounts):
 
 
 class ExplainedVariance(FVU):
-    r"""Share of the variance explained, one minus :class:`FVU`, with which it shares its states.
+    r"""Fraction of variance explained, one minus :class:`FVU`, with the same states.
 
     .. math:: 1 - \frac{\sum_t \|x_t - \hat x_t\|^2}{\sum_t \|x_t - \bar x\|^2}
 
-    Symbols as for :class:`FVU`. A pure number: 1 is perfect, 0 is what the constant mean achieves.
+    Symbols as in :class:`FVU`. Dimensionless: 1 is perfect, 0 is the value for the constant mean.
 
     Args:
         d_in: Width of the activations.
@@ -147,13 +148,13 @@ class ExplainedVariance(FVU):
 
 
 class L2Ratio(SumsAndCounts):
-    r"""Length of the reconstruction relative to the activation, averaged over tokens.
+    r"""Norm of the reconstruction relative to that of the activation, averaged over tokens.
 
     .. math:: \frac{1}{T} \sum_t \frac{\|\hat x_t\|}{\|x_t\|}
 
     :math:`x_t` and :math:`\hat x_t` are activation and reconstruction at token :math:`t` of
-    :math:`T`. Tokens with :math:`\|x_t\| = 0` are left out of sum and count. A pure number; wrong
-    directions lower it as well as shrinkage, see :class:`RelativeReconstructionBias`.
+    :math:`T`. Tokens with :math:`\|x_t\| = 0` are ignored. Dimensionless; both shrinkage and wrong
+    directions lower it, see :class:`RelativeReconstructionBias`.
 
     Args:
         kwargs: As for every `torchmetrics.Metric`.
@@ -182,18 +183,18 @@ class L2Ratio(SumsAndCounts):
         self.accumulate(*_l2_ratio_update(x, x_hat))
 
     def compute(self) -> Float[Tensor, ""]:
-        """Mean over all tokens seen that have a length."""
+        """Mean over all tokens seen with nonzero activations."""
         return _l2_ratio_compute(self.sum_norm_ratio, self.num_nonzero_tokens)
 
 
 class RelativeReconstructionBias(SumsAndCounts):
-    r"""The factor by which reconstructions are too long: dividing by it gives the least error.
+    r"""Factor by which reconstructions are too long: dividing by it minimizes the error.
 
     .. math:: \gamma = \arg\min_{\gamma'} \sum_t \|\hat x_t / \gamma' - x_t\|^2
         = \frac{\sum_t \|\hat x_t\|^2}{\sum_t x_t \cdot \hat x_t}
 
-    :math:`x_t` and :math:`\hat x_t` are activation and reconstruction at token :math:`t`. A pure
-    number: 1 means no shrinkage, less than 1 shrinkage; :math:`\hat x = \alpha x` gives
+    :math:`x_t` and :math:`\hat x_t` are activation and reconstruction at token :math:`t`.
+    Dimensionless: 1 means no shrinkage, less than 1 shrinkage; :math:`\hat x = \alpha x` gives
     :math:`\alpha`. Source: Rajamanoharan et al., "Improving Dictionary Learning with Gated Sparse
     Autoencoders" (2024), in the corrected form.
 
@@ -234,8 +235,8 @@ class CosineSimilarity(SumsAndCounts):
     .. math:: \frac{1}{T} \sum_t \frac{x_t \cdot \hat x_t}{\|x_t\| \, \|\hat x_t\|}
 
     :math:`x_t` and :math:`\hat x_t` are activation and reconstruction at token :math:`t` of
-    :math:`T`. Tokens with :math:`\|x_t\| = 0` are left out of sum and count; a zero reconstruction
-    counts as cosine 0. A pure number from -1 to 1.
+    :math:`T`. Tokens with :math:`\|x_t\| = 0` are ignored; a zero reconstruction counts as cosine
+    0. From -1 to 1.
 
     Args:
         kwargs: As for every `torchmetrics.Metric`.
@@ -264,5 +265,5 @@ class CosineSimilarity(SumsAndCounts):
         self.accumulate(*_cosine_similarity_update(x, x_hat))
 
     def compute(self) -> Float[Tensor, ""]:
-        """Mean over all tokens seen that have a length."""
+        """Mean over all tokens seen with nonzero activations."""
         return _cosine_similarity_compute(self.sum_cosine, self.num_nonzero_tokens)

@@ -1,7 +1,7 @@
-"""How many latents fire and how often each one does, accumulated over batches and ranks.
+"""How many latents fire and how often, accumulated over batches and ranks.
 
-A latent fires on a token if its value is not zero; raw and scaled spaces give the same figures.
-Formulas and edge cases stand with the functions of the same name in `lightning_sae.functional`.
+A latent fires on a token if its value is nonzero; raw and scaled spaces give the same results. Edge
+cases are documented with the functions of the same name in `lightning_sae.functional`.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sae.checks import require_positive
 from lightning_sae.functional.sparsity import (
     _check_threshold,
     _dead_fraction_compute,
@@ -18,15 +19,15 @@ from lightning_sae.functional.sparsity import (
     _l0_compute,
     _l0_update,
 )
-from lightning_sae.metrics.base import SumsAndCounts, require_last_axis, require_positive
+from lightning_sae.metrics.base import SumsAndCounts, require_last_axis
 
 
 class L0(SumsAndCounts):
-    r"""Number of latents that fire, averaged over tokens.
+    r"""Mean number of latents that fire on a token.
 
     .. math:: \frac{1}{T} \sum_t \sum_j [f_{tj} \neq 0]
 
-    :math:`f_{tj}` is latent :math:`j` at token :math:`t` of :math:`T`. Latents per token.
+    :math:`f_{tj}` is latent :math:`j` at token :math:`t` of :math:`T`.
 
     Args:
         kwargs: As for every `torchmetrics.Metric`.
@@ -61,7 +62,7 @@ class L0(SumsAndCounts):
 
 
 class _FiringCounts(SumsAndCounts):
-    """On how many tokens each latent fired: what the three metrics below share."""
+    """Number of tokens on which each latent fired, the state of the metrics below."""
 
     is_differentiable = False
 
@@ -70,7 +71,8 @@ class _FiringCounts(SumsAndCounts):
 
     def __init__(self, d_sae: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.d_sae = require_positive("d_sae", d_sae)
+        require_positive(d_sae=d_sae)
+        self.d_sae = d_sae
         self.add_count("num_firings", d_sae)
         self.add_count("num_tokens")
 
@@ -85,8 +87,8 @@ class FeatureFrequency(_FiringCounts):
 
     .. math:: p_j = \frac{1}{T} \sum_t [f_{tj} \neq 0]
 
-    :math:`f_{tj}` is latent :math:`j` at token :math:`t` of :math:`T`. A pure number from 0 to 1
-    for each latent: `compute` returns shape `[d_sae]`.
+    :math:`f_{tj}` is latent :math:`j` at token :math:`t` of :math:`T`. `compute` returns
+    shape `[d_sae]`.
 
     Args:
         d_sae: Number of latents.
@@ -110,12 +112,12 @@ class FeatureFrequency(_FiringCounts):
 
 
 class DeadFraction(_FiringCounts):
-    r"""Share of latents that fired on none of the tokens seen.
+    r"""Share of latents that fire on none of the tokens seen.
 
     .. math:: \frac{1}{d_\text{sae}} \sum_j [p_j = 0]
 
-    :math:`p_j` is the :class:`FeatureFrequency`. A pure number from 0 to 1, which falls as more
-    tokens are seen: compare it at equal numbers of tokens only.
+    :math:`p_j` is the :class:`FeatureFrequency`. It falls as the number of tokens grows, so compare
+    it only at equal numbers of tokens.
 
     Args:
         d_sae: Number of latents.
@@ -143,16 +145,15 @@ class FrequencyBelow(_FiringCounts):
 
     .. math:: \frac{1}{d_\text{sae}} \sum_j [p_j < \text{threshold}]
 
-    :math:`p_j` is the :class:`FeatureFrequency`. A pure number from 0 to 1; latents that never
-    fire are among them.
+    :math:`p_j` is the :class:`FeatureFrequency`. Latents that never fire count.
 
     Args:
         d_sae: Number of latents.
-        threshold: Frequency, share of tokens.
+        threshold: Frequency as a share of tokens, in (0, 1].
         kwargs: As for every `torchmetrics.Metric`.
 
     Raises:
-        ValueError: If `d_sae` is not positive or `threshold` is not between 0 and 1.
+        ValueError: If `d_sae` is not positive or `threshold` is not in (0, 1].
 
     Example:
         >>> import torch

@@ -97,7 +97,7 @@ def test_each_member_has_its_time_and_memory(figures: dict[str, Any]) -> None:
     for member, d_in, d_sae in zip(members, (128, 512, 128), (256, 256, 64), strict=True):
         assert (member["d_in"], member["d_sae"]) == (d_in, d_sae)
         assert member["state_bytes"] == 4 * 4 * (2 * d_in * d_sae + d_in + d_sae)
-        assert all(member[f"{part}_seconds"] > 0 for part in ("gradient", "optimiser", "rest"))
+        assert all(member[f"{part}_seconds"] > 0 for part in ("gradient", "optimizer", "rest"))
     assert figures["state_bytes"] == sum(member["state_bytes"] for member in members)
     assert figures["buffer_bytes"] == 512 * (128 + 512) * 4
 

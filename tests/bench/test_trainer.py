@@ -34,7 +34,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 
 def test_the_step_is_the_sum_of_its_stages(figures: dict[str, float]) -> None:
-    stages = ("forward_seconds", "backward_seconds", "optimiser_seconds", "rest_seconds")
+    stages = ("forward_seconds", "backward_seconds", "optimizer_seconds", "rest_seconds")
     assert all(figures[stage] > 0 for stage in stages)
     # Medians of parts and of the whole, of few steps: equal up to the scatter of the steps.
     whole = figures["step_seconds"]

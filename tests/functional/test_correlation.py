@@ -47,5 +47,5 @@ def test_a_constant_has_none() -> None:
 
 
 def test_lengths_have_to_agree(unchecked: None) -> None:
-    with pytest.raises(ValueError, match="to have one length but got 3 and 4"):
+    with pytest.raises(ValueError, match="to have equal length but got 3 and 4"):
         correlation(torch.ones(3), torch.ones(4))

@@ -180,5 +180,5 @@ def test_leading_axes_are_all_sample_axes(function: Function) -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_latents_and_magnitudes_of_different_samples_are_refused(function: Function) -> None:
-    with pytest.raises(ValueError, match=r"same samples, but got shapes \(3, 4\) and \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"same leading axes but got shapes \(3, 4\) and \(2, 4\)"):
         function(torch.ones(3, 4), torch.ones(2, 4))

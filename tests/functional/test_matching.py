@@ -74,5 +74,5 @@ def test_an_absorbing_child_points_along_its_parent() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_another_width_is_refused_with_both_shapes() -> None:
-    with pytest.raises(ValueError, match=r"one width, but got shapes \(2, 3\) and \(2, 4\): pass"):
+    with pytest.raises(ValueError, match=r"equal width but got shapes \(2, 3\) and \(2, 4\): pass"):
         cosine_matrix(torch.ones(2, 3), torch.ones(2, 4))

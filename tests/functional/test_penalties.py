@@ -154,9 +154,9 @@ def test_arguments_become_plain_values() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Power(0.0), "`p` above 0"),
-        (lambda: Power(1.1), "`p` .* at most 1"),
-        (lambda: Sqrt(epsilon=0.0), "`epsilon` above 0"),
+        (lambda: Power(0.0), r"`p` to be in \(0, 1\] .* p=0.0"),
+        (lambda: Power(1.1), r"`p` to be in \(0, 1\] .* p=1.1"),
+        (lambda: Sqrt(epsilon=0.0), "`epsilon` to be positive"),
         (lambda: Sqrt(0.7), "`p` of `Sqrt` to be 0.5 but got 0.7: use `Power`"),
         (lambda: Log(0.0), "`a` to be positive but got 0"),
         (lambda: Tanh(-1.0), "`c` to be positive but got -1"),

@@ -144,5 +144,5 @@ def test_a_share_that_is_none_is_refused(share: float) -> None:
         found.share_of_maximum,
         found.lowest_per_token,
     ):
-        with pytest.raises(ValueError, match="`share` to be from 0 to below 1 but got"):
+        with pytest.raises(ValueError, match="`share` to be in \\[0, 1\\) but got"):
             level(share)

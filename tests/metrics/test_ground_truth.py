@@ -228,10 +228,10 @@ def test_wrong_widths_are_refused_with_both_sizes() -> None:
     f, magnitudes = torch.ones(2, D_SAE), torch.ones(2, N_FEATURES)
     metrics: list[Metric] = [DetectionF1(MATCHING), Shrinkage(**SHRINKAGE), ActivationMCC(5, 4)]
     for metric in metrics:
-        with pytest.raises(ValueError, match=r"`f` .*d_sae = 5, but got \(2, 6\)"):
+        with pytest.raises(ValueError, match=r"`f` .*d_sae=5 but got \(2, 6\)"):
             metric.update(torch.ones(2, 6), magnitudes)
     for metric in (metrics[-1], Absorption(**ABSORPTION)):
-        with pytest.raises(ValueError, match=r"`magnitudes` .*n_features = 4, but got \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"`magnitudes` .*n_features=4 but got \(2, 3\)"):
             metric.update(f, torch.ones(2, 3))
-    with pytest.raises(ValueError, match="`n_features` to be a positive integer, but got 0"):
+    with pytest.raises(ValueError, match="`n_features` to be positive but got 0"):
         ActivationMCC(5, 0)

@@ -138,7 +138,7 @@ def test_fvu_uses_the_mean_of_all_tokens_not_of_a_batch() -> None:
 
 @pytest.mark.usefixtures("without_shape_checks")
 def test_wrong_width_is_refused_with_both_sizes() -> None:
-    message = r"`x` to have shape \[\.\.\., d_in\] with d_in = 5, but got \(2, 4\)"
+    message = r"`x` to have shape \[\.\.\., d_in\] with d_in=5 but got \(2, 4\)"
     with pytest.raises(ValueError, match=message):
         FVU(d_in=5).update(torch.ones(2, 4), torch.ones(2, 4))
 
@@ -152,7 +152,7 @@ def test_shape_mismatch_is_refused_with_both_shapes(metric: Metric) -> None:
 
 @pytest.mark.parametrize("metric", [FVU, ExplainedVariance])
 def test_non_positive_width_is_refused(metric: type[FVU]) -> None:
-    with pytest.raises(ValueError, match=r"`d_in` to be a positive integer, but got 0"):
+    with pytest.raises(ValueError, match=r"`d_in` to be positive but got 0"):
         metric(d_in=0)
 
 

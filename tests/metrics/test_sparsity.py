@@ -91,19 +91,19 @@ def test_bfloat16_latents_are_counted_exactly() -> None:
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("metric", [FeatureFrequency, DeadFraction, FrequencyBelow])
 def test_wrong_width_is_refused_with_both_sizes(metric: type[FeatureFrequency]) -> None:
-    message = r"`f` to have shape \[\.\.\., d_sae\] with d_sae = 5, but got \(2, 4\)"
+    message = r"`f` to have shape \[\.\.\., d_sae\] with d_sae=5 but got \(2, 4\)"
     with pytest.raises(ValueError, match=message):
         metric(d_sae=5).update(torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("metric", [FeatureFrequency, DeadFraction, FrequencyBelow])
 def test_non_positive_width_is_refused(metric: type[FeatureFrequency]) -> None:
-    with pytest.raises(ValueError, match=r"`d_sae` to be a positive integer, but got -1"):
+    with pytest.raises(ValueError, match=r"`d_sae` to be positive but got -1"):
         metric(d_sae=-1)
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1e-5, 1.5])
 def test_threshold_that_is_no_share_is_refused(threshold: float) -> None:
-    message = rf"`threshold` to be a share of tokens above 0 and at most 1, but got {threshold}"
+    message = rf"`threshold` to be in \(0, 1\] but got {threshold}"
     with pytest.raises(ValueError, match=message):
         FrequencyBelow(d_sae=5, threshold=threshold)

@@ -262,7 +262,7 @@ class ToyDataModule(ActivationSource):
         return self.test_dataloader()
 
     def teardown(self, stage: str) -> None:
-        """Note where training stopped for who saves it only now; another run starts anew."""
+        """Keep the position for a checkpoint saved after the fit; a new fit starts over."""
         if stage == "fit" and self.batches is not None:
             self._left = self.state_dict()
             self.batches = None

@@ -56,8 +56,8 @@ class ToyBatches(Iterator[Tensor]):
     """The endless training stream: views of blocks, in order.
 
     Its length is never reached, for the reason that `EndlessBatches` gives. Iterating again goes
-    on where the last iteration stopped. How many batches were served is all there is to know of
-    where it stands, and is the same on all ranks.
+    on where the last iteration stopped. The number of batches served is its whole state, and is the
+    same on all ranks.
 
     Args:
         blocks: Where batches are cut from.

@@ -1,1 +1,1 @@
-"""Sparse codes: one product with the whole dictionary per step, then the active latents alone."""
+"""Sparse codes: one dense product with the dictionary per step; the rest on active latents only."""

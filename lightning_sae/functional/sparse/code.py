@@ -1,11 +1,11 @@
-r"""Sparse codes: one product with the dictionary, then work on the active latents alone.
+r"""Sparse codes: one dense product with the dictionary; the rest on active latents only.
 
-A step of training needs x W_enc for all latents, to see which are active. What follows needs only
-those. Let S be the set of active pairs (i, j) of a row and a latent:
+A training step needs x W_enc for all latents to find the active ones. Everything after that needs
+only those. Let S be the set of active pairs (i, j) of a row and a latent:
 
 .. math::
     v_{ij} &= x_i \cdot W_{enc,j} + b_{enc,j} \text{ on } S
-        & \text{the dense product, of which } S \text{ is kept} \\
+        & \text{the dense product, kept on } S \\
     \hat x_i &= \sum_j f_{ij} W_{dec,j}
         & \text{a sparse product} \\
     df_{ij} &= d\hat x_i \cdot W_{dec,j} \text{ on } S
@@ -15,14 +15,14 @@ those. Let S be the set of active pairs (i, j) of a row and a latent:
     dW_{enc,j} &= \sum_i dv_{ij}\, x_i, \quad dx_i = \sum_j dv_{ij} W_{enc,j}
         & \text{the same two for } dv
 
-All sums run over S. The first line defines v; f is an elementwise function of v and of numbers
-that belong to the latent. The reconstruction is linear in f, and f is the constant 0 outside S: so
-the chain rule gives the other lines and nothing is left out. They are exact. As to biases, `b_enc`
-gets db, the sum of dv over rows; a `b_dec` that is subtracted from the encoder's input gets
--W_enc db, which is the sum of -dx, beside its part as the decoder's.
+All sums run over S. The first line defines v; f is an elementwise function of v and of per-latent
+parameters. Since the reconstruction is linear in f, and f is constant 0 outside S, the other lines
+follow from the chain rule and are exact. The gradient of `b_enc` is db, the sum of dv over rows. A
+`b_dec` that is subtracted from the encoder's input gets -W_enc db (the sum of -dx) in addition to
+its gradient from the decoder.
 
-While very many latents are active, as in the first steps under an L1 penalty, dense products are
-faster: `Code` is then a matrix with zeros, and answers the same calls. `Layout` says when.
+While many latents are active, as in the first steps with an L1 penalty, dense products are faster.
+`Code` then holds a matrix with zeros and has the same interface. `Layout` chooses between the two.
 """
 
 from collections.abc import Iterator
@@ -36,23 +36,22 @@ from lightning_sae.functional.sparse.memory import Workspace
 from lightning_sae.functional.sparse.patterns import DensePattern, EncodeOnPattern, SparsePattern
 from lightning_sae.functional.sparse.selection import Rule
 
-# Shares of active latents between which neither layout is worth a switch. On two CPU cores the two
+# Shares of active latents between which the layout is not switched. On two CPU cores both layouts
 # are equally fast at .12 (d 64) to .19 (d 512; F 1024 and 8192). Other devices have faster dense
-# products; theirs is not measured here, but where other libraries' kernels change over.
+# products; their values are not measured here but those at which other libraries' kernels switch.
 SWITCH = {"cpu": (0.13, 0.18)}
 SWITCH_ELSEWHERE = (0.004, 0.006)
 
 
 @dataclass
 class Layout:
-    """Which layout the next batch's code has, from the share of latents active in earlier ones.
+    """The layout of the next batch's code, chosen by the share of active latents in earlier ones.
 
     Attributes:
-        dense: Whether codes are matrices. A run starts with it, for half of all latents are on.
-        thresholds: Shares of active latents: below the first a matrix becomes a sparse code, above
-            the second a sparse code becomes a matrix. They lie apart, so that a density between
-            them does not switch to and fro. By default those of the device.
-        workspace: Memory that a step leaves to the next.
+        dense: Whether codes are matrices, as at the start, when half of all latents are active.
+        thresholds: Shares of active latents. Below the first the layout becomes sparse, above the
+            second dense; the gap avoids switching back and forth. By default those of the device.
+        workspace: Memory reused between steps.
     """
 
     dense: bool = True
@@ -60,21 +59,21 @@ class Layout:
     workspace: Workspace = field(default_factory=Workspace, repr=False, compare=False)
 
     def see(self, density: float, device: str = "cpu") -> None:
-        """Take note of a batch."""
+        """Update the layout from the density of a batch."""
         below, above = self.thresholds or SWITCH.get(device, SWITCH_ELSEWHERE)
         self.dense = density > (below if self.dense else above)
 
 
 @dataclass(frozen=True)
 class Code:
-    """Latents of a batch: a value for each active entry, and where these are.
+    """Latents of a batch: the values of the active entries and their positions.
 
-    Terms of a loss are written once, elementwise on `values` and with the methods below, and hold
-    for both layouts, as long as they are zero for a value of zero.
+    Loss terms are written once for both layouts, elementwise on `values` and with the methods
+    below. They must be 0 for a value of 0.
 
     Attributes:
         values: [nnz] in the sparse layout, [batch, d_sae] in the dense one.
-        pattern: Where they are.
+        pattern: Their positions.
     """
 
     values: Float[Tensor, "..."]
@@ -82,24 +81,24 @@ class Code:
 
     @classmethod
     def of_matrix(cls, f: Float[Tensor, "batch d_sae"]) -> "Code":
-        """The code of latents that somebody has as a matrix."""
+        """The code of a matrix of latents."""
         return cls(f, DensePattern(f != 0))
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and latents in all."""
+        """Number of rows and of latents."""
         return self.pattern.shape
 
     def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " ..."]:
-        """A vector of the latents, in a shape to be combined with `values`."""
+        """A per-latent vector in a shape that broadcasts with `values`."""
         return self.pattern.at(per_latent)
 
     def with_values(self, values: Float[Tensor, "..."]) -> "Code":
-        """The same entries with other values, made from `values` elementwise."""
+        """The same entries with new values, computed elementwise from `values`."""
         return Code(self.pattern.only(values), self.pattern)
 
     def where(self, kept: Bool[Tensor, "..."]) -> "Code":
-        """The entries for which `kept`, of the shape of `values`, is true."""
+        """The entries where `kept`, of the shape of `values`, is true."""
         return Code(self.pattern.taken(self.values, kept), self.pattern.narrowed(kept))
 
     def decode(self, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
@@ -111,11 +110,11 @@ class Code:
         return self.pattern.row_sums(self.values)
 
     def mean_sum(self, terms: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-        """A term for each entry, summed over latents and averaged over the batch."""
+        """Per-entry terms, summed over latents and averaged over the batch."""
         return self.pattern.only(terms).sum() / self.shape[0]
 
     def firings(self) -> Int[Tensor, " d_sae"]:
-        """On how many rows each latent's value is not zero."""
+        """Number of rows on which each latent is nonzero."""
         return self.pattern.firings(self.values)
 
     def to_dense(self) -> Float[Tensor, "batch d_sae"]:
@@ -136,17 +135,17 @@ def encode(
 
     Args:
         x: Activations.
-        W_enc: Encoder. Faster if it lies in memory latent by latent.
-        b_enc: Its bias.
-        rule: Which entries are active. Its choice is a constant to the gradient.
-        layout: Chooses the layout and is told the density; without one the code is sparse.
-        chunk_rows: Rows whose pre-activations exist at one time, in the sparse layout; by default
+        W_enc: Encoder. Faster if stored latent by latent, so that `W_enc.T` is contiguous.
+        b_enc: Encoder bias.
+        rule: Selects the active entries; no gradient flows through the selection.
+        layout: Chooses the layout and is updated with the density; without it the code is sparse.
+        chunk_rows: Rows of pre-activations held at a time in the sparse layout; by default
             `default_chunk_rows`.
-        origin: What the encoder sees as zero, `b_dec` or nothing.
+        origin: Subtracted from `x` before encoding, usually `b_dec`.
 
     Returns:
-        The code, exact in its gradients with respect to all tensors. Under autocast
-        the product alone has the lower precision.
+        The code, with exact gradients for all tensors. Under autocast only the product is computed
+        in lower precision.
     """
     found: SparsePattern | DensePattern
     with torch.no_grad():
@@ -175,17 +174,18 @@ def pre_activations(
     b_enc: Float[Tensor, " d_sae"],
     out: Float[Tensor, "... d_sae"] | None = None,
 ) -> Float[Tensor, "... d_sae"]:
-    """`x @ W_enc + b_enc`, the sum in the precision of the bias where autocast lowers products."""
+    """`x @ W_enc + b_enc`; under autocast the sum has the precision of the bias."""
     if torch.is_autocast_enabled(x.device.type) or x.ndim != 2:
         return torch.add(x @ W_enc, b_enc, out=out)
     return torch.addmm(b_enc, x, W_enc, out=out)
 
 
 def default_chunk_rows(d_sae: int, device: str = "cpu", dense: bool = False) -> int:
-    """Rows of pre-activations at one time: 64 MiB of float32, but at least 512 rows.
+    """Rows of pre-activations held at a time: 64 MiB of float32, but at least 512 rows.
 
-    Fewer slow the product, and more bring nothing but need. In the dense layout 16 MiB: there are
-    several such matrices, and the system lets no larger ones be used again. On other devices 1 GiB.
+    Fewer rows slow down the product; more only cost memory. In the dense layout it is 16 MiB,
+    because there are several such matrices and the C library does not reuse larger blocks. On other
+    devices it is 1 GiB.
 
     Example:
         >>> default_chunk_rows(2048), default_chunk_rows(65536)

@@ -1,7 +1,7 @@
-"""Where a batch's latents are active, and what is computed there: a sparse layout and a dense one.
+"""Positions of a batch's active latents and the products on them, in a sparse and a dense layout.
 
-Both answer the same calls. `values` is one number for each entry of the pattern: [nnz] in the
-sparse layout, [batch, d_sae] with zeros between in the dense one.
+Both have the same interface. `values` has one number per entry of the pattern: [nnz] in the sparse
+layout, [batch, d_sae] with zeros elsewhere in the dense one.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_sae.functional.sparse.memory import Workspace, sums_into_memory
 
-with warnings.catch_warnings():  # torch says once per process that CSR tensors are in beta
+with warnings.catch_warnings():  # torch warns once per process
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
 
@@ -28,10 +28,10 @@ class SparsePattern:
     """Active entries as a list.
 
     Attributes:
-        rows: Row of each entry, never falling.
+        rows: Row of each entry, in increasing order.
         latents: Latent of each entry.
-        shape: Rows and latents in all.
-        workspace: Where gradients find memory.
+        shape: Number of rows and of latents.
+        workspace: Memory for gradients.
     """
 
     rows: Int[Tensor, " nnz"]
@@ -46,7 +46,7 @@ class SparsePattern:
         shape: tuple[int, int],
         workspace: Workspace | None = None,
     ) -> "SparsePattern":
-        """The pattern of flat indices `row * d_sae + latent`, which come row by row."""
+        """The pattern of flat indices `row * d_sae + latent`, ordered by row."""
         kind = torch.int32 if max(*shape, len(indices)) < 2**31 else torch.int64
         rows = indices.div(shape[1], rounding_mode="floor")
         latents = indices - rows * shape[1]
@@ -54,26 +54,26 @@ class SparsePattern:
 
     @cached_property
     def row_starts(self) -> Int[Tensor, " rows_and_end"]:
-        """Where each row's entries start, and where the last one's end."""
+        """Index of each row's first entry, and the number of entries."""
         return _starts(self.rows, self.shape[0])
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " latents_and_end"]]:
-        """The order of entries latent by latent, and where each latent's entries start in it."""
+        """Order of the entries by latent, and the index of each latent's first one in it."""
         return self.latents.argsort(stable=True), _starts(self.latents, self.shape[1])
 
-    # What a code asks of its pattern.
+    # Used by `Code`.
 
     def count(self) -> int:
         """Number of entries."""
         return len(self.latents)
 
     def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
-        """Each entry's share of a vector of the latents."""
+        """The element of a per-latent vector for each entry."""
         return per_latent.index_select(0, self.latents)
 
     def only(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
-        """Values with zeros outside the pattern: there is no outside."""
+        """The values; the list has no entries outside the pattern to set to zero."""
         return values
 
     def narrowed(self, kept: Bool[Tensor, " nnz"]) -> "SparsePattern":
@@ -83,13 +83,13 @@ class SparsePattern:
     def taken(
         self, values: Float[Tensor, " nnz"], kept: Bool[Tensor, " nnz"]
     ) -> Float[Tensor, " kept"]:
-        """Values of those entries."""
+        """Values of some of the entries."""
         return values[kept]
 
     def decode(
         self, values: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d"]
     ) -> Float[Tensor, "batch d"]:
-        """Sum of the active latents' decoder rows, by their values."""
+        """Sum of the active latents' decoder rows, weighted by their values."""
         return _Decode.apply(values, W_dec, self)
 
     def row_sums(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " batch"]:
@@ -101,7 +101,7 @@ class SparsePattern:
         return _sums(values, self.latents, self.shape[1])
 
     def firings(self, values: Float[Tensor, " nnz"]) -> Int[Tensor, " d_sae"]:
-        """On how many rows each latent's value is not zero."""
+        """Number of rows on which each latent is nonzero."""
         return torch.bincount(self.latents[values != 0], minlength=self.shape[1])
 
     def to_dense(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, "batch d_sae"]:
@@ -109,7 +109,7 @@ class SparsePattern:
         places = (self.rows.long(), self.latents.long())
         return values.new_zeros(self.shape).index_put(places, values, accumulate=True)
 
-    # Products that touch active entries alone.
+    # Products on the active entries only.
 
     def sum_for_rows(
         self, weights: Float[Tensor, " nnz"], vectors: Float[Tensor, "d_sae d"]
@@ -120,7 +120,7 @@ class SparsePattern:
     def sum_for_latents(
         self, weights: Float[Tensor, " nnz"], vectors: Float[Tensor, "batch d"]
     ) -> Float[Tensor, "d_sae d"]:
-        """For each latent, the weighted sum of the vectors of the rows it is active on."""
+        """For each latent, the weighted sum of the vectors of its active rows."""
         order, starts = self.by_latent
         rows, weights = self.rows[order], weights[order]
         if not sums_into_memory(vectors):
@@ -132,8 +132,8 @@ class SparsePattern:
     def sampled_product(
         self, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"]
     ) -> Float[Tensor, " nnz"]:
-        """Inner product of each entry's row of `left` and latent of `right`."""
-        wide = _at_least_float32(left.dtype)  # torch has this product in no lower precision
+        """Inner product of the row of `left` and the row of `right` of each entry."""
+        wide = _at_least_float32(left.dtype)  # not implemented in lower precision
         blank = left.new_zeros(len(self.latents), dtype=wide)
         entries = _compressed(self.row_starts, self.latents, blank, self.shape)
         found = torch.sparse.sampled_addmm(entries, left.to(wide), right.to(wide).T, beta=0.0)
@@ -152,7 +152,7 @@ class DensePattern:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and latents in all."""
+        """Number of rows and of latents."""
         return self.mask.shape[0], self.mask.shape[1]
 
     def count(self) -> int:
@@ -160,11 +160,11 @@ class DensePattern:
         return int(self.mask.count_nonzero())
 
     def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
-        """A vector of the latents as it is: it broadcasts over rows."""
+        """The per-latent vector, which broadcasts over rows."""
         return per_latent
 
     def only(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        """Values with zeros outside the pattern."""
+        """Values set to zero outside the pattern."""
         return values * self.mask  # on a CPU many times faster than `torch.where`
 
     def narrowed(self, kept: Bool[Tensor, "batch d_sae"]) -> "DensePattern":
@@ -174,13 +174,13 @@ class DensePattern:
     def taken(
         self, values: Float[Tensor, "batch d_sae"], kept: Bool[Tensor, "batch d_sae"]
     ) -> Float[Tensor, "batch d_sae"]:
-        """Values of those entries."""
-        return values * kept  # outside of the pattern they are zero already
+        """Values of some of the entries."""
+        return values * kept  # already zero outside the pattern
 
     def decode(
         self, values: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d"]
     ) -> Float[Tensor, "batch d"]:
-        """Sum of all latents' decoder rows, by their values."""
+        """Sum of all latents' decoder rows, weighted by their values."""
         return values @ W_dec
 
     def row_sums(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
@@ -192,12 +192,12 @@ class DensePattern:
         return values.sum(0)
 
     def firings(self, values: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " d_sae"]:
-        """On how many rows each latent's value is not zero."""
-        fires = (values != 0).view(torch.uint8)  # which is summed many times faster
+        """Number of rows on which each latent is nonzero."""
+        fires = (values != 0).view(torch.uint8)  # many times faster to sum
         return fires.sum(0, dtype=torch.int32).long()
 
     def to_dense(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        """The values, a matrix already."""
+        """The values, which are already a matrix."""
         return values
 
     def sum_for_rows(
@@ -209,12 +209,12 @@ class DensePattern:
     def sum_for_latents(
         self, weights: Float[Tensor, "batch d_sae"], vectors: Float[Tensor, "batch d"]
     ) -> Float[Tensor, "d_sae d"]:
-        """For each latent, the weighted sum of the vectors of the rows it is active on."""
+        """For each latent, the weighted sum of the vectors of its active rows."""
         return weights.T @ vectors
 
 
 class EncodeOnPattern(Function):
-    """Gradients of pre-activations found on a pattern: `values` are v, known already."""
+    """Gradients of pre-activations on a pattern, whose `values` were computed before."""
 
     @staticmethod
     def forward(
@@ -227,7 +227,7 @@ class EncodeOnPattern(Function):
         _origin: Tensor | None,
         on: SparsePattern | DensePattern,
     ) -> Tensor:
-        """The pre-activations as they are; `seen` is `x` less `origin`."""
+        """Return the pre-activations unchanged; `seen` is `x - origin`."""
         ctx.save_for_backward(seen, W_enc)
         ctx.on = on
         return values.view_as(values)
@@ -235,7 +235,7 @@ class EncodeOnPattern(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
-        """The lines for `dW_enc` and `dx`, and the biases."""
+        """Gradients of `x`, `W_enc`, `b_enc` and `origin`."""
         seen, W_enc = ctx.saved_tensors
         on: SparsePattern | DensePattern = ctx.on
         _, _, needs_x, needs_W, _, needs_origin, _ = ctx.needs_input_grad
@@ -275,7 +275,7 @@ def _starts(keys: Int[Tensor, " nnz"], n: int) -> Int[Tensor, " n_and_end"]:
 
 
 def _sums(values: Float[Tensor, " nnz"], keys: Int[Tensor, " nnz"], n: int) -> Float[Tensor, " n"]:
-    addends = values.to(_at_least_float32(values.dtype))  # a sum in bfloat16 stops growing early
+    addends = values.to(_at_least_float32(values.dtype))  # bfloat16 sums stop growing early
     return addends.new_zeros(n).index_add(0, keys, addends).to(values.dtype)
 
 
@@ -284,7 +284,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sum_of_picked(vectors: Tensor, picks: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    # Detached, for what requires a gradient takes a path of torch that prepares for one.
+    # Detached, because torch takes a slower path for tensors that require gradients.
     return F.embedding_bag(
         picks,
         vectors.detach(),
