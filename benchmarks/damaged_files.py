@@ -37,7 +37,6 @@ from lightning_sae import (
     TopKSAE,
     load,
 )
-from lightning_sae.files import AtomicCheckpointIO
 
 D_IN, D_SAE = 8, 48
 KINDS = ReLUSAE, TiedSAE, TopKSAE, BatchTopKSAE, MatryoshkaSAE, GatedSAE, JumpReLUSAE
@@ -116,7 +115,7 @@ def originals(root: Path) -> list[Original]:
 
 def fitted(sae: LightningModule, ckpt_path: Path | None, max_steps: int) -> Trainer:
     """Train for some steps, on data that is always the same."""
-    trainer = Trainer(max_steps=max_steps, plugins=[AtomicCheckpointIO()], **PLAIN)
+    trainer = Trainer(max_steps=max_steps, **PLAIN)
     rows: Any = torch.randn(64, D_IN, generator=torch.Generator().manual_seed(0))
     trainer.fit(sae, DataLoader(rows, batch_size=16), ckpt_path=ckpt_path)
     return trainer
@@ -362,7 +361,9 @@ def damages_of(original: Original) -> list[Damage]:
 def trials(n: int, seed: int, root: Path) -> list[Outcome]:
     """Damage and read `n` inputs, of all kinds in turn."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rng, every = random.Random(seed), originals(root / "originals")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rng, every = random.Random(seed), originals(root / "originals")
     found = []
     for i in range(n):
         original = every[i % len(every)]
@@ -377,8 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=1000, help="damaged inputs")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as root:
         found = trials(asked.n, asked.seed, Path(root))
     faults = [outcome for outcome in found if not outcome.is_right]
     counts = Counter(outcome.how for outcome in found)

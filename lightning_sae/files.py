@@ -81,6 +81,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write `checkpoint`; a failure leaves an existing file at `path` as it was."""
+        if "://" in str(path):  # not a disk, whose files could be renamed
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
 
     @override

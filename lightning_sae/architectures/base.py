@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -38,6 +39,7 @@ from lightning_sae.checks import (
 )
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed import Ranks, require_agreement, take_part, trainer_of
+from lightning_sae.files import AtomicCheckpointIO
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.functional.revival import auxk, ghost_gradients, variance
@@ -313,9 +315,14 @@ class SparseAutoencoder(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Take from the data what belongs to the SAE: its width is checked, its origin noted."""
+        """Take from the data what belongs to the SAE: its width is checked, its origin noted.
+
+        And bring the reader and writer of checkpoints along, where Lightning's own would be used.
+        """
         keep_freed_blocks()
         require_supported(self, self.trainer, stage)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         data = source_of(self.trainer)
         if data is not None and data.d_in != self.d_in:
             raise ValueError(

@@ -268,7 +268,8 @@ def build(
     bad = not_finite(weights, dict(sae.named_buffers()))
     if bad:
         raise _refusal(of, f"its weights are not finite ({', '.join(bad)})")
-    for name, own in _tensors(sae).items():
+    sae.to(weights["W_dec"].dtype)
+    for name, own in _tensors(sae).items():  # a threshold may have more digits
         if name in weights and own.is_floating_point():
             own.data = own.data.to(weights[name].dtype)
     sae.load_state_dict(weights, strict=False)

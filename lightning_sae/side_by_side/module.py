@@ -164,12 +164,7 @@ class SideBySide(LightningModule):
         self.log("members", float(len(losses)), prog_bar=True, logger=False)
         return loss
 
-    @override
-    def on_train_end(self) -> None:
-        self._stop_what_is_not_finite()
-        self._pass_on("on_train_end")
-
-    def _stop_what_is_not_finite(self) -> None:
+    def stop_what_is_not_finite(self) -> None:
         """Stop members whose last step gave weights that are not finite."""
         for member in self.active:
             try:
@@ -272,7 +267,7 @@ class SideBySide(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note all that a member has beside weights and optimiser."""
-        self._stop_what_is_not_finite()
+        self.stop_what_is_not_finite()
         checkpoint["members"] = [member.state_dict() for member in self.members]
         checkpoint["ranks"] = self.trainer.world_size
         note_settings(checkpoint, self._settings())
@@ -365,6 +360,8 @@ class _MembersHooks(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, SideBySide):
+            pl_module.stop_what_is_not_finite()
         self._pass_on(pl_module, "on_train_end", to_saes=True)
 
     @override
