@@ -21,7 +21,9 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    ThroughputMonitor,
     Timer,
     WeightAveraging,
 )
@@ -43,9 +45,8 @@ from lightning_sae import (
     TopKSAE,
     ToyDataModule,
 )
-from lightning_sae.architectures.optimizer import adam_with_schedule, clip_gradients
 from lightning_sae.architectures.supported import require_supported_features
-from lightning_sae.callbacks import DecoderNormProjection, RunCheckpoint
+from lightning_sae.callbacks import RunCheckpoint
 from lightning_sae.functional.penalties import Sqrt
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
@@ -401,6 +402,18 @@ def test_thresholds_stay_in_float32(make: Callable[[], Any], dtype: torch.dtype)
     assert sae.to(torch.float32).threshold.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.*16-mixed")
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "16-mixed"])
+@each_architecture
+def test_other_precisions_train_finite_weights_of_their_own_dtype(
+    make: Callable[[], Any], precision: Any
+) -> None:
+    sae = make()
+    train(sae, precision=precision, max_steps=3)
+    assert all(w.isfinite().all() for w in sae.parameters())
+    assert sae.W_dec.dtype == (torch.float64 if precision == "64-true" else torch.float32)
+
+
 def test_half_precision_evaluates() -> None:
     sae, data = BatchTopKSAE(16, 32, k=4), toy(n_validation=512)
     train(sae, max_steps=50)
@@ -443,6 +456,34 @@ def test_several_loggers_get_the_same(tmp_path: Path) -> None:
     assert "train/l0" in rows[0]
     assert "lr-MemoryOrderAdam" in rows[0]
     assert len(rows[0].splitlines()) == len(rows[1].splitlines()) >= 7
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*no last checkpoint")
+def test_what_watches_a_run_changes_no_weight(tmp_path: Path) -> None:
+    sae = ReLUSAE(16, 32)
+    other = copy.deepcopy(sae)
+    train(sae)
+    watchers = [ThroughputMonitor(batch_size_fn=len), OnExceptionCheckpoint(tmp_path)]
+    logger = CSVLogger(tmp_path)
+    train(other, toy(), *watchers, logger=logger, log_every_n_steps=1, enable_checkpointing=True)
+    assert_same_weights(other, sae)
+
+
+@pytest.mark.parametrize("name", ["test", "validate", "predict"])
+def test_evaluation_reads_as_many_batches_as_asked_for(name: str) -> None:
+    class Counted(Callback):
+        n = 0
+
+        def on_test_batch_end(self, *_: Any) -> None:
+            self.n += 1
+
+        on_validation_batch_end = on_predict_batch_end = on_test_batch_end
+
+    counted = Counted()
+    limit = {"validate": "limit_val_batches"}.get(name, f"limit_{name}_batches")
+    trainer = trainer_with(counted, **{limit: 2})
+    getattr(trainer, name)(ReLUSAE(16, 32), datamodule=toy(n_validation=320, n_test=320))
+    assert counted.n == 2
 
 
 # Callbacks that would spoil an SAE.
@@ -601,12 +642,15 @@ def test_data_can_be_copied_and_pickled_and_go_on_where_they_stand(
         assert following.sums == seen.sums[3:]
 
 
-def test_the_optimizers_helpers_agree_on_what_is_clipped() -> None:
-    weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = adam_with_schedule([weight], 0.1, (0.9, 0.99), 0, 0, 1, fused=False)["optimizer"]
-    weight.grad = torch.tensor([3.0, 4.0])
-    clip_gradients(optimizer, 1.0, "norm")
-    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_the_loop_in_the_docs_trains(repository: Path) -> None:
+    text = (repository / "docs" / "lightning.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    sae, batches = ReLUSAE(16, 32, lr=0.01), list(torch.randn(60, 32, 16))
+    before = sae.objective(batches[0]).losses["squared_error"].item()
+    exec(code, {"sae": sae, "batches": batches})
+    assert sae.objective(batches[0]).losses["squared_error"].item() < 0.8 * before
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(32))
 
 
 def test_rows_of_an_optimizer_outside_of_a_trainer_keep_their_norm() -> None:
@@ -615,4 +659,3 @@ def test_rows_of_an_optimizer_outside_of_a_trainer_keep_their_norm() -> None:
     sae.objective(torch.randn(8, 16)).losses["squared_error"].backward()
     optimizer.step()
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(32))
-    assert DecoderNormProjection.constrains_decoder_norm
