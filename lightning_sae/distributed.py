@@ -96,7 +96,10 @@ class Ranks:
     def shorten_epoch(self) -> bool:
         """Have all ranks train on as many batches as the shortest loader has, where that is known.
 
-        Without this, the ranks with more batches wait for ever for the gradients of the others.
+        Lightning trains on as many as each rank has: without this, and without
+        `end_with_the_first`, ranks with more batches wait for ever for the gradients of the others
+        (`tests/ranks/test_agreement.py` has such a run). So Lightning's `max_batches` and
+        `is_last_batch` are set, which it has no other way to be told.
 
         Returns:
             Whether a length is not known: then call `end_with_the_first` with each batch.

@@ -24,7 +24,7 @@ from lightning_sae.architectures.optimizer import (
     clip_gradients,
     set_peak_rates,
 )
-from lightning_sae.architectures.supported import require_supported
+from lightning_sae.architectures.supported import require_supported_features
 from lightning_sae.checks import (
     compare_sources,
     require_a_batch,
@@ -320,7 +320,7 @@ class SparseAutoencoder(LightningModule):
         And bring the reader and writer of checkpoints along, where Lightning's own would be used.
         """
         keep_freed_blocks()
-        require_supported(self, self.trainer, stage)
+        require_supported_features(self, self.trainer, stage)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         data = source_of(self.trainer)
@@ -742,14 +742,21 @@ class SparseAutoencoder(LightningModule):
 
     @override
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but does not ask a barebones trainer, which warns at each call."""
+        """As Lightning's, but does not ask a barebones trainer, which only warns at each call.
+
+        Three calls a step; each 0.3 us instead of 6.3 (timeit, one thread).
+        """
         trainer: Any = trainer_of(self)
         if trainer is None or not trainer.barebones:
             super().log(*args, **kwargs)
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
-        """As a module's, but quick with Lightning's note of the hook it is in: 40 times a step."""
+        """As a module's, but quick with Lightning's note of the hook that it is in.
+
+        Lightning sets it 46 times a step: 0.09 us instead of 0.95 each (timeit, one thread), which
+        saves 40 us a step.
+        """
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:

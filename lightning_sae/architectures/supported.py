@@ -34,7 +34,7 @@ REFUSED: dict[type[Callback], str] = {
 """Callbacks of Lightning that would spoil an SAE, and why."""
 
 
-def require_supported(module: LightningModule, trainer: Trainer, stage: str) -> None:
+def require_supported_features(module: LightningModule, trainer: Trainer, stage: str) -> None:
     """Raise a ValueError if the trainer asks for what cannot be done, or not rightly."""
     _require_not_compiled(module)
     _require_strategy(trainer)

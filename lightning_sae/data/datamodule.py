@@ -537,14 +537,15 @@ class ActivationDataModule(ActivationSource):
         """Keep the state for the buffer that `train_dataloader` makes."""
         self._restored = state_dict
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, or for another process: all but the trainer and what is open.
 
         The copy opens model and text when it needs them, and its batches begin where these stand.
         """
-        kept = {name: value for name, value in vars(self).items() if name not in OPEN}
+        kept = {name: value for name, value in super().__getstate__().items() if name not in OPEN}
         stands = self._restored if self.buffer is None else self.state_dict()
-        return {**kept, "trainer": None, "buffer": None, "_restored": copy.deepcopy(stands)}
+        return {**kept, "buffer": None, "_restored": copy.deepcopy(stands)}
 
 
 def _check_positions(positions: tuple[int, int] | None, context_length: int) -> None:

@@ -48,6 +48,10 @@ class ActivationSource(LightningDataModule):
         """Counts of what was read so far, for the logs."""
         return {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, or for another process: all but the trainer, which belongs to a run."""
+        return {**vars(self), "trainer": None}
+
 
 def source_of(trainer: Trainer) -> ActivationSource | None:
     """The data of a run, if it is an `ActivationSource`."""

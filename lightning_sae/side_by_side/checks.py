@@ -5,6 +5,7 @@ from lightning.pytorch.callbacks import (
     BasePredictionWriter,
     Checkpoint,
     EarlyStopping,
+    LearningRateFinder,
     Timer,
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -24,6 +25,11 @@ def require_supported(trainer: Trainer) -> None:
         raise ValueError(
             "Expected argument `trainer.precision` to be other than `16-mixed` for SAEs side by "
             "side, for it scales the losses of all by one number: use `bf16-mixed`."
+        )
+    if any(isinstance(each, LearningRateFinder) for each in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "`LearningRateFinder` looks for one learning rate but SAEs side by side have one each: "
+            "have `sweep` try several of `lr`."
         )
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.architectures.supported import require_supported_features
 from lightning_sae.checks import require_finite_weights
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed import require_agreement, take_part
@@ -112,6 +113,7 @@ class SideBySide(LightningModule):
     def setup(self, stage: str) -> None:
         """Attach the members, each of which looks at its part of the run."""
         require_supported(self.trainer)
+        require_supported_features(self, self.trainer, stage)
         parts = {member.name: member.parts() for member in self.members}
         require_agreement(self.trainer, parts)  # members compare the rest, one after another
         for member in self.members:

@@ -80,6 +80,10 @@ class ToyBatches(Iterator[Tensor]):
         self.served += 1
         return self._block[place]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy: without the block, whose every view would carry the whole of it."""
+        return {**vars(self), "_block": (), "_number": -1}
+
     def state_dict(self) -> dict[str, Any]:
         """How many batches were served, and the batch size that they had."""
         return {"served": self.served, "batch_size": self.blocks.batch_size}
