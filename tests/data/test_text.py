@@ -24,7 +24,7 @@ def _cache_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def texts(corpus: Corpus, number: int = 0, start: int = 0) -> list[str]:
+def texts(corpus: Corpus, number: int = 0, start: int = 0) -> list[Any]:
     return [document.text for document in corpus.epoch(number, start)]
 
 
