@@ -36,9 +36,9 @@ def require_not_negative(**values: int | float) -> None:
             raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value}.")
 
 
-def require_k(k: float, d_sae: int) -> None:
+def require_k(k: Any, d_sae: int) -> None:
     """Raise a ValueError if there are not `k` latents to choose."""
-    if isinstance(k, bool) or not isinstance(k, Real) or not 0 < k <= d_sae:
+    if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= d_sae:
         raise ValueError(
             f"Expected argument `k` to be above 0 and at most `d_sae`={d_sae} but got {k!r}."
         )

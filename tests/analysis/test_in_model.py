@@ -59,6 +59,28 @@ def test_an_sae_that_reconstructs_exactly_costs_nothing(text: Path) -> None:
     assert figures["ce_mean_ablation"] > figures["ce_clean"] + 0.5
 
 
+def test_padding_is_neither_replaced_nor_counted(text: Path) -> None:
+    data = make_data(text, pack=False, keep_rest=False, context_length=200)
+    (tokens,) = data.held_out_tokens(800)
+    assert (tokens < 0).any()
+    figures = evaluate_in_model(sae_that_multiplies(0.5), data, 800)
+    assert figures["n_tokens"] == int((tokens[:, 1:] > BOS).sum())
+    nats = {"clean": 0.0, "spliced": 0.0}
+    for block in tokens:  # each document by itself
+        own = block[block >= 0].unsqueeze(0)
+        logits = {
+            "clean": data.language_model.logits(own),
+            "spliced": data.language_model.logits(
+                own, lambda x: torch.cat([x[:, :1], 0.5 * x[:, 1:]], 1)
+            ),
+        }
+        for name, found in logits.items():
+            p = found[:, :-1].log_softmax(-1).gather(-1, own[:, 1:, None])
+            nats[name] -= float(p.sum())
+    for name, of_all in nats.items():
+        assert figures[f"ce_{name}"] == pytest.approx(of_all / figures["n_tokens"], rel=1e-4)
+
+
 def test_an_sae_that_gives_zero_is_the_zero_ablation(text: Path) -> None:
     figures = evaluate_in_model(sae_that_multiplies(0.0), make_data(text), N)
     assert figures["ce_spliced"] == figures["ce_zero_ablation"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sae import ActivationDataModule, ReLUSAE
 from lightning_sae.data import long_text
 from lightning_sae.data.documents import held_out, named
+from lightning_sae.data.tokens import TokenBlocks
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -325,8 +326,8 @@ def test_the_source_is_plain_and_complete(make_data: Any, models: dict[str, Path
         "max_norm_multiple": None,
         "text": ["a.txt", "b.txt"],
         "text_column": "text",
-        "document_start": "auto (bos)",
-        "separator": "auto (none)",
+        "document_start": "auto (bos before texts)",
+        "separator": "auto (none between texts)",
         "pack": True,
         "keep_rest": True,
         "chat_roles": None,
@@ -338,6 +339,12 @@ def test_a_context_longer_than_the_models_is_refused(make_data: Any) -> None:
     assert make_data(context_length=64).d_in == 16
     with pytest.raises(ValueError, match="`context_length` to be at most 64.* got 65: make it"):
         _ = make_data(context_length=65).d_in
+
+
+@pytest.mark.parametrize("value", [1, 0, -1])
+def test_a_context_without_a_next_token_is_refused(make_data: Any, value: int) -> None:
+    with pytest.raises(ValueError, match=f"`context_length` to be at least 2.* got {value}"):
+        make_data(context_length=value)
 
 
 @pytest.mark.parametrize("positions", [(16, 20), (5, 5), (-1, 3)])
@@ -398,6 +405,81 @@ def test_held_out_text_is_read_once_and_no_more(make_data: Any) -> None:
     blocks.read(1)
     assert blocks.epoch == 1
     assert sum(map(len, data.test_dataloader())) <= tokens.numel()
+
+
+def test_held_out_text_is_tokenised_once_for_all_validations(
+    make_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data()
+    first = held_out_batches(data)
+    monkeypatch.setattr(TokenBlocks, "read", None)
+    data._require_text = lambda blocks: None
+    again = held_out_batches(data)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    monkeypatch.undo()
+    # A longer look goes on where the shorter one ended.
+    assert torch.equal(
+        torch.cat(list(data.held_out_tokens(10**6))),
+        torch.cat(list(make_data().held_out_tokens(10**6))),
+    )
+
+
+def test_padding_is_read_by_the_model_and_not_trained_on(make_data: Any) -> None:
+    short = [{"text": f"the cat {i}"} for i in range(60)]
+    data = make_data(text=short, pack=False, validation_fraction=0.0, prefetch=False)
+    recorder = Recorder()
+    trainer(3).fit(recorder, data)
+    blocks = data.training_blocks().read(40)
+    lengths = (blocks >= 0).sum(1)
+    assert (lengths < 16).all()
+    alone = [  # each document by itself, without its BOS
+        data.language_model.activations(block[:n].unsqueeze(0))[0, 1:]
+        for block, n in zip(blocks, lengths.tolist(), strict=True)
+    ]
+    rows = torch.stack(recorder.batches).flatten(0, 1)
+    assert (distances(rows, torch.cat(alone)).amin(1) < 1e-4).all()
+    assert recorder.statistics["dropped_context_only"] > 0.3
+
+
+def test_token_ids_are_trained_on_without_a_tokenizer(make_data: Any) -> None:
+    ids = torch.randint(1, 300, (40, 16), generator=torch.Generator().manual_seed(0))
+    data = make_data(text=ids, validation_fraction=0.0, prefetch=False)
+    data.language_model.tokenizer = None
+    rows = batches_of_a_fit(data, 8).flatten(0, 1)
+    expected = data.language_model.activations(ids).flatten(0, 1)
+    assert (distances(rows, expected).amin(1) < 1e-4).all()
+    assert data.special_tokens == []
+
+
+def test_a_resumed_run_goes_on_within_a_long_document(
+    make_data: Any, documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_text, "WINDOW", 400)
+    monkeypatch.setattr(long_text, "OVERLAP", 200)
+    settings = {"text": [{"text": " ".join(documents)}], "validation_fraction": 0.0}
+    whole = batches_of_a_fit(make_data(**settings), 24)
+    run = trainer(13)
+    run.fit(Recorder(), make_data(**settings))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    rest = batches_of_a_fit(make_data(**settings), 24, ckpt_path=tmp_path / "run.ckpt")
+    assert torch.equal(rest, whole[13:])
+
+
+def test_a_checkpoint_used_with_another_rule_of_documents_says_so(
+    make_data: Any, tmp_path: Path
+) -> None:
+    run = trainer(2)
+    run.fit(ReLUSAE(16, 32), make_data())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.warns(
+        UserWarning, match=r"document_start auto \(bos before texts\) to none; pack True to False"
+    ):
+        trainer().test(
+            ReLUSAE(16, 32),
+            make_data(document_start="none", pack=False),
+            ckpt_path=tmp_path / "run.ckpt",
+            verbose=False,
+        )
 
 
 def test_validation_that_would_never_come_is_warned_of(make_data: Any) -> None:

@@ -1,16 +1,18 @@
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from lightning_sae.data import text as text_module
 from lightning_sae.data.documents import Document
 from lightning_sae.data.local_files import TextFile
-from lightning_sae.data.text import Corpus, StreamedCorpus, open_text
+from lightning_sae.data.text import Corpus, StreamedCorpus, described, open_text
 
 MARK = "<|endoftext|>"
 TEXTS = [f"document {i}" for i in range(12)]
@@ -22,7 +24,7 @@ def _cache_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def texts(corpus: Corpus, number: int = 0, start: int = 0) -> list[str]:
+def texts(corpus: Corpus, number: int = 0, start: int = 0) -> list[Any]:
     return [document.text for document in corpus.epoch(number, start)]
 
 
@@ -259,3 +261,85 @@ def test_a_file_of_another_kind_or_a_missing_one_in_a_list_is_refused(tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="none at .*empty"):
         open_text(tmp_path / "empty")
+
+
+class Again:
+    """Rows that can be iterated again and again, without a length."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": text} for text in TEXTS],
+        Dataset.from_dict({"text": TEXTS}),
+        Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
+        DatasetDict({"train": Dataset.from_dict({"text": TEXTS})}),
+        Again([{"text": text} for text in TEXTS]),
+        Again(TEXTS),
+    ],
+)
+def test_rows_from_python_are_read_and_entered_anywhere(rows: Any) -> None:
+    corpus = open_text(rows)
+    assert sorted(texts(corpus)) == sorted(TEXTS)
+    assert texts(corpus, 1, 5) == texts(corpus, 1)[5:]
+    assert described(rows) == f"a Python {type(rows).__name__}"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[1, 2], [3]],
+        ([1, 2], [3]),
+        Again([torch.tensor([1, 2]), [3]]),
+        Dataset.from_dict({"text": [[1, 2], [3]]}),
+        Dataset.from_dict({"text": [[1, 2], [3]]}).with_format("torch"),
+    ],
+)
+def test_rows_may_be_token_ids(rows: Any) -> None:
+    assert sorted(texts(open_text(rows))) == [[1, 2], [3]]
+    assert sorted(texts(open_text(torch.tensor([[5, 6], [7, 8]])))) == [[5, 6], [7, 8]]
+
+
+class Once:
+    def __init__(self) -> None:
+        self.rows = iter(TEXTS)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((text for text in TEXTS), "iterable more than once but got a Python generator"),
+        (Once(), "iterable more than once but got a Python Once: give a list"),
+        ([], "to hold documents but a Python list has none"),
+        (Again([{"body": "a"}]), r"`text_column` to be one of \['body'\] but got `text`"),
+        (Dataset.from_dict({"text": [1]}), "`text` of a Python Dataset holds int64"),
+        (["a text\nof lines"], "to name files but got .*: texts themselves are given as rows"),
+        ("long " * 300, "to name files but got 'long .*given as rows"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_refused(rows: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_text(rows)
+
+
+def test_where_a_row_stands_is_counted_from_one(tmp_path: Path) -> None:
+    wheres = [d.where for d in open_text(Again(["a", None, "b"])).epoch(0, 1)]
+    assert wheres == ["row 2 of a Python Again", "row 3 of a Python Again"]
+    path = one_jsonl(tmp_path)
+    where = {d.text: d.where for d in open_text(path).epoch(0)}
+    assert where["document 3"] == f"row 4 of {path}"
+
+
+def test_what_text_is_from_is_said_in_plain_values() -> None:
+    assert described(Path("a.txt")) == "a.txt"
+    assert described(("a.txt", Path("b.txt"))) == ["a.txt", "b.txt"]
+    assert described([{"text": "a"}]) == "a Python list"
