@@ -90,7 +90,7 @@ ARCHITECTURES = {
     "jumprelu": Architecture(
         "JumpReLU",
         JumpReLUSAE,
-        {"bandwidth": 1.0, "threshold_init": 0.1, **FREE},
+        {"bandwidth": 1.0, "threshold_init": 0.1, "threshold_lr": RECIPE["lr"], **FREE},
     ),
     "topk": Architecture("TopK", TopKSAE, FREE),
     "batchtopk": Architecture("BatchTopK", BatchTopKSAE, FREE),
