@@ -477,7 +477,7 @@ def test_evaluation_reads_as_many_batches_as_asked_for(name: str) -> None:
         def on_test_batch_end(self, *_: Any) -> None:
             self.n += 1
 
-        on_validation_batch_end = on_predict_batch_end = on_test_batch_end
+        on_validation_batch_end = on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]
 
     counted = Counted()
     limit = {"validate": "limit_val_batches"}.get(name, f"limit_{name}_batches")
