@@ -105,6 +105,7 @@ def test_a_run_that_is_prolonged_from_a_checkpoint_of_its_last_step_is_the_longe
         assert_same_weights(longer[name], whole[name])
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_a_model_checkpoint_of_the_run_holds_it_too(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "own", every_n_train_steps=6, save_top_k=-1)
     whole = fit(tmp_path / "whole", saver)
@@ -113,32 +114,34 @@ def test_a_model_checkpoint_of_the_run_holds_it_too(tmp_path: Path) -> None:
     assert_same_weights(fit(tmp_path / "parts", again, ckpt_path=first), whole)
 
 
-@pytest.mark.parametrize("callback", [EarlyStopping("val/fvu"), ModelCheckpoint()], ids=str)
-def test_a_member_does_not_save_or_end_the_run_of_all(callback: Callback, tmp_path: Path) -> None:
-    described = [{"name": "a", "sae": ReLUSAE(4, 6), "callbacks": [callback]}]
-    trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, default_root_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"Member `a`: .*move it to `trainer.callbacks`"):
-        trainer.fit(SideBySide(described), datamodule=ToyDataModule(4, 4, batch_size=8))
+def fit_one(member: dict[str, Any]) -> None:
+    silent = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    settings: dict[str, Any] = {"limit_val_batches": 0, **dict.fromkeys(silent, False)}
+    trainer = Trainer(accelerator="cpu", max_steps=2, **settings)
+    trainer.fit(SideBySide([{"name": "a", **member}]), datamodule=ToyDataModule(4, 4, batch_size=8))
 
 
-def test_what_would_end_the_epoch_of_all_members_is_refused(tmp_path: Path) -> None:
-    class Skips(ReLUSAE):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-            return -1
+class Skips(ReLUSAE):
+    """Would skip the rest of the epoch."""
 
-    class Ends(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            trainer.should_stop = True
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        return -1
 
-    cases: dict[str, dict[str, Any]] = {
-        "got -1.*train this SAE alone": {"sae": Skips(4, 6)},
-        "`trainer.should_stop` alone": {"sae": ReLUSAE(4, 6), "callbacks": [Ends()]},
-    }
-    for message, member in cases.items():
-        silent = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
-        settings: dict[str, Any] = {"limit_val_batches": 0, **dict.fromkeys(silent, False)}
-        trainer = Trainer(accelerator="cpu", max_steps=2, **settings)
-        with pytest.raises(ValueError, match=message):
-            trainer.fit(
-                SideBySide([{"name": "a", **member}]), datamodule=ToyDataModule(4, 4, batch_size=8)
-            )
+
+class Ends(Callback):
+    """Would end the run."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint, Ends])
+def test_a_member_does_not_save_or_end_the_run_of_all(kind: Any) -> None:
+    callback = EarlyStopping("val/fvu") if kind is EarlyStopping else kind()
+    with pytest.raises(ValueError, match=r"move it to `trainer.callbacks`"):
+        fit_one({"sae": ReLUSAE(4, 6), "callbacks": [callback]})
+
+
+def test_a_member_does_not_end_the_epoch_of_all() -> None:
+    with pytest.raises(ValueError, match="got -1.*train this SAE alone"):
+        fit_one({"sae": Skips(4, 6)})
