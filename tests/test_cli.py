@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -310,3 +312,59 @@ def test_seed_is_fixed_unless_the_user_sets_one() -> None:
         weights.append(main([*SMALL, f"--seed_everything={seed}"], run=False).model.W_dec)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_run_that_was_moved_writes_where_it_is(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "my run [1]"
+    shutil.copytree(run, root)
+    before = {path.name for path in run.iterdir()}
+    last = f"--ckpt_path={root}/checkpoints/last.ckpt"
+    main(["test", f"--config={root}/config.yaml", last])
+    assert f"The run's folder is {root}, not {run} as it was." in capsys.readouterr().out
+    assert (root / "results-2.json").is_file()
+    main(["fit", f"--config={root}/config.yaml", last, "--trainer.max_steps=7"])
+    written = yaml.safe_load((root / "config-2.yaml").read_text())
+    assert written["trainer"]["default_root_dir"] == str(root)
+    assert {path.name for path in run.iterdir()} == before
+    (printed,) = (line for line in capsys.readouterr().out.splitlines() if "sae test" in line)
+    expected = ["--config", f"{root}/config-2.yaml", "--ckpt_path", f"{root}/checkpoints/last.ckpt"]
+    assert shlex.split(printed) == ["lightning-sae", "test", *expected]
+
+
+def test_a_start_that_left_no_checkpoint_is_started_anew(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    arguments = ["fit", *SMALL, PROJECTION, f"--trainer.default_root_dir={root}"]
+    missing = f"--ckpt_path={root}/checkpoints/last.ckpt"
+    (root / "checkpoints").mkdir(parents=True)
+    (root / "tensorboard").mkdir()
+    (root / "config.yaml").write_text("mine")
+    (root / "checkpoints" / ".last.ckpt.abcd1234").write_bytes(b"half")
+    with pytest.raises(ValueError, match="`fit` without `--ckpt_path` starts anew"):
+        main([*arguments, missing])
+    main([*arguments, "--trainer.max_steps=3"])
+    assert (root / "config.yaml").read_text() == "mine"
+    assert "max_steps: 3" in (root / "config-2.yaml").read_text()
+    assert [path.name for path in (root / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_given_arguments_count_on_resume_and_are_written_down(run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(run, root)
+    again = ["fit", f"--config={root}/config.yaml", f"--ckpt_path={root}/checkpoints/last.ckpt"]
+    before = sorted(path.name for path in root.iterdir())
+    for argument, name in (
+        ("--data.batch_size=64", "data.batch_size"),
+        ("--seed_everything=5", "seed_everything"),
+        ("--trainer.precision=bf16-mixed", "trainer.precision"),
+        ("--data.hook_name=blocks.0.hook_resid_post", "hook_name"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            main([*again, argument])
+        assert sorted(path.name for path in root.iterdir()) == before
+    cli = main([*again, "--model.lr=0.0001", "--trainer.max_steps=7"])
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.0001
+    assert "lr: 0.0001" in (root / "config-2.yaml").read_text()
