@@ -46,7 +46,7 @@ def last(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "checkpoints" / "last.ckpt"
 
 
-CHANGING = {
+CHANGING: dict[str, dict[str, Any]] = {
     "model.lr: 0.002 (was 0.01)": {"lr": 0.002},
     "model.l1_coefficient: 0.7 (was 0.1)": {"l1_coefficient": 0.7},
     "model.betas: (0.5, 0.9) (was (0.9, 0.999))": {"betas": (0.5, 0.9)},
@@ -59,7 +59,7 @@ CHANGING = {
         "callbacks": [L1Warmup(3)]
     },
 }
-FIXED = {
+FIXED: dict[str, dict[str, Any]] = {
     "`data.batch_size` to be 16 but got 32": {"data_batch_size": 32},
     "`data.seed` to be 0 but got 1": {"data_seed": 1},
     "`data.noise` to be 0.0 but got 0.1": {"data_noise": 0.1},

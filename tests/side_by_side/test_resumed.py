@@ -49,7 +49,7 @@ class Stops(Callback):
 def members() -> list[dict[str, Any]]:
     torch.manual_seed(0)
     often = DeadFeatureResampling(4, "reinitialize", window=3, min_frequency=0.1)
-    callbacks = {
+    callbacks: dict[str, list[Callback]] = {
         "steered": [L1Warmup(6), TargetL0(3.0)],
         "resampled": [often],
         "own": [Shrinks()],
