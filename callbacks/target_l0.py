@@ -6,12 +6,15 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.checks import expect, refuse_second
+
+TOLERANCE = 0.05  # share of the target by which a fit may miss it without a word
 
 
 class TargetL0(Callback):
@@ -33,6 +36,8 @@ class TargetL0(Callback):
 
     A resumed fit goes on where it was; any other one starts from the factor that the SAE has, and
     leaves the SAE with the one that was reached: the coefficient in force is the product of both.
+
+    A fit that ends with the mean L0 of its last steps over 5 % from the target warns with figures.
 
     Example::
 
@@ -131,6 +136,20 @@ class TargetL0(Callback):
             self._steer(sae)
             self._fired = self._seen = 0
         pl_module.log("train/penalty_factor", sae.penalty_factor)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the target was not reached."""
+        if self._mean is None or abs(math.expm1(self._mean)) <= TOLERANCE:
+            return
+        factor = cast(SparseAutoencoder, pl_module).penalty_factor
+        rank_zero_warn(
+            f"`TargetL0` did not reach its target: L0 is {self.target * math.exp(self._mean):.3g} "
+            f"and not {self.target:g}, with the coefficient multiplied by {factor:.3g} and moved "
+            f"by at most {self.max_change:.1%} a step. Train for longer, start with another "
+            "coefficient, or raise `max_change`; if the factor is at work for long and L0 stays, "
+            "the penalty is too slow, as with a low learning rate."
+        )
 
     def _steer(self, sae: SparseAutoencoder) -> None:
         # Where nothing fires, as if one latent did in the whole batch.

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -12,9 +13,13 @@ from lightning_sae.architectures.objective import Step
 from lightning_sae.checks import require_not_negative, require_positive
 from lightning_sae.functional.jumprelu import jumprelu, step
 from lightning_sae.functional.penalties import Penalty, batch_penalty
-from lightning_sae.functional.sparse.code import Code
+from lightning_sae.functional.revival import variance
+from lightning_sae.functional.sparse.code import Code, default_chunk_rows
 from lightning_sae.functional.sparse.selection import Above
 from lightning_sae.functional.squared_error import squared_errors
+
+THRESHOLD_LR = 0.01  # in standard deviations of the first batch's pre-activations
+PATIENCE = 0.02  # how far a batch moves the multiplier of a target
 
 
 class JumpReLUSAE(SparseAutoencoder):
@@ -26,8 +31,26 @@ class JumpReLUSAE(SparseAutoencoder):
         L &= \|x - \hat x\|^2 + \lambda \sum_j [v_j > \theta_j] \quad \text{(mean over the batch)}
 
     The threshold gets pseudo-derivatives in a window, see `lightning_sae.functional.jumprelu`. With
-    `target_l0` the penalty is :math:`\lambda (L_0 / L_0^{target} - 1)^2`. Thresholds are kept as
-    they are, not as logarithms, and act as 0 where they are negative.
+    `target_l0` the penalty is the following, with a multiplier that moves until the target is met:
+
+    .. math::
+        \lambda \mathrm{Var}(x) \left(r^2 + \mu r\right), \quad r = L_0 / L_0^{target} - 1, \quad
+        \mu \leftarrow \mu + 0.02 \max(-1, \min(1, r)) \text{ in each batch, within } [-1, 1]
+
+    The square alone, of other libraries, leaves L0 where the gain of one more latent balances it:
+    12 % above a target of 10 on known features, where this is 1 % above.
+
+    By default all that concerns thresholds is measured on the first batch: they start where
+    `target_l0` pre-activations of a row are above them, or without a target at one standard
+    deviation of the pre-activations; the window is one such deviation wide, and a step of Adam
+    moves a threshold by a hundredth of it, whatever `lr`. Thresholds that start near 0 and move by
+    `lr` never get to where they should be in a run of usual length: L0 then does not fall with the
+    coefficient, but rises. Thresholds are kept as they are, not as logarithms, and act as 0 where
+    they are negative.
+
+    The encoder gets no pseudo-derivative. With it, as in Circuits Updates, FVU at the same L0 is
+    larger after 500 steps: .404 for .392 on known features, .129 for .092 and .251 for .203 on two
+    language models (windows of half a deviation; one seed).
 
     A count does not see the norms of decoder rows, so nothing has to keep them:
     `decoder_norm="free"`, without `DecoderNormProjection`, leaves fewer latents dead on known
@@ -42,9 +65,9 @@ class JumpReLUSAE(SparseAutoencoder):
         l0_coefficient: Weight lambda of the penalty.
         target_l0: Active latents per activation that the penalty aims at; null counts them all.
         penalty: In place of the count, a function of the activation; not with `target_l0`.
-        threshold_init: Thresholds at the start.
-        bandwidth: Width of the window of the pseudo-derivatives.
-        threshold_lr: Learning rate of the thresholds; `lr` by default.
+        threshold_init: Thresholds at the start; by default from the first batch.
+        bandwidth: Width of the window of the pseudo-derivatives; by default from the first batch.
+        threshold_lr: Learning rate of the thresholds; by default from the first batch.
         dead_coefficient: Weight of :math:`\sum_{dead} \mathrm{ReLU}(\theta_j - v_j)
             \|W_{dec,j}\|`, which pulls dead latents back to their threshold.
         kwargs: Arguments of `SparseAutoencoder`.
@@ -54,10 +77,12 @@ class JumpReLUSAE(SparseAutoencoder):
     """
 
     threshold: Float[Tensor, " d_sae"]
+    threshold_unit: Float[Tensor, ""]
+    multiplier: Float[Tensor, ""]
     coefficient_name = "l0_coefficient"
     latents_follow_activate = False
-    latent_units = ("b_enc", "threshold")
-    kept_in_float32 = ("threshold",)
+    latent_units = ("b_enc", "threshold", "threshold_unit")
+    kept_in_float32 = ("threshold", "threshold_unit", "multiplier")
 
     def __init__(
         self,
@@ -66,26 +91,28 @@ class JumpReLUSAE(SparseAutoencoder):
         l0_coefficient: float = 1.0,
         target_l0: float | None = None,
         penalty: Penalty | None = None,
-        threshold_init: float = 0.01,
-        bandwidth: float = 0.05,
+        threshold_init: float | None = None,
+        bandwidth: float | None = None,
         threshold_lr: float | None = None,
         dead_coefficient: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
         self.save_hyperparameters()
-        require_not_negative(l0_coefficient=l0_coefficient, threshold_init=threshold_init)
-        require_not_negative(dead_coefficient=dead_coefficient)
-        require_positive(bandwidth=bandwidth, target_l0=1.0 if target_l0 is None else target_l0)
-        if threshold_lr is not None:
-            require_positive(threshold_lr=threshold_lr)
+        require_not_negative(l0_coefficient=l0_coefficient, dead_coefficient=dead_coefficient)
+        require_not_negative(threshold_init=0.0 if threshold_init is None else threshold_init)
+        given = {"bandwidth": bandwidth, "target_l0": target_l0, "threshold_lr": threshold_lr}
+        require_positive(**{name: value for name, value in given.items() if value is not None})
         if target_l0 is not None and penalty is not None:
             raise ValueError("Expected one of `target_l0` and `penalty` but got both: drop one.")
         self.l0_coefficient, self.target_l0, self.penalty = l0_coefficient, target_l0, penalty
         self.bandwidth = bandwidth
         self.threshold_init, self.threshold_lr = threshold_init, threshold_lr
         self.dead_coefficient = dead_coefficient
-        self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold_init)))
+        start = 1.0 if threshold_init is None else float(threshold_init)
+        self.threshold = nn.Parameter(torch.full((d_sae,), start))
+        self.register_buffer("threshold_unit", torch.ones(()))
+        self.register_buffer("multiplier", torch.zeros(()))
         # With a target a mean over the batch is squared; another objective is not known.
         is_own = type(self).objective is JumpReLUSAE.objective
         self.rows_are_independent = is_own and target_l0 is None
@@ -98,28 +125,59 @@ class JumpReLUSAE(SparseAutoencoder):
         """Pre-activations above their threshold."""
         return pre * (pre > self.threshold.relu())
 
+    @override
+    @torch.no_grad()
+    def _start_from(self, batch: Float[Tensor, "batch d_in"]) -> None:
+        super()._start_from(batch)
+        x = self.scaled(batch)
+        pre = self.pre_activations(x[: default_chunk_rows(self.d_sae)]).float()
+        unit = self.ranks.mean(pre.std())
+        if unit > 0:
+            self.threshold_unit.copy_(unit)
+            self._threshold_group()["lr"] *= 1.0 if self.threshold_lr else unit.item()
+        if self.threshold_init is None:
+            above = (
+                0 if self.target_l0 is None else min(round(self.target_l0 * len(pre)), pre.numel())
+            )
+            start = pre.flatten().topk(above).values[-1] if above else unit
+            self.threshold.copy_(self.ranks.mean(start.relu()).expand_as(self.threshold))
+
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """Squared error and penalty on centred and scaled activations."""
-        theta = self.theta()
-        v = self.code(x, Above(theta.detach() - self.bandwidth / 2))
-        f = v.with_values(jumprelu(v.values, v.at(theta), self.bandwidth))
+        theta, window = self.theta(), self.window()
+        v = self.code(x, Above(theta.detach() - window / 2))
+        f = v.with_values(jumprelu(v.values, v.at(theta), window))
         x_hat = self.reconstruct(f)
         errors = squared_errors(x, x_hat)
         losses = {
             "squared_error": errors.mean(),
-            "sparsity": self.weight_of_penalty() * self._cost(v, f, theta),
+            "sparsity": self.weight_of_penalty() * self._cost(x, v, f, theta),
             **self._pull_of_dead(x),
             **self.revival(x, x_hat),
         }
         return Step(losses, f, x_hat, errors)
 
-    def _cost(self, v: Code, f: Code, theta: Float[Tensor, " d_sae"]) -> Float[Tensor, ""]:
+    def window(self) -> float | Float[Tensor, ""]:
+        """Width of the window of the pseudo-derivatives."""
+        return self.threshold_unit if self.bandwidth is None else self.bandwidth
+
+    def _cost(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        v: Code,
+        f: Code,
+        theta: Float[Tensor, " d_sae"],
+    ) -> Float[Tensor, ""]:
         if self.penalty is not None:
             return batch_penalty(self.penalty, f, self.penalty_norms())
-        l0 = v.mean_sum(step(v.values, v.at(theta), self.bandwidth))
+        l0 = v.mean_sum(step(v.values, v.at(theta), self.window()))
         if self.target_l0 is None:
             return l0
-        return (self.ranks.mean_with_gradient(l0) / self.target_l0 - 1).square()
+        excess = self.ranks.mean_with_gradient(l0) / self.target_l0 - 1
+        pull = excess.square() + self.multiplier.clone() * excess
+        moved = self.multiplier + PATIENCE * excess.detach().clamp(-1, 1)
+        self.multiplier.copy_(moved.clamp(-1, 1))
+        return variance(x.detach(), self.ranks.mean) * pull
 
     def _pull_of_dead(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Float[Tensor, ""]]:
         if self.dead_coefficient == 0:
@@ -133,14 +191,28 @@ class JumpReLUSAE(SparseAutoencoder):
 
     @override
     def fresh_latent(self) -> dict[str, float]:
-        """A threshold as at the start."""
-        return {**super().fresh_latent(), "threshold": self.threshold_init}
+        """A threshold as given, or of one standard deviation of the first pre-activations."""
+        start = self.threshold_unit.item() if self.threshold_init is None else self.threshold_init
+        return {**super().fresh_latent(), "threshold": start}
 
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:
         """All but the thresholds, and the thresholds."""
-        group = {"params": [self.threshold]}
-        if self.threshold_lr is not None:
-            group["lr"] = self.threshold_lr  # type: ignore[assignment]
+        rate = THRESHOLD_LR if self.threshold_lr is None else self.threshold_lr
         trained = [p for p in self.parameters() if p.requires_grad and p is not self.threshold]
-        return [{"params": trained}, group]
+        return [{"params": trained}, {"params": [self.threshold], "lr": rate}]
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """As in the base class; the rate of the thresholds is in units of the first batch."""
+        found = super().configure_optimizers()
+        if self.threshold_lr is None:
+            schedule: Any = found["lr_scheduler"]
+            lambdas = schedule["scheduler"].lr_lambdas
+            share = lambdas[-1]
+            lambdas[-1] = lambda step: share(step) * self.threshold_unit.item()
+            found["optimizer"].param_groups[-1]["lr"] *= self.threshold_unit.item()
+        return found
+
+    def _threshold_group(self) -> dict[str, Any]:
+        return self.trainer.optimizers[0].param_groups[-1]

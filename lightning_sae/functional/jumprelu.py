@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 
 def jumprelu(
-    v: Float[Tensor, "..."], theta: Float[Tensor, "..."], bandwidth: float
+    v: Float[Tensor, "..."], theta: Float[Tensor, "..."], bandwidth: float | Float[Tensor, ""]
 ) -> Float[Tensor, "..."]:
     """`v` where it is above `theta`, else 0.
 
@@ -35,19 +35,19 @@ def jumprelu(
 
 
 def step(
-    v: Float[Tensor, "..."], theta: Float[Tensor, "..."], bandwidth: float
+    v: Float[Tensor, "..."], theta: Float[Tensor, "..."], bandwidth: float | Float[Tensor, ""]
 ) -> Float[Tensor, "..."]:
     """1 where `v` is above `theta`, else 0; `v` itself gets no gradient. See `jumprelu`."""
     return _Step.apply(v, theta.expand_as(v), bandwidth)
 
 
-def _in_window(v: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+def _in_window(v: Tensor, theta: Tensor, bandwidth: float | Tensor) -> Tensor:
     return ((v - theta).abs() < bandwidth / 2).to(v.dtype)
 
 
 class _JumpReLU(Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, v: Tensor, theta: Tensor, bandwidth: float | Tensor) -> Tensor:
         ctx.save_for_backward(v, theta)
         ctx.bandwidth = bandwidth
         return v * (v > theta)
@@ -62,7 +62,7 @@ class _JumpReLU(Function):
 
 class _Step(Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, v: Tensor, theta: Tensor, bandwidth: float | Tensor) -> Tensor:
         ctx.save_for_backward(v, theta)
         ctx.bandwidth = bandwidth
         return (v > theta).to(v.dtype)

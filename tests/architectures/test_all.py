@@ -225,6 +225,7 @@ class GradientsOfStep(Callback):
 
 def test_accumulated_gradients_are_the_mean_of_those_of_micro_batches(build, fit):
     sae = build(b_dec_init="zero", decoder_norm="free")
+    sae.is_trained = True  # nothing starts from the first micro-batch
     batches, alone, expected = torch.randn(2, 16, D_IN), copy.deepcopy(sae), {}
     for x in batches:  # in turn, for prefixes are drawn anew each time
         loss = torch.stack(list(alone.objective(x).losses.values())).sum()

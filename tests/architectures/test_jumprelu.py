@@ -58,19 +58,40 @@ def test_objective_and_pseudo_derivatives_are_those_of_the_paper(dense, build, e
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_the_distance_to_a_target_is_squared_and_pulls_on_thresholds(dense, build, evaluate):
+@pytest.mark.parametrize("multiplier", [0.0, 0.4])
+def test_the_distance_to_a_target_is_squared_and_pulls_on_thresholds(
+    multiplier, dense, build, evaluate
+):
     sae = build(target_l0=2.5)
+    sae.multiplier.fill_(multiplier)
     entries, _ = pairs(sae, X)
-    l0 = sum(v > theta for v, theta, _, _ in entries) / len(X)
+    excess = sum(v > theta for v, theta, _, _ in entries) / len(X) / 2.5 - 1
+    weight = 0.7 * (X - X.mean(0)).square().sum().item() / len(X)
     gradient = [0.0] * 9
     for v, theta, _, j in entries:
         if inside(sae, v, theta):
-            gradient[j] += 0.7 * 2 * (l0 / 2.5 - 1) / 2.5 * (-1 / sae.bandwidth) / len(X)
+            slope = weight * (2 * excess + multiplier) / 2.5
+            gradient[j] += slope * (-1 / sae.bandwidth) / len(X)
     found = evaluate(sae, X, dense, term="sparsity")
-    assert found.losses["sparsity"] == pytest.approx(0.7 * (l0 / 2.5 - 1) ** 2)
+    expected = weight * (excess**2 + multiplier * excess)
+    assert found.losses["sparsity"] == pytest.approx(expected)
     torch.testing.assert_close(found.gradients["threshold"].tolist(), gradient)
     assert max(map(abs, gradient)) > 0
     assert not any(found.gradients[name].any() for name in TENSORS)
+
+
+def test_the_multiplier_moves_with_the_distance_to_the_target(build):
+    sae = build(target_l0=2.5)
+    excess = sum(v > theta for v, theta, _, _ in pairs(sae, X)[0]) / len(X) / 2.5 - 1
+    assert 0 < abs(excess) < 1
+    for n in range(1, 4):
+        sae.objective(X)
+        assert sae.multiplier.item() == pytest.approx(n * 0.02 * excess)
+    with torch.no_grad():
+        sae.threshold.fill_(100.0)  # nothing fires
+    for _ in range(200):
+        sae.objective(X)
+    assert sae.multiplier == -1
 
 
 @pytest.mark.parametrize("target_l0", [None, 2.5])
@@ -181,8 +202,10 @@ class Rates(Callback):
         self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
 
-@pytest.mark.parametrize(("threshold_lr", "peak"), [(0.5, 0.5), (None, 0.1)])
-def test_thresholds_have_their_own_rate_and_the_same_schedule(threshold_lr, peak, fit):
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("threshold_lr", [0.5, None])
+def test_thresholds_have_their_own_rate_and_the_same_schedule(threshold_lr, scale, fit):
+    """By default a hundredth of a standard deviation of the first batch's pre-activations."""
     sae = JumpReLUSAE(
         4,
         9,
@@ -192,13 +215,62 @@ def test_thresholds_have_their_own_rate_and_the_same_schedule(threshold_lr, peak
         lr_decay_steps=2,
         decoder_norm="free",
     )
-    rates = Rates()
-    trainer = fit(sae, torch.randn(5, 16, 4), rates)
+    rates, x = Rates(), scale * torch.randn(5, 16, 4)
+    unit = ((x[0] - x[0].mean(0)) @ sae.W_enc).std().item()
+    trainer = fit(sae, x, rates)
+    assert sae.threshold_unit.item() == pytest.approx(unit)
+    peak = threshold_lr or 0.01 * unit
     shares = [0.5, 1.0, 1.0, 1.0, 0.5]
     assert rates.seen == [pytest.approx([0.1 * s, peak * s]) for s in shares]
     others, thresholds = (group["params"] for group in trainer.optimizers[0].param_groups)
     assert [p is sae.threshold for p in thresholds] == [True]
     assert {id(p) for p in others} == {id(getattr(sae, name)) for name in TENSORS}
+
+
+@pytest.mark.parametrize("target_l0", [None, 1.5, 9.0])
+def test_thresholds_start_where_the_first_batch_has_the_target(target_l0, fit):
+    """So many pre-activations are above them; without a target they are one deviation."""
+    x = 7 * torch.randn(1, 64, 4)
+    sae = JumpReLUSAE(4, 9, target_l0=target_l0, lr=1e-30)
+    pre = (x[0] - x[0].mean(0)) @ sae.W_enc.detach()
+    fit(sae, x, DecoderNormProjection())
+    expected = pre.std()
+    if target_l0 is not None:
+        expected = pre.flatten().sort(descending=True).values[int(64 * target_l0) - 1].relu()
+    # One step has moved them.
+    torch.testing.assert_close(
+        sae.threshold.detach(), expected.expand(9), rtol=0, atol=1.01 * 0.01 * pre.std().item()
+    )
+
+
+@pytest.mark.usefixtures("unchecked")  # many steps, whose annotations other tests execute
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_a_target_is_reached_whatever_the_scale_of_the_data(scale, fit):
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(24, 8, generator=generator), dim=-1)
+    fires = torch.rand(416, 64, 24, generator=generator) < 0.15
+    x = scale * (fires * torch.rand(fires.shape, generator=generator)) @ directions
+    torch.manual_seed(1)
+    sae = JumpReLUSAE(8, 48, target_l0=3.0, lr=3e-3 * scale**0.5)
+    fit(sae, x[:-16], DecoderNormProjection())
+    l0 = (sae.encode(x[-16:]) > 0).sum(-1).double().mean().item()
+    assert l0 == pytest.approx(3, rel=0.05)
+
+
+def test_a_resumed_run_is_exact(fit, tmp_path):
+    """The unit of the first batch and the multiplier go on, and so does the rate."""
+    x, path = 9 * torch.randn(4, 64, 4), tmp_path / "a.ckpt"
+
+    def run(epochs, ckpt_path=None):
+        torch.manual_seed(0)
+        sae = JumpReLUSAE(4, 9, target_l0=1.5, lr=0.01)
+        flags = {"max_steps": -1, "max_epochs": epochs, "ckpt_path": ckpt_path}
+        return sae, fit(sae, x, DecoderNormProjection(), **flags)
+
+    whole, _ = run(2)
+    run(1)[1].save_checkpoint(path)
+    resumed, _ = run(2, path)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 def test_the_rate_of_thresholds_is_the_size_of_their_first_step(fit):
@@ -234,7 +306,7 @@ def test_the_distance_to_a_target_is_that_of_the_whole_batch(fit):
 
 
 def test_a_resampled_latent_gets_back_its_first_threshold(fit):
-    sae = JumpReLUSAE(4, 3, lr=1e-30, b_dec_init="zero", threshold_init=0.1)
+    sae = JumpReLUSAE(4, 3, lr=1e-30, b_dec_init="zero", threshold_init=0.1, threshold_lr=1e-30)
     with torch.no_grad():
         sae.W_dec.copy_(torch.eye(4)[:3])
         sae.W_enc.copy_(torch.eye(4)[:, :3])

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch.utils.data import DataLoader
 from lightning_sae import JumpReLUSAE, ReLUSAE, TopKSAE
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, TargetL0
 
-# Norms matter to none of these runs.
+# Norms matter to none of these runs, and most are too short for a target.
+pytestmark = pytest.mark.filterwarnings("ignore:`TargetL0` did not reach its target")
 
 D_IN, D_SAE, ROWS, BATCHES = 6, 24, 32, 12
 
@@ -85,7 +87,7 @@ def test_l0_comes_to_the_target_whatever_the_coefficient(kind, coefficient):
     torch.manual_seed(1)
     sae, last = kind(D_IN, D_SAE, coefficient, lr=0.02), Last()
     steering = TargetL0(4.0, max_change=0.05, smoothing_steps=5, foresight_steps=25)
-    build_trainer(steering, DecoderNormProjection(), last, max_epochs=14).fit(sae, batches())
+    build_trainer(steering, DecoderNormProjection(), last, max_epochs=25).fit(sae, batches())
     assert last.l0 == pytest.approx(4.0, rel=0.1)
 
 
@@ -204,3 +206,28 @@ def test_two_of_them_are_refused():
 
     with pytest.raises(ValueError, match="Expected one `TargetL0`.*remove all but one"):
         build_trainer(TargetL0(3.0), Mine(4.0)).fit(build_sae(), batches())
+
+
+MISSED = "`TargetL0` did not reach its target"
+
+
+@pytest.mark.parametrize("target", [2.0, 20.0])
+def test_a_target_that_is_missed_is_said_with_figures(target):
+    watch, callback, sae = Watch(), TargetL0(target, smoothing_steps=1), build_sae()
+    with pytest.warns(UserWarning, match=MISSED) as warned:
+        build_trainer(callback, watch).fit(sae, batches())
+    (said,) = (str(each.message) for each in warned if MISSED in str(each.message))
+    assert f"L0 is {watch.fired[-1] / ROWS:.3g} and not {target:g}" in said
+    assert f"multiplied by {sae.penalty_factor:.3g}" in said
+
+
+@pytest.mark.parametrize(("share", "missed"), [(0.93, True), (0.97, False), (1.03, False)])
+def test_what_is_within_a_twentieth_is_reached(share, missed, recwarn):
+    """Of an L0 that does not move."""
+    sae = build_sae(b_dec_init="zero")
+    sae.lr = 1e-30
+    x = batches().dataset[:1].expand(BATCHES, -1, -1)
+    l0 = (sae.encode(x[0]) > 0).sum(-1).double().mean().item()
+    warnings.simplefilter("always")
+    build_trainer(TargetL0(l0 * share)).fit(sae, DataLoader(x, batch_size=None))
+    assert any(MISSED in str(each.message) for each in recwarn) == missed

@@ -21,6 +21,9 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.side_by_side import SideBySide
 
+# Runs are too short for a target.
+pytestmark = pytest.mark.filterwarnings("ignore:`TargetL0` did not reach its target")
+
 D_IN, D_SAE, BATCH, STEPS = 6, 24, 16, 12
 
 

@@ -69,7 +69,9 @@ ARCHITECTURES = {
     "tied": Architecture("Tied, L1", TiedSAE),
     "gated": Architecture("Gated", GatedSAE),
     "jumprelu": Architecture(
-        "JumpReLU", JumpReLUSAE, {"bandwidth": 1.0, "threshold_init": 0.1, **FREE}
+        "JumpReLU",
+        JumpReLUSAE,
+        {"bandwidth": 1.0, "threshold_init": 0.1, "threshold_lr": RECIPE["lr"], **FREE},
     ),
     "topk": Architecture("TopK", TopKSAE, FREE),
     "batchtopk": Architecture("BatchTopK", BatchTopKSAE, FREE),

@@ -186,6 +186,7 @@ def test_standings_are_by_mcc_with_mean_and_spread() -> None:
 # The study.
 
 
+@pytest.mark.filterwarnings("ignore:`TargetL0` did not reach its target")  # it is short
 def test_study_writes_all_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study(tmp_path / "a", "--l0", "2,3", "--seeds", "2", "--architectures", "relu,topk")
     said = capsys.readouterr().out.strip().splitlines()
