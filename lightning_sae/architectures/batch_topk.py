@@ -59,7 +59,7 @@ class BatchTopKSAE(WithOrthogonality):
     threshold_batches: Int[Tensor, ""]
     rows_are_independent = False
     latent_units = ("b_enc", "threshold")
-    kept_in_float32 = ("threshold",)
+    kept_in_float32 = ("threshold", "threshold_means")
 
     def __init__(
         self,
