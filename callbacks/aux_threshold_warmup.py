@@ -12,8 +12,8 @@ class AuxThresholdWarmup(ScheduledScale):
 
     The scale at the k-th step of a fit, counted from 1, is 0 up to step `delay_steps`, and then
     min(1, (k - `delay_steps`) / `warmup_steps`). It multiplies both the coefficient and the
-    threshold of `WithOrthogonality`, through the SAE's `aux_scale`, logged as `train/aux_scale`.
-    Largest activations are tracked from the first step on. Micro-batches of a step share one
+    threshold of `WithOrthogonality`, through the SAE's `orthogonality_scale`, logged as
+    `train/orthogonality_scale`. Largest activations are tracked from the first step on. Micro-batches of a step share one
     value. A resumed fit continues the schedule; any other fit restarts it. After the fit the scale
     is 1.
 
@@ -22,7 +22,7 @@ class AuxThresholdWarmup(ScheduledScale):
 
     Example::
 
-        sae = TiedSAE(d_in=50, d_sae=5, l1_coefficient=1e-3, aux_coefficient=1e4)
+        sae = TiedSAE(d_in=50, d_sae=5, l1_coefficient=1e-3, orthogonality_coefficient=1e4)
         trainer = Trainer(callbacks=AuxThresholdWarmup(6500, 6500), max_steps=19_500)
 
     Args:
@@ -34,7 +34,7 @@ class AuxThresholdWarmup(ScheduledScale):
             the run, if the SAE has no such loss, or if the trainer has this callback twice.
     """
 
-    scale = "aux_scale"
+    scale = "orthogonality_scale"
 
     def __init__(self, delay_steps: int, warmup_steps: int) -> None:
         require_not_negative(delay_steps=delay_steps)
@@ -56,8 +56,8 @@ class AuxThresholdWarmup(ScheduledScale):
         if getattr(pl_module, "peaks", None) is None:
             raise ValueError(
                 "`AuxThresholdWarmup` needs an SAE with an auxiliary loss of orthogonality but "
-                f"{type(pl_module).__name__} has none: set its `aux_coefficient`, or remove the "
-                "callback."
+                f"{type(pl_module).__name__} has none: set its `orthogonality_coefficient`, or "
+                "remove the callback."
             )
         steps = self.delay_steps + self.warmup_steps
         if 0 < trainer.max_steps < steps and not trainer.fast_dev_run:  # type: ignore

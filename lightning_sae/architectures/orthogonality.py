@@ -28,7 +28,8 @@ class WithOrthogonality(SparseAutoencoder):
     Source: Chanin et al., Broken latents (2024), where it is divided by the number of latents, as
     here and unlike a penalty. The activations that they penalise are the low ones, which a latent
     owes to features that are not its main one. In narrow SAEs it is the high ones, where several
-    features come together: `aux_side="high"` has those with :math:`f_{ij} > \tau_j` instead.
+    features come together: with `orthogonality_side="high"` it is those with
+    :math:`f_{ij} > \tau_j`.
 
     Their weight of 10,000 is taken over as it is. They do not say whether the squared error beside
     it is summed or averaged over d_in; their world with a parent gives clean latents either way. It
@@ -37,17 +38,18 @@ class WithOrthogonality(SparseAutoencoder):
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents.
-        aux_coefficient: Weight of the loss; 0 for none.
-        aux_threshold_share: The threshold tau_j, as a share of the largest activation of latent j.
-        aux_window: Batches over which that is the largest.
-        aux_side: Whether `low` or `high` activations are penalised.
-        aux_threshold: `share` as above; or `mixture`, the crossing of the latent's two peaks
-            where its activations have two, else the share.
+        orthogonality_coefficient: Weight of the loss; 0 for none.
+        orthogonality_threshold_share: The threshold tau_j, as a share of the largest activation of
+            latent j.
+        orthogonality_window: Batches over which that is the largest.
+        orthogonality_side: Whether `low` or `high` activations are penalised.
+        orthogonality_threshold: `share` as above; or `mixture`, the crossing of the latent's two
+            peaks where its activations have two, else the share.
         kwargs: Arguments of `SparseAutoencoder`.
 
     Attributes:
-        aux_scale: Share in force of both the weight and the threshold; `AuxThresholdWarmup` moves
-            it.
+        orthogonality_scale: Share in force of both the weight and the threshold;
+            `AuxThresholdWarmup` moves it.
         peaks: What is known of how strongly latents fire; None without the loss.
 
     Raises:
@@ -59,28 +61,36 @@ class WithOrthogonality(SparseAutoencoder):
         d_in: int,
         d_sae: int,
         *,
-        aux_coefficient: float = 0.0,
-        aux_threshold_share: float = 0.7,
-        aux_window: int = 50,
-        aux_side: Literal["low", "high"] = "low",
-        aux_threshold: Literal["share", "mixture"] = "share",
+        orthogonality_coefficient: float = 0.0,
+        orthogonality_threshold_share: float = 0.7,
+        orthogonality_window: int = 50,
+        orthogonality_side: Literal["low", "high"] = "low",
+        orthogonality_threshold: Literal["share", "mixture"] = "share",
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
         self.save_hyperparameters()
-        require_not_negative(aux_coefficient=aux_coefficient)
-        require_positive(aux_threshold_share=aux_threshold_share, aux_window=aux_window)
-        require_one_of(("low", "high"), aux_side=aux_side)
-        require_one_of(("share", "mixture"), aux_threshold=aux_threshold)
-        if aux_threshold_share > 1:
+        require_not_negative(orthogonality_coefficient=orthogonality_coefficient)
+        require_positive(
+            orthogonality_threshold_share=orthogonality_threshold_share,
+            orthogonality_window=orthogonality_window,
+        )
+        require_one_of(("low", "high"), orthogonality_side=orthogonality_side)
+        require_one_of(("share", "mixture"), orthogonality_threshold=orthogonality_threshold)
+        if orthogonality_threshold_share > 1:
             raise ValueError(
-                "Expected argument `aux_threshold_share` to be at most 1 but got "
-                f"{aux_threshold_share}: it is a share of the largest activation."
+                "Expected argument `orthogonality_threshold_share` to be at most 1 but got "
+                f"{orthogonality_threshold_share}: it is a share of the largest activation."
             )
-        self.aux_coefficient, self.aux_side = aux_coefficient, aux_side
-        self.aux_scale = 1.0
-        kind = MixtureThreshold if aux_threshold == "mixture" else PeakThreshold
-        self.peaks = kind(d_sae, aux_threshold_share, aux_window) if aux_coefficient else None
+        self.orthogonality_coefficient = orthogonality_coefficient
+        self.orthogonality_side = orthogonality_side
+        self.orthogonality_scale = 1.0
+        kind = MixtureThreshold if orthogonality_threshold == "mixture" else PeakThreshold
+        self.peaks = (
+            kind(d_sae, orthogonality_threshold_share, orthogonality_window)
+            if orthogonality_coefficient
+            else None
+        )
 
     def orthogonality(
         self, x: Float[Tensor, "batch d_in"], f: Code, v: Code | None = None
@@ -96,18 +106,18 @@ class WithOrthogonality(SparseAutoencoder):
             return {}
         if self.training:
             self.peaks.note(f)
-        if self.aux_scale == 0:
+        if self.orthogonality_scale == 0:
             return {"orthogonality": x.new_zeros(())}
         v = self._pre_of(x, f) if v is None else v
-        strong = f.values.detach() > f.at(self.aux_scale * self.peaks.thresholds())
+        strong = f.values.detach() > f.at(self.orthogonality_scale * self.peaks.thresholds())
         cost = orthogonality(
             self.encoder_input(x),
             self.W_enc,
             v.with_values(v.values - v.at(self.b_enc)),
             strong,
-            self.aux_side,
+            self.orthogonality_side,
         )
-        return {"orthogonality": self.aux_coefficient * self.aux_scale * cost}
+        return {"orthogonality": self.orthogonality_coefficient * self.orthogonality_scale * cost}
 
     def _pre_of(self, x: Tensor, f: Code) -> Code:
         """Active latents are their pre-activations, unless a subclass activates in its own way."""

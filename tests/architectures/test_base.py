@@ -243,7 +243,7 @@ def test_bfloat16_autocast_trains_float32_weights() -> None:
 
 def test_a_barebones_trainer_trains_the_same_weights_and_does_not_warn_of_each_log() -> None:
     data = Activations(torch.randn(64, 4))
-    sae = scaled_sae(aux_coefficient=1.0)
+    sae = scaled_sae(orthogonality_coefficient=1.0)
     saes = [sae, copy.deepcopy(sae)]
     quiet_trainer(max_steps=6).fit(saes[0], datamodule=data)
     bare = Trainer(accelerator="cpu", barebones=True, max_steps=6, limit_val_batches=0)

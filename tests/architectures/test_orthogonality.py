@@ -27,7 +27,11 @@ def build_trainer(*callbacks: Callback, **kwargs: Any) -> Trainer:
 
 def build(kind: Any = TiedSAE, **kwargs: Any) -> WithOrthogonality:
     torch.manual_seed(1)
-    return kind(D_IN, D_SAE, **{"aux_coefficient": 3.0, "aux_window": 4, "lr": 0.01, **kwargs})
+    return kind(
+        D_IN,
+        D_SAE,
+        **{"orthogonality_coefficient": 3.0, "orthogonality_window": 4, "lr": 0.01, **kwargs},
+    )
 
 
 class Heights(Callback):
@@ -63,8 +67,8 @@ def test_peaks_are_those_of_the_last_micro_batches(
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "tied": (TiedSAE, {}),
     "tied with thresholds": (TiedSAE, {"threshold_init": 0.1}),
-    "mixture": (ReLUSAE, {"aux_threshold": "mixture"}),
-    "high": (ReLUSAE, {"aux_side": "high"}),
+    "mixture": (ReLUSAE, {"orthogonality_threshold": "mixture"}),
+    "high": (ReLUSAE, {"orthogonality_side": "high"}),
     "batch top k": (BatchTopKSAE, {"k": 3}),
     "matryoshka": (MatryoshkaSAE, {"k": 3, "prefixes": [4, D_SAE]}),
     "matryoshka with a ReLU": (MatryoshkaSAE, {"k": None, "prefixes": 2}),
@@ -106,7 +110,7 @@ def test_each_kind_is_trained_by_the_loss(name: str) -> None:
     )
     strong = f > sae.peaks.thresholds()
     assert strong.any()
-    side = strong if sae.aux_side == "high" else ~strong
+    side = strong if sae.orthogonality_side == "high" else ~strong
     torch.testing.assert_close(loss, 3.0 * (cosines.square() * side).mean())
     (gradient,) = torch.autograd.grad(loss, sae.W_dec if sae.tied else sae.W_enc)
     assert gradient.abs().sum() > 0
@@ -114,7 +118,7 @@ def test_each_kind_is_trained_by_the_loss(name: str) -> None:
 
 def test_a_mixture_logs_how_many_latents_have_two_peaks() -> None:
     trainer = build_trainer()
-    trainer.fit(build(aux_threshold="mixture"), batches())
+    trainer.fit(build(orthogonality_threshold="mixture"), batches())
     assert {"train/two_peaks", "train/separation"} <= trainer.callback_metrics.keys()
 
 
@@ -122,14 +126,14 @@ def test_a_mixture_logs_how_many_latents_have_two_peaks() -> None:
 def test_an_exported_sae_keeps_its_arguments_and_its_thresholds(
     threshold: str, tmp_path: Path
 ) -> None:
-    sae = build(threshold_init=0.2, aux_threshold=threshold, aux_side="high")
+    sae = build(threshold_init=0.2, orthogonality_threshold=threshold, orthogonality_side="high")
     build_trainer().fit(sae, batches())
     sae.input_scale.fill_(2.0)
     loaded = load(sae.save_pretrained(tmp_path / "sae"))
     x = torch.randn(50, D_IN)
     torch.testing.assert_close(loaded.encode(x), sae.encode(x))
     assert isinstance(loaded, TiedSAE)
-    assert (loaded.aux_coefficient, loaded.aux_side) == (3.0, "high")
+    assert (loaded.orthogonality_coefficient, loaded.orthogonality_side) == (3.0, "high")
     assert type(loaded.peaks) is type(sae.peaks)
 
 
@@ -150,9 +154,12 @@ class Mixed:
         return 3 * first * torch.eye(4)[0] + 2 * torch.maximum(first, second) * torch.eye(4)[1]
 
 
-def cosine_with_the_first(aux_coefficient: float, threshold: Any) -> float:
+def cosine_with_the_first(orthogonality_coefficient: float, threshold: Any) -> float:
     torch.manual_seed(0)
-    arguments: dict[str, Any] = {"aux_coefficient": aux_coefficient, "aux_threshold": threshold}
+    arguments: dict[str, Any] = {
+        "orthogonality_coefficient": orthogonality_coefficient,
+        "orthogonality_threshold": threshold,
+    }
     sae = TiedSAE(4, 1, 0.01, lr=0.03, b_dec_init="zero", lr_decay_steps=80, **arguments)
     sae.W_dec.data.abs_()
     build_trainer(max_epochs=-1, max_steps=200).fit(sae, Mixed())  # type: ignore[arg-type]
@@ -169,12 +176,24 @@ def test_a_latent_lets_go_of_the_feature_on_which_it_fires_weakly() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"aux_coefficient": -1.0}, "`aux_coefficient` to be at least 0 but got -1"),
-        ({"aux_window": 0}, "`aux_window` to be positive but got 0"),
-        ({"aux_threshold_share": 0.0}, "`aux_threshold_share` to be positive but got 0"),
-        ({"aux_threshold_share": 1.5}, "`aux_threshold_share` to be at most 1 but got 1.5"),
-        ({"aux_side": "left"}, "`aux_side` to be one of .* but got 'left'"),
-        ({"aux_threshold": "peak"}, "`aux_threshold` to be one of .* but got 'peak'"),
+        (
+            {"orthogonality_coefficient": -1.0},
+            "`orthogonality_coefficient` to be at least 0 but got -1",
+        ),
+        ({"orthogonality_window": 0}, "`orthogonality_window` to be positive but got 0"),
+        (
+            {"orthogonality_threshold_share": 0.0},
+            "`orthogonality_threshold_share` to be positive but got 0",
+        ),
+        (
+            {"orthogonality_threshold_share": 1.5},
+            "`orthogonality_threshold_share` to be at most 1 but got 1.5",
+        ),
+        ({"orthogonality_side": "left"}, "`orthogonality_side` to be one of .* but got 'left'"),
+        (
+            {"orthogonality_threshold": "peak"},
+            "`orthogonality_threshold` to be one of .* but got 'peak'",
+        ),
         ({"threshold_init": -0.1}, "`threshold_init` to be at least 0 but got -0.1"),
         ({"bandwidth": 0.0}, "`bandwidth` to be positive but got 0"),
     ],

@@ -15,12 +15,12 @@ class Watched(TiedSAE):
 
     def __init__(self, **kwargs):
         torch.manual_seed(1)
-        super().__init__(5, 9, aux_coefficient=3.0, **kwargs)
+        super().__init__(5, 9, orthogonality_coefficient=3.0, **kwargs)
         self.shares, self.losses, self.seen = [], [], []
 
     def objective(self, x):
         step = super().objective(x)
-        self.shares.append(self.aux_scale)
+        self.shares.append(self.orthogonality_scale)
         self.losses.append(step.losses["orthogonality"].item())
         self.seen.append(self.peaks.n_batches.item())
         return step
@@ -45,7 +45,7 @@ def test_there_is_no_loss_at_first_and_then_it_rises_linearly_to_one_and_stays(p
     assert sae.losses[:2] == [0.0, 0.0]
     assert min(sae.losses[2:]) > 0
     assert sae.seen == [0, 1, 2, 3, 4, 5]  # how strongly latents fire is noted all the time
-    assert trainer.callback_metrics["train/aux_scale"] == 1.0
+    assert trainer.callback_metrics["train/orthogonality_scale"] == 1.0
 
 
 def test_the_share_multiplies_both_weight_and_threshold():
@@ -56,7 +56,7 @@ def test_the_share_multiplies_both_weight_and_threshold():
         sae.encoder_input(x).unsqueeze(1), sae.W_dec.unsqueeze(0), dim=-1
     )
     for share in (0.3, 1.0):
-        sae.aux_scale = share
+        sae.orthogonality_scale = share
         low = f <= share * 0.7 * f.amax(0)
         expected = share * 3.0 * (cosines.square() * low).mean().item()
         assert sae.objective(x).losses["orthogonality"].item() == pytest.approx(expected)
@@ -95,7 +95,7 @@ def test_a_schedule_added_to_a_resumed_run_begins_where_it_is_added(tmp_path):
 def test_the_whole_loss_is_left_behind(fails):
     class Failing(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            assert pl_module.aux_scale < 1
+            assert pl_module.orthogonality_scale < 1
             if fails and batch_idx == 2:
                 raise RuntimeError("no more")
 
@@ -105,7 +105,7 @@ def test_the_whole_loss_is_left_behind(fails):
             trainer.fit(sae, batches())
     else:
         trainer.fit(sae, batches())
-    assert sae.aux_scale == 1.0
+    assert sae.orthogonality_scale == 1.0
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,10 @@ def test_it_is_taken_in_full_precision_under_autocast() -> None:
 def losses_by_hand(sae: ReLUSAE, x: Tensor) -> Tensor:
     """The auxiliary loss of an SAE, from its public methods and the double loop."""
     assert sae.peaks is not None
-    tau = sae.aux_scale * sae.peaks.thresholds()
+    tau = sae.orthogonality_scale * sae.peaks.thresholds()
     f, seen = sae.encode(x), sae.encoder_input(x)
-    cost = by_double_loop(seen, sae.W_enc, f, tau, sae.aux_side)
-    return sae.aux_coefficient * sae.aux_scale * cost
+    cost = by_double_loop(seen, sae.W_enc, f, tau, sae.orthogonality_side)
+    return sae.orthogonality_coefficient * sae.orthogonality_scale * cost
 
 
 class Doubling(ReLUSAE):
@@ -162,12 +162,12 @@ def jumping(d_in: int, d_sae: int, **kwargs: Any) -> TiedSAE:
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", [ReLUSAE, TiedSAE, jumping, Doubling])
 def test_an_sae_has_the_loss_of_its_own_directions(kind: Any, side: Side, dense: bool) -> None:
-    sae = kind(3, 11, aux_coefficient=7.0, aux_side=side).double()
+    sae = kind(3, 11, orthogonality_coefficient=7.0, orthogonality_side=side).double()
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.normal_()
         sae.peaks.recent[4] = torch.rand(11) * 3
-    sae.aux_scale, sae.layout = 0.8, always(dense)
+    sae.orthogonality_scale, sae.layout = 0.8, always(dense)
     x = torch.randn(8, 3, dtype=torch.float64)
     found, expected = sae.objective(x).losses["orthogonality"], losses_by_hand(sae, x)
     torch.testing.assert_close(found, expected)
@@ -181,8 +181,8 @@ def test_an_sae_has_the_loss_of_its_own_directions(kind: Any, side: Side, dense:
 
 
 def test_a_scale_of_zero_has_no_loss_and_no_coefficient_has_no_term() -> None:
-    sae = ReLUSAE(3, 5, aux_coefficient=7.0)
-    sae.aux_scale = 0.0
+    sae = ReLUSAE(3, 5, orthogonality_coefficient=7.0)
+    sae.orthogonality_scale = 0.0
     assert sae.objective(torch.randn(4, 3)).losses["orthogonality"].item() == 0
     plain = ReLUSAE(3, 5)
     assert "orthogonality" not in plain.objective(torch.randn(4, 3)).losses

@@ -59,7 +59,7 @@ def reinitialized() -> list[Callback]:
     return [DeadFeatureResampling(3, "reinitialize", min_frequency=0.1)]
 
 
-AUX = {"aux_coefficient": 50.0, "aux_window": 3}
+AUX = {"orthogonality_coefficient": 50.0, "orthogonality_window": 3}
 
 CASES = {
     "relu": Case(ReLUSAE, {"l1_coefficient": 0.5}, lambda: [*warmed(), *resampled()]),
@@ -82,7 +82,12 @@ CASES = {
     ),
     "tied-high-mixture": Case(
         TiedSAE,
-        {"l1_coefficient": 0.3, **AUX, "aux_side": "high", "aux_threshold": "mixture"},
+        {
+            "l1_coefficient": 0.3,
+            **AUX,
+            "orthogonality_side": "high",
+            "orthogonality_threshold": "mixture",
+        },
         lambda: [AuxThresholdWarmup(2, 3)],
     ),
     "tied-jump": Case(TiedSAE, {"l1_coefficient": 0.3, "threshold_init": 0.1, "bandwidth": 0.5}),

@@ -72,7 +72,7 @@ CASES = {
     ),
     "tied": Case(
         TiedSAE,
-        {"l1_coefficient": 0.1, "aux_coefficient": 10.0},
+        {"l1_coefficient": 0.1, "orthogonality_coefficient": 10.0},
         lambda: [DecoderNormProjection(), AuxThresholdWarmup(3, 4)],
     ),
 }

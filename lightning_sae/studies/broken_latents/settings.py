@@ -54,7 +54,7 @@ class Variant:
     @property
     def has_loss(self) -> bool:
         """Whether it has the auxiliary loss."""
-        return "aux_coefficient" in self.sae
+        return "orthogonality_coefficient" in self.sae
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,12 @@ class Experiment:
     seeds: int = 3
 
 
-AUXILIARY: dict[str, Any] = {"aux_coefficient": 1e4, "aux_threshold_share": 0.7, "aux_window": 50}
-MIXTURE = AUXILIARY | {"aux_threshold": "mixture"}
+AUXILIARY: dict[str, Any] = {
+    "orthogonality_coefficient": 1e4,
+    "orthogonality_threshold_share": 0.7,
+    "orthogonality_window": 50,
+}
+MIXTURE = AUXILIARY | {"orthogonality_threshold": "mixture"}
 MANY: dict[str, Any] = {
     "n_features": 20,
     "d_in": 50,
@@ -275,7 +279,7 @@ EXPERIMENTS = (
                 ("threshold by mixture, else .7", MIXTURE, (clean(0.97),)),
                 (
                     "threshold by mixture, else .05",
-                    MIXTURE | {"aux_threshold_share": 0.05},
+                    MIXTURE | {"orthogonality_threshold_share": 0.05},
                     (clean(0.97),),
                 ),
             )
@@ -294,11 +298,14 @@ EXPERIMENTS = (
                 f"{name}, weight {weight:g}",
                 "nothing: it expects that high peaks have to be projected out.",
                 (exactly([0]),),
-                sae=sae | {"aux_coefficient": weight, "aux_side": "high"},
+                sae=sae | {"orthogonality_coefficient": weight, "orthogonality_side": "high"},
             )
             for name, sae in (
                 ("threshold .7", AUXILIARY),
-                ("threshold by mixture, else none", MIXTURE | {"aux_threshold_share": 1.0}),
+                (
+                    "threshold by mixture, else none",
+                    MIXTURE | {"orthogonality_threshold_share": 1.0},
+                ),
             )
             for weight in (1.0, 3.0, 10.0)
         ),
