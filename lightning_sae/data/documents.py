@@ -18,11 +18,13 @@ class Document(NamedTuple):
         text: The whole text, or a `FileSpan`; a list of token ids; a chat, as a list of messages;
             or whatever else stood in the row, which then gives no tokens.
         where: Where it stands, for messages.
+        may_be_empty: Whether an empty text is a document all the same, of which its mark is left.
     """
 
     name: str
     text: Any
     where: str = ""
+    may_be_empty: bool = False
 
 
 @runtime_checkable

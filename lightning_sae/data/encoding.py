@@ -116,7 +116,7 @@ class Encoder:
             raise Unreadable(f"{where} has no text")
         if _is_text(content):
             self._require_tokenizer()
-            if isinstance(content, str):
+            if isinstance(content, str) and not document.may_be_empty:
                 _require_encodable(content, where)
             return text_pieces(self.tokenizer, content, start)
         if isinstance(content, Mapping):  # what `datasets` made of a list of messages

@@ -6,6 +6,7 @@ in one go; so does in practice whatever else looks only a little way ahead.
 """
 
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 WINDOW = 2**16
@@ -25,11 +26,15 @@ class LongText(Protocol):
 
 
 class Window(NamedTuple):
-    """Tokens of a part of a text, and the characters in it that each of them stands for."""
+    """A part of a text: its tokens, the tokenizer's answer with their places, its characters."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]
+    encoding: Any
     length: int
+
+    def token(self, i: int) -> tuple[int, int, int]:
+        """A token, where it starts in the part and where it ends."""
+        return (self.ids[i], *self.encoding.token_to_chars(i))
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -62,8 +67,8 @@ def text_pieces(tokenizer: Any, text: LongText, start: int = 0) -> Iterator[list
 def _window(tokenizer: Any, text: LongText, index: int) -> Window:
     begins = index * WINDOW
     part = text[begins : begins + WINDOW + OVERLAP]
-    found = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return Window(found["input_ids"], found["offset_mapping"], len(part))
+    found = tokenizer(part, add_special_tokens=False, verbose=False)
+    return Window(found["input_ids"], found, len(part))
 
 
 def _joint(first: Window, second: Window, shared: int) -> tuple[int, int]:
@@ -74,15 +79,12 @@ def _joint(first: Window, second: Window, shared: int) -> tuple[int, int]:
         second: The next one.
         shared: Characters at the end of the first that are also the beginning of the second.
     """
-    shift = first.length - shared
-    left = [
-        (token, start - shift, end - shift)
-        for token, (start, end) in zip(first.ids, first.offsets, strict=True)
-        if start >= shift
-    ]
-    pairs = zip(second.ids, second.offsets, strict=True)
-    right = [(token, start, end) for token, (start, end) in pairs if start < shared]
-    before, middle = len(first.ids) - len(left), shared // 2
+    shift, middle = first.length - shared, shared // 2
+    backwards = (first.token(i) for i in range(len(first.ids) - 1, -1, -1))
+    tail = [*takewhile(lambda token: token[1] >= shift, backwards)][::-1]
+    left = [(token, start - shift, end - shift) for token, start, end in tail]
+    right = [*takewhile(lambda token: token[1] < shared, map(second.token, range(len(second.ids))))]
+    before = len(first.ids) - len(left)
     places = {token: j for j, token in enumerate(right)}
     for i in sorted(range(len(left)), key=lambda i: abs(left[i][1] - middle)):
         j = places.get(left[i], -1)

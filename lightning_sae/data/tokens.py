@@ -108,7 +108,7 @@ class TokenBlocks:
             return
         self.piece += 1
         start, separator = self.encoder.marks(self._present)
-        if self._is_new and tokens not in ([], start):
+        if self._is_new and (tokens not in ([], start) or self._present.may_be_empty):
             tokens = self._begun(tokens, start, separator)
         if not self._is_new:
             self._add(tokens)
@@ -122,7 +122,8 @@ class TokenBlocks:
         if self._room() < self.context_length and separator not in (start, self._end(separator)):
             self._rest.extend(separator if self.keep_rest else separator[: self._room()])
         ids = [max(token, ~token) for token in tokens[: len(start)]]
-        return tokens if start in (ids, self._end(start)) else start + tokens
+        beside = self._end(start) == start and not self._present.may_be_empty
+        return tokens if beside or ids == start else start + tokens
 
     def _room(self) -> int:
         """Tokens that fit into the open block; all of a block if none is open."""

@@ -12,6 +12,11 @@ from lightning_sae.data.text import IndexedCorpus
 from lightning_sae.data.tokens import TokenBlocks
 
 
+class Encoded(dict[str, list[int]]):
+    def token_to_chars(self, i: int) -> tuple[int, int]:
+        return i, i + 1
+
+
 class Letters:
     """A tokenizer whose tokens are code points; BOS comes first unless it is told otherwise."""
 
@@ -23,13 +28,9 @@ class Letters:
         self,
         text: str,
         add_special_tokens: bool = True,
-        return_offsets_mapping: bool = False,
         verbose: bool = True,
-    ) -> dict[str, list[Any]]:
-        return {
-            "input_ids": [0] * add_special_tokens + [ord(letter) for letter in text],
-            "offset_mapping": [(i, i + 1) for i in range(len(text))],
-        }
+    ) -> Encoded:
+        return Encoded(input_ids=[0] * add_special_tokens + [ord(letter) for letter in text])
 
 
 class InOrder:
@@ -128,6 +129,15 @@ def test_rows_without_tokens_are_skipped_counted_and_told_of_once(
     assert blocks.skipped >= 4 * 3
     assert blocks.state_dict()["skipped"] == blocks.skipped
     assert len([m for m in caplog.messages if "it is skipped" in m]) == 1
+
+
+def test_an_empty_module_of_the_standard_library_is_a_document() -> None:
+    class Modules:
+        def epoch(self, number: int, start: int = 0) -> Iterator[Document]:
+            texts = ["a", "", "b"][start:]
+            return iter([Document(t, t, may_be_empty=True) for t in texts])
+
+    assert written(blocks_of(Modules(), 7), 1) == ["^a^^b^a"]
 
 
 def test_rows_that_never_give_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,8 @@ def _documents_below(folder: Path) -> Iterator[Document]:
             continue
         text = _decode(path)
         if text is not None:
-            yield Document(relative.as_posix(), text)
+            # Empty modules count as before, so that results on this text stay what they are.
+            yield Document(relative.as_posix(), text, may_be_empty=True)
 
 
 def _decode(path: Path) -> str | None:
