@@ -13,9 +13,9 @@ class AuxThresholdWarmup(ScheduledScale):
     The scale at the k-th step of a fit, counted from 1, is 0 up to step `delay_steps`, and then
     min(1, (k - `delay_steps`) / `warmup_steps`). It multiplies both the coefficient and the
     threshold of `WithOrthogonality`, through the SAE's `orthogonality_scale`, logged as
-    `train/orthogonality_scale`. Largest activations are tracked from the first step on. Micro-batches of a step share one
-    value. A resumed fit continues the schedule; any other fit restarts it. After the fit the scale
-    is 1.
+    `train/orthogonality_scale`. Largest activations are tracked from the first step on.
+    Micro-batches of a step share one value. A resumed fit continues the schedule; any other fit
+    restarts it. After the fit the scale is 1.
 
     Source: Chanin et al., Broken latents (2024), with a third of the run for each of delay,
     warm-up and the rest.
