@@ -458,7 +458,9 @@ def test_several_loggers_get_the_same(tmp_path: Path) -> None:
     assert len(rows[0].splitlines()) == len(rows[1].splitlines()) >= 7
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*no last checkpoint")
+@pytest.mark.filterwarnings(
+    "ignore:.*was called without a model", "ignore:.*no last checkpoint", "ignore:.*flops_per"
+)
 def test_what_watches_a_run_changes_no_weight(tmp_path: Path) -> None:
     sae = ReLUSAE(16, 32)
     other = copy.deepcopy(sae)

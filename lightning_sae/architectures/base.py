@@ -655,7 +655,7 @@ class SparseAutoencoder(LightningModule):
             note_settings(checkpoint, self._settings())
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
-        require_finite_weights(self, 0 if self._trainer is None else self.trainer.global_step)
+        require_finite_weights(self, 0 if trainer is None else trainer.global_step)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
