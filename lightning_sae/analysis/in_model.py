@@ -77,7 +77,7 @@ def evaluate_all_in_model(
         given = [*ablations.values(), *replacements.values()]
         edits = [None, *(_edit(data, tokens, replace) for replace in given)]
         nats, kl = _nats_and_kl(data.language_model, tokens, counted, edits)
-        for name, value in zip(common, nats, strict=False):  # the clean model, the ablations
+        for name, value in zip(("ce_clean", *ablations), nats, strict=False):
             common[name] += value
         for name, value, divergence in zip(replacements, nats[3:], kl[3:], strict=True):
             spliced[name] += value
@@ -102,7 +102,7 @@ def evaluate_all_in_model(
 def _nats_and_kl(
     model: LanguageModel,
     tokens: Tokens,
-    counted: Bool[Tensor, "blocks context_length-1"],
+    counted: Bool[Tensor, "blocks predictions"],
     edits: Sequence[Edit | None],
 ) -> tuple[list[float], list[float]]:
     """Sums over the counted predictions, with each edit: cross-entropy, divergence from the first.

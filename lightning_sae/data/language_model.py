@@ -103,7 +103,7 @@ class LanguageModel:
         return tokenizer
 
     @property
-    def dtype(self) -> torch.dtype:
+    def weights_dtype(self) -> torch.dtype:
         """Number format (dtype) of the model's weights, and so of its activations."""
         return next(p.dtype for p in self.network.parameters() if p.is_floating_point())
 
@@ -128,7 +128,7 @@ class LanguageModel:
         self.device = torch.device(device)
         return self
 
-    def _logits(self, tokens: Tokens) -> Float[Tensor, "batch seq vocab"]:
+    def _logits(self, tokens: Tokens) -> Float[Tensor, "batch _ vocab"]:
         if self.is_lens:
             return self.network(tokens)
         return self.network(tokens, use_cache=False).logits
@@ -231,12 +231,11 @@ class LanguageModel:
 
     @contextmanager
     def _without_body(self) -> Iterator[None]:
-        """Give the body's output for one token at once, where the model has a body."""
-        body = self.network if self.is_lens else self.network.base_model
-        if body is self.network:
+        """Have the body give its output for one token at once, where the model has a body."""
+        if self._body is None:
             yield
             return
-        output = self._output_of_body
+        body, output = self._body
         own = vars(body).get("forward")
         body.forward = lambda *_, **__: output
         try:
@@ -247,16 +246,19 @@ class LanguageModel:
                 body.forward = own
 
     @cached_property
-    def _output_of_body(self) -> Any:
-        """What the body gives for one token."""
-        found: list[Any] = []
-        body = self.network.base_model
-        handle = body.register_forward_hook(lambda _module, _args, output: found.append(output))
-        try:
-            self._logits(torch.zeros(1, 1, dtype=torch.long, device=self._entry))
-        finally:
-            handle.remove()
-        return found[0]
+    def _body(self) -> tuple[Any, Any] | None:
+        """What the model calls before its unembedding, and what that gives for one token."""
+        network, token = self.network, torch.zeros(1, 1, dtype=torch.long, device=self._entry)
+        for body in () if self.is_lens else (network.base_model, network.get_decoder()):
+            found: list[Any] = []
+            handle = body.register_forward_hook(lambda *given, found=found: found.append(given[2]))
+            try:
+                self._logits(token)
+            finally:
+                handle.remove()
+            if found and body is not network:
+                return body, found[0]
+        return None
 
     @torch.no_grad()
     def at(self, hook_name: str, head: int | None = None) -> "LanguageModel":
@@ -391,7 +393,9 @@ def _in_lens(plain: LanguageModel) -> LanguageModel:
     expected = plain.logits(tokens)
     network = plain.network
     tokenizer = copy.deepcopy(plain.tokenizer)  # TransformerLens adds tokens to it
-    wrapped = _boot(plain.name, None, dtype=plain.dtype, hf_model=network, tokenizer=tokenizer)
+    wrapped = _boot(
+        plain.name, None, dtype=plain.weights_dtype, hf_model=network, tokenizer=tokenizer
+    )
     found = LanguageModel(wrapped, lambda: plain.tokenizer, plain.site, plain.name, plain.hook_name)
     found.identity = plain.identity
     gap = (found.logits(tokens).to(expected) - expected).abs().max()
@@ -442,7 +446,7 @@ def _identity(model: LanguageModel) -> dict[str, Any]:
     method = None if quantization is None else getattr(quantization, "quant_method", "unknown")
     return {
         "model_revision": config.get("_commit_hash"),
-        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "model_dtype": str(model.weights_dtype).removeprefix("torch."),
         "quantization": None if method is None else str(getattr(method, "value", method)),
     }
 

@@ -165,6 +165,8 @@ def load_tokenizer(name: str, arguments: Mapping[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **for_files)
     except Exception as error:  # of many types where files are missing or damaged
+        if not name:
+            raise ValueError(_no_tokenizer("the model", "it has no name")) from error
         base = _adapted(name, for_files)
         if base is not None:
             return load_tokenizer(base, arguments)

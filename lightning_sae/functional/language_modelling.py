@@ -122,7 +122,7 @@ def chunk_size(n: int, vocab: int) -> int:
 
 
 def _in_chunks(
-    keep: Bool[Tensor, "batch seq-1"], vocab: int
+    keep: Bool[Tensor, "batch predictions"], vocab: int
 ) -> list[tuple[Int[Tensor, " n"], Int[Tensor, " n"]]]:
     """Batch and position of the counted predictions, some at a time; at least one chunk."""
     rows = keep.nonzero()
