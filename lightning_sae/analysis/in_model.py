@@ -30,7 +30,8 @@ def evaluate_in_model(
     """Cross-entropy of the model on held-out text with the activation left, spliced and ablated.
 
     The activations that training leaves out (BOS, positions, outliers) are left alone in every
-    condition. Predictions of special tokens, where one document follows another, do not count.
+    condition. Predictions of special tokens, where one document follows another, and of tokens that
+    are context alone do not count.
     The mean activation is that of the same held-out tokens. With several ranks all have to ask;
     each reads its own documents and gets the figures of all.
 
@@ -70,9 +71,9 @@ def evaluate_all_in_model(
     }
     common = dict.fromkeys(["ce_clean", *ablations, "n_tokens"], 0.0)
     spliced, kl_sums = dict.fromkeys(replacements, 0.0), dict.fromkeys(replacements, 0.0)
-    special = torch.tensor(data.language_model.tokenizer.all_special_ids)
+    special = torch.tensor(data.special_tokens, dtype=torch.long)
     for tokens in data.held_out_tokens(n_tokens):
-        counted = ~torch.isin(tokens[:, 1:], special)
+        counted = ~(torch.isin(tokens[:, 1:], special) | (tokens[:, 1:] < 0))
         common["n_tokens"] += int(counted.sum())
         given = [*ablations.values(), *replacements.values()]
         edits = [None, *(_edit(data, tokens, replace) for replace in given)]

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_sae.checks import expect
+from lightning_sae.data.encoding import ids_of
 from lightning_sae.data.hooks import (
     Edit,
     Reached,
@@ -25,6 +26,7 @@ from lightning_sae.data.hooks import (
     path_site,
 )
 from lightning_sae.data.pretrained import (
+    MissingTokenizerError,
     checked_arguments,
     checked_name,
     load_network,
@@ -92,13 +94,16 @@ class LanguageModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer.
+        """Its tokenizer; None if it has none, which will do for rows of token ids.
 
         Raises:
-            ValueError: If it has none, or one that is not of this model.
+            ValueError: If it is not of this model, or cannot be loaded though it is there.
         """
-        tokenizer = self._load_tokenizer()
-        if tokenizer.vocab_size > self.vocabulary:
+        try:
+            tokenizer = self._load_tokenizer()
+        except MissingTokenizerError:
+            return None
+        if tokenizer is not None and tokenizer.vocab_size > self.vocabulary:
             self._refuse_token(self.vocabulary, tokenizer)
         return tokenizer
 
@@ -134,6 +139,7 @@ class LanguageModel:
         return self.network(tokens, use_cache=False).logits
 
     def _entering(self, tokens: Tokens) -> Tokens:
+        tokens = ids_of(tokens)
         for token in (int(tokens.min()), int(tokens.max())):
             if not 0 <= token < self.vocabulary:
                 self._refuse_token(token, vars(self).get("tokenizer"))

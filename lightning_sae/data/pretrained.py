@@ -16,6 +16,10 @@ FOR_ALL_FILES = ("revision", "trust_remote_code", "token", "cache_dir", "local_f
 OWN = ("dtype", "torch_dtype", "config", "output_loading_info", "state_dict")
 
 
+class MissingTokenizerError(ValueError):
+    """There is no tokenizer, or an empty one."""
+
+
 def checked_name(model: str | Path) -> str:
     """A folder or hub name as `transformers` takes it.
 
@@ -157,7 +161,7 @@ def load_tokenizer(name: str, arguments: Mapping[str, Any]) -> Any:
     """Load the tokenizer of a folder or hub name.
 
     Raises:
-        ValueError: If there is none.
+        MissingTokenizerError: If there is none.
     """
     from transformers import AutoTokenizer
 
@@ -166,14 +170,14 @@ def load_tokenizer(name: str, arguments: Mapping[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, **for_files)
     except Exception as error:  # of many types where files are missing or damaged
         if not name:
-            raise ValueError(_no_tokenizer("the model", "it has no name")) from error
+            raise MissingTokenizerError(_no_tokenizer("the model", "it has no name")) from error
         base = _adapted(name, for_files)
         if base is not None:
             return load_tokenizer(base, arguments)
-        raise ValueError(_no_tokenizer(name, str(error))) from error
+        raise MissingTokenizerError(_no_tokenizer(name, str(error))) from error
     # Where the files are missing, some classes make a tokenizer without a vocabulary.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ValueError(_no_tokenizer(name, "it has no vocabulary"))
+        raise MissingTokenizerError(_no_tokenizer(name, "it has no vocabulary"))
     return tokenizer
 
 

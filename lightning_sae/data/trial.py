@@ -186,7 +186,7 @@ def require_lens(model: Any, run: Run, name: str, vocabulary: int) -> Site:
     """
     site = lens_site(model, name)
     prefix, hook = _split(name)
-    true_name = _split(site.module.name or name)[1]  # type: ignore[operator, arg-type]
+    true_name = _split(site.module.name or name)[1]  # type: ignore[arg-type]
     if true_name != hook and hook not in BY_EQUATION and true_name not in ALIASES.get(hook, ()):
         raise ValueError(
             f"Expected argument `hook_name` to be a hook that the model has but got `{name}`, "

@@ -126,7 +126,7 @@ def _in_chunks(
 ) -> list[tuple[Int[Tensor, " n"], Int[Tensor, " n"]]]:
     """Batch and position of the counted predictions, some at a time; at least one chunk."""
     rows = keep.nonzero()
-    return [tuple(part.T) for part in rows.split(chunk_size(len(rows), vocab))]  # type: ignore[misc]
+    return [tuple(part.T) for part in rows.split(chunk_size(len(rows), vocab))]
 
 
 def perplexity(cross_entropy: Scalars) -> Float[Tensor, "..."]:
