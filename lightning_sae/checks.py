@@ -222,6 +222,19 @@ def compare_sources(saved: dict[str, Any], present: dict[str, Any]) -> None:
         )
 
 
+def warn_of_another_model(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Warn if an SAE is evaluated on another model, revision or dtype than it was trained on."""
+    names = ("model", "model_revision", "model_dtype", "quantization", "hook_name", "head")
+    both = [name for name in names if name in saved and name in present]
+    changed = [f"{k} {saved[k]} to {present[k]}" for k in both if saved[k] != present[k]]
+    if changed:
+        warnings.warn(
+            f"The SAE was trained on other activations ({'; '.join(changed)}): its figures are "
+            "those of a transfer.",
+            stacklevel=2,
+        )
+
+
 def require_matching(sae: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Raise a ValueError if `checkpoint` is of another architecture or shape than `sae`."""
     architecture = checkpoint.get("lightning_sae", {}).get("architecture")

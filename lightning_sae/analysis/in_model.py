@@ -1,7 +1,7 @@
 """What the language model loses when an SAE's reconstruction stands in for the activation."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,11 +10,13 @@ from torch import Tensor
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.data.datamodule import ActivationDataModule
 from lightning_sae.data.hooks import Edit
-from lightning_sae.functional import (
-    kl_divergence,
-    loss_recovered,
-    next_token_cross_entropy,
-    perplexity,
+from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.functional import loss_recovered, perplexity
+from lightning_sae.functional.language_modelling import (
+    chunk_size,
+    cross_entropies,
+    divergences,
+    log_probabilities,
 )
 
 Tokens = Int[Tensor, "blocks context_length"]
@@ -68,23 +70,20 @@ def evaluate_all_in_model(
         "ce_mean_ablation": lambda activations: mean.to(activations).expand_as(activations),
     }
     common = dict.fromkeys(["ce_clean", *ablations, "n_tokens"], 0.0)
-    spliced, divergences = dict.fromkeys(replacements, 0.0), dict.fromkeys(replacements, 0.0)
+    spliced, kl_sums = dict.fromkeys(replacements, 0.0), dict.fromkeys(replacements, 0.0)
     special = torch.tensor(data.special_tokens, dtype=torch.long)
     for tokens in data.held_out_tokens(n_tokens):
-        clean = data.language_model.logits(tokens)
-        target = tokens.to(clean.device)
-        counted = ~(torch.isin(tokens, special) | (tokens < 0)).to(clean.device)
-        nats, n = next_token_cross_entropy(clean, target, counted)
-        common["ce_clean"] += float(nats)
-        common["n_tokens"] += int(n)
-        for name, replace in ablations.items():
-            logits = data.language_model.logits(tokens, _edit(data, tokens, replace))
-            common[name] += float(next_token_cross_entropy(logits, target, counted)[0])
-        for name, replace in replacements.items():
-            logits = data.language_model.logits(tokens, _edit(data, tokens, replace))
-            spliced[name] += float(next_token_cross_entropy(logits, target, counted)[0])
-            divergences[name] += float(kl_divergence(clean, logits, counted)[0])
-    for sums in (common, spliced, divergences):
+        counted = ~(torch.isin(tokens[:, 1:], special) | (tokens[:, 1:] < 0))
+        common["n_tokens"] += int(counted.sum())
+        given = [*ablations.values(), *replacements.values()]
+        edits = [None, *(_edit(data, tokens, replace) for replace in given)]
+        nats, kl = _nats_and_kl(data.language_model, tokens, counted, edits)
+        for name, value in zip(("ce_clean", *ablations), nats, strict=False):
+            common[name] += value
+        for name, value, divergence in zip(replacements, nats[3:], kl[3:], strict=True):
+            spliced[name] += value
+            kl_sums[name] += divergence
+    for sums in (common, spliced, kl_sums):
         _add_up(sums, data)
     n_counted = common.pop("n_tokens")
     of_all = {name: nats / n_counted for name, nats in common.items()}
@@ -93,12 +92,41 @@ def evaluate_all_in_model(
             {
                 **of_all,
                 "ce_spliced": spliced[name] / n_counted,
-                "kl": divergences[name] / n_counted,
+                "kl": kl_sums[name] / n_counted,
             },
             round(n_counted),
         )
         for name in replacements
     }
+
+
+def _nats_and_kl(
+    model: LanguageModel,
+    tokens: Tokens,
+    counted: Bool[Tensor, "blocks predictions"],
+    edits: Sequence[Edit | None],
+) -> tuple[list[float], list[float]]:
+    """Sums over the counted predictions, with each edit: cross-entropy, divergence from the first.
+
+    Logits are made for a share of the predictions at a time: those of all may need more memory
+    than the model.
+    """
+    finals = []
+    for edit in edits:
+        final = model.final(tokens, edit)
+        finals.append(final[:, :-1][counted.to(final.device)])
+    targets = tokens[:, 1:][counted].to(finals[0].device)
+    nats, kl = [0.0] * len(edits), [0.0] * len(edits)
+    size = chunk_size(len(targets), model.vocabulary)
+    for start in range(0, len(targets), size):
+        rows = slice(start, start + size)
+        clean = log_probabilities(model.unembed(finals[0][rows]))
+        for i, final in enumerate(finals):
+            log_p = log_probabilities(model.unembed(final[rows])) if i else clean
+            own = targets[rows].to(log_p.device)
+            nats[i] += float(cross_entropies(log_p, own).sum(dtype=torch.float64))
+            kl[i] += float(divergences(clean, log_p).sum(dtype=torch.float64))
+    return nats, kl
 
 
 def _add_up(sums: dict[str, float], data: ActivationDataModule) -> None:

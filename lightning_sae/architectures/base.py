@@ -36,6 +36,7 @@ from lightning_sae.checks import (
     require_one_of,
     require_positive,
     require_width,
+    warn_of_another_model,
 )
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed import Ranks, require_agreement, take_part, trainer_of
@@ -330,7 +331,10 @@ class SparseAutoencoder(LightningModule):
                 f"but got {self.d_in}: build the SAE with `d_in={data.d_in}` or choose another "
                 "hook."
             )
-        self.source = self.source if data is None else data.source
+        source = self.source if data is None else data.source
+        if stage != "fit" and self.is_trained:
+            warn_of_another_model(self.source, source)
+        self.source = source
         own = {"architecture": type(self).__name__, **plain_arguments(self.hparams)}
         run = {"max_steps": self.trainer.max_steps, "data": self.source}
         require_agreement(self.trainer, {**own, **run})

@@ -39,6 +39,7 @@ from lightning_sae.data.text import Corpus, Text, described, open_text
 from lightning_sae.data.tokens import TokenBlocks
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
 Data = TypeVar("Data", bound="ActivationDataModule")
 
 OPEN = ("language_model", "filter", "corpus", "held_out_corpus")
@@ -80,11 +81,12 @@ class ActivationDataModule(ActivationSource):
     by a hash of their names or contents, which training never sees.
 
     Args:
-        hook_name: TransformerLens name of the hook, such as `blocks.3.hook_resid_post`; or
-            several, for `SideBySide`: then one pass of the model reads them all, a batch is a
+        hook_name: TransformerLens name of the hook, such as `blocks.3.hook_resid_post`, or the path
+            of a module, such as `model.layers.3.mlp`, with `:in` or `:out` behind it; or several,
+            for `SideBySide`: then one pass of the model reads them all, a batch is a
             tensor by hook, and its rows are of the same tokens at all hooks.
-        model: Folder or hub name of the language model, an instance of it, or `embedded` for the
-            small model that comes with this package.
+        model: Folder or hub name of the language model or of a PEFT adapter, an instance of it, or
+            `embedded` for the small model that comes with this package.
         text: `embedded` for the Python standard library's source; files, glob patterns or folders
             (.txt with `<|endoftext|>` between documents, .jsonl, .csv, .parquet, also compressed);
             a folder that `datasets` saved; a hub name; or, from Python, rows: a data set, or any
@@ -113,7 +115,13 @@ class ActivationDataModule(ActivationSource):
         refill_fraction: Share of the buffer that is served before it is refilled.
         prefetch: Read ahead in a thread while batches are trained on.
         dtype: dtype of the activations in the buffer; batches are float32.
-        model_dtype: dtype of the model's weights.
+        model_dtype: dtype of the model's weights; `auto` is the checkpoint's own.
+        model_kwargs: Further arguments of `from_pretrained`: `revision`, `trust_remote_code` (off
+            by default), `attn_implementation`, `device_map`, `quantization_config` and so on. A
+            model that is quantised or placed by `device_map` stays where it is.
+        tokenizer: A tokenizer, or its folder or hub name, where the model brings none or another.
+        head: Of a hook with heads, such as `blocks.3.attn.hook_z`, the head to read and replace;
+            null for all side by side.
         drop_special_tokens: Leave out the activations of BOS and other special tokens.
         positions: First position kept in a block and the one behind the last; null keeps all.
         max_norm_multiple: Leave out activations longer than this multiple of the median norm of
@@ -154,7 +162,10 @@ class ActivationDataModule(ActivationSource):
         refill_fraction: float = 0.5,
         prefetch: bool = True,
         dtype: Dtype = "float32",
-        model_dtype: Dtype = "float32",
+        model_dtype: ModelDtype = "auto",
+        model_kwargs: dict[str, Any] | None = None,
+        tokenizer: Any = None,
+        head: int | None = None,
         drop_special_tokens: bool = True,
         positions: tuple[int, int] | None = None,
         max_norm_multiple: float | None = None,
@@ -193,7 +204,8 @@ class ActivationDataModule(ActivationSource):
         self.context_length, self.blocks_per_pass = context_length, blocks_per_pass
         self.batch_size, self.buffer_size = batch_size, buffer_size
         self.refill_fraction, self.prefetch = refill_fraction, prefetch
-        self.dtype, self.model_dtype = getattr(torch, dtype), getattr(torch, model_dtype)
+        self.dtype, self.model_dtype = getattr(torch, dtype), model_dtype
+        self.model_kwargs, self.tokenizer, self.head = model_kwargs, tokenizer, head
         self.drop_special_tokens = drop_special_tokens
         self.positions, self.max_norm_multiple = positions, max_norm_multiple
         self.center, self.scale = center, scale
@@ -211,10 +223,7 @@ class ActivationDataModule(ActivationSource):
     @cached_property
     def language_model(self) -> LanguageModel:
         """The language model, loaded when first needed."""
-        if isinstance(self.hook_name, str):
-            model = load_language_model(self.model, self.hook_name, self.model_dtype)
-        else:
-            model = load_at_hooks(self.model, self.hook_names, self.model_dtype)
+        model = self._load()
         longest = model.context_length
         if longest is not None and self.context_length > longest:
             raise ValueError(
@@ -222,6 +231,13 @@ class ActivationDataModule(ActivationSource):
                 f"model, but got {self.context_length}: make it shorter."
             )
         return model
+
+    def _load(self) -> LanguageModel:
+        dtype = None if self.model_dtype == "auto" else getattr(torch, self.model_dtype)
+        how = {"tokenizer": self.tokenizer, "model_kwargs": self.model_kwargs, "head": self.head}
+        if isinstance(self.hook_name, str):
+            return load_language_model(self.model, self.hook_name, dtype, **how)
+        return load_at_hooks(self.model, self.hook_names, dtype, **how)
 
     @cached_property
     def d_in(self) -> Any:
@@ -323,10 +339,12 @@ class ActivationDataModule(ActivationSource):
     @override
     def source(self) -> dict[str, Any]:
         """Where the activations come from, as plain values to keep with an SAE."""
-        name = "embedded" if self.model == EMBEDDED_MODEL else self.language_model.name
+        name = {"model": "embedded"} if self.model == EMBEDDED_MODEL else {}
         return {
-            "model": name,
+            **self.language_model.identity,
+            **name,
             "hook_name": self.hook_names if len(self.hook_names) > 1 else self.hook_names[0],
+            "head": self.head,
             "context_length": self.context_length,
             "drop_special_tokens": self.drop_special_tokens,
             "positions": None if self.positions is None else list(self.positions),

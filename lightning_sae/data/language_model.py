@@ -3,8 +3,9 @@
 import copy
 import os
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,34 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lightning_sae.checks import expect
 from lightning_sae.data.encoding import ids_of
-from lightning_sae.data.hooks import Edit, Site, edited, lens_site, native_site
-from lightning_sae.functional.sparse.memory import keep_freed_blocks
+from lightning_sae.data.hooks import (
+    Edit,
+    Reached,
+    Site,
+    edited,
+    hooked,
+    is_path,
+    native_block,
+    path_site,
+)
+from lightning_sae.data.pretrained import (
+    MissingTokenizerError,
+    checked_arguments,
+    checked_name,
+    load_network,
+    load_tokenizer,
+)
+from lightning_sae.data.trial import (
+    native_site,
+    require_causal,
+    require_lens,
+    require_rows,
+    trial_tokens,
+)
 
 Tokens = Int[Tensor, "batch seq"]
-
-
-class Reached(Exception):
-    """Ends a forward pass at the hook: what lies behind it need not be computed."""
 
 
 class LanguageModel:
@@ -29,50 +49,109 @@ class LanguageModel:
     Several threads may use it; they take turns.
 
     Args:
-        network: The model, in evaluation mode.
-        logits: Its logits from tokens.
-        tokenizer: Its `transformers` tokenizer.
+        network: The model, in evaluation mode: of `transformers`, or a wrapper of TransformerLens.
+        tokenizer: Gives its `transformers` tokenizer, when it is first needed.
         site: Where the hook lies.
         name: Folder or hub name, noted in what is saved.
-        hook_name: The hook's TransformerLens name.
-        context_length: Longest sequence the model takes; None if it does not say.
+        hook_name: The hook's name.
+
+    Attributes:
+        identity: What tells this model from others, as plain values.
     """
 
     def __init__(
         self,
-        network: nn.Module,
-        logits: Callable[[Tokens], Float[Tensor, "batch seq vocab"]],
-        tokenizer: Any,
+        network: Any,
+        tokenizer: Callable[[], Any],
         site: Site,
         name: str,
         hook_name: str,
-        context_length: int | None,
     ) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
         self.site = site
         self.name, self.hook_name = name, hook_name
-        self.context_length = context_length
-        self._logits = logits
+        self.is_lens = hasattr(network, "hook_dict")
+        # Where activations are given; the weights may lie elsewhere, and on several devices.
+        self.device = self._entry
+        self._load_tokenizer = tokenizer
+        self.identity = {"model": name, **_identity(self)}
         # A hook acts on every forward pass, another thread's too.
         self._turn = threading.RLock()
 
     @property
-    def device(self) -> torch.device:
-        """Where the model's weights lie."""
-        return next(self.network.parameters()).device
+    def context_length(self) -> int | None:
+        """Longest sequence the model takes; None if it does not say."""
+        if self.is_lens:
+            return self.network.cfg.n_ctx
+        return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: tokens are below."""
+        if self.is_lens:
+            return self.network.cfg.d_vocab
+        return self.network.get_input_embeddings().weight.shape[0]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer; None if it has none, which will do for rows of token ids.
+
+        Raises:
+            ValueError: If it is not of this model, or cannot be loaded though it is there.
+        """
+        try:
+            tokenizer = self._load_tokenizer()
+        except MissingTokenizerError:
+            return None
+        if tokenizer is not None and tokenizer.vocab_size > self.vocabulary:
+            self._refuse_token(self.vocabulary, tokenizer)
+        return tokenizer
 
     @property
-    def vocabulary(self) -> int:
-        """Tokens that the model knows."""
-        if hasattr(self.network, "hook_dict"):
-            return self.network.cfg.d_vocab  # type: ignore[union-attr, return-value]
-        return self.network.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    def weights_dtype(self) -> torch.dtype:
+        """Number format (dtype) of the model's weights, and so of its activations."""
+        return next(p.dtype for p in self.network.parameters() if p.is_floating_point())
+
+    @property
+    def _entry(self) -> torch.device:
+        """Where tokens go; of a model that is partly on the disk, accelerate moves them."""
+        device = next(self.network.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def to(self, device: torch.device | str) -> "LanguageModel":
-        """Move the model's weights."""
-        self.network.to(device)
+        """Have activations given on a device, and move the weights there.
+
+        Weights stay where they are if they were placed by `device_map` or are quantised.
+        """
+        placed = getattr(self.network, "hf_device_map", None) is not None
+        if not placed and not getattr(self.network, "is_quantized", False):
+            try:
+                self.network.to(device)
+            except ValueError as error:  # as `transformers` says it of quantised models
+                if "`.to` is not supported" not in str(error):
+                    raise
+        self.device = torch.device(device)
         return self
+
+    def _logits(self, tokens: Tokens) -> Float[Tensor, "batch _ vocab"]:
+        if self.is_lens:
+            return self.network(tokens)
+        return self.network(tokens, use_cache=False).logits
+
+    def _entering(self, tokens: Tokens) -> Tokens:
+        tokens = ids_of(tokens)
+        for token in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= token < self.vocabulary:
+                self._refuse_token(token, vars(self).get("tokenizer"))
+        return tokens.to(self._entry)
+
+    def _refuse_token(self, token: int, tokenizer: Any) -> None:
+        text = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token)!r})"
+        raise ValueError(
+            f"Expected tokens below {self.vocabulary}, the rows of the embedding of {self.name}, "
+            f"but got token {token}{text}: give the model's own `tokenizer`, or more rows by "
+            "`model.resize_token_embeddings`."
+        )
 
     @torch.no_grad()
     def activations(self, tokens: Tokens) -> Float[Tensor, "batch seq d_in"]:
@@ -83,11 +162,11 @@ class LanguageModel:
             found.append(activation)
             raise Reached
 
-        with self._turn, edited(self.site, keep):
+        with self._turn, edited(self.site, keep, tokens.shape):
             try:
-                self._logits(ids_of(tokens).to(self.device))
+                self._logits(self._entering(tokens))
             except Reached:
-                return found[0]
+                return found[0].to(self.device)
         raise ValueError(
             f"Expected argument `hook_name` to be reached in the forward pass but "
             f"`{self.hook_name}` was not: the model does not compute it; choose another hook."
@@ -96,9 +175,109 @@ class LanguageModel:
     @torch.no_grad()
     def logits(self, tokens: Tokens, edit: Edit | None = None) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the next tokens, with the activation at the hook replaced by `edit` of it."""
-        tokens = ids_of(tokens).to(self.device)
-        with self._turn, nullcontext() if edit is None else edited(self.site, edit):
-            return self._logits(tokens)
+        with self._turn, self._with_edit(edit, tokens):
+            return self._logits(self._entering(tokens))
+
+    @torch.no_grad()
+    def final(self, tokens: Tokens, edit: Edit | None = None) -> Float[Tensor, "batch seq _"]:
+        """As `logits`, up to the unembedding: what `unembed` takes, row by row."""
+        if self._unembedding is None:
+            return self.logits(tokens, edit)
+        with self._turn, self._with_edit(edit, tokens):
+            return self._final(self._entering(tokens), self._unembedding)
+
+    @torch.no_grad()
+    def unembed(self, rows: Float[Tensor, "n _"]) -> Float[Tensor, "n vocab"]:
+        """Logits of rows of `final`: some of them, where all logits would not fit in memory."""
+        if self._unembedding is None:
+            return rows
+        with self._turn:
+            return self._unembed(rows, self._unembedding)
+
+    def _with_edit(self, edit: Edit | None, tokens: Tokens) -> Any:
+        if edit is None:
+            return nullcontext()
+        return edited(self.site, lambda x: edit(x.to(self.device)).to(x), tokens.shape)
+
+    @cached_property
+    def _unembedding(self) -> Site | None:
+        """Where the final activations are, if all that follows acts on each alone."""
+        network: Any = self.network
+        module = getattr(network, "unembed", None) if self.is_lens else _head_of(network)
+        if module is None:
+            return None
+        site, tokens = Site(module, "input"), trial_tokens(self.vocabulary)
+        with self._turn, self._with_edit(torch.zeros_like, tokens):
+            expected = self._logits(self._entering(tokens))
+            final = self._final(self._entering(tokens), site)
+        logits = self._unembed(final.flatten(0, 1), site).view_as(expected)
+        tolerance = 1e-5 if expected.dtype == torch.float32 else 1e-2
+        fits = (logits - expected).abs().max() <= tolerance * expected.abs().max()
+        return site if fits else None
+
+    def _final(self, tokens: Tokens, unembedding: Site) -> Float[Tensor, "batch seq _"]:
+        found: list[Tensor] = []
+
+        def keep(activation: Tensor) -> Tensor:
+            found.append(activation)
+            raise Reached
+
+        with hooked(unembedding, keep):
+            try:
+                self._logits(tokens)
+            except Reached:
+                return found[0]
+        raise AssertionError("the unembedding is not reached")
+
+    def _unembed(self, rows: Float[Tensor, "n _"], unembedding: Site) -> Float[Tensor, "n vocab"]:
+        """The model's own way from rows to logits: with its scale, soft cap and so on."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self._entry)
+        with self._without_body(), hooked(unembedding, lambda _: rows.unsqueeze(0)):
+            return self._logits(token).squeeze(0)
+
+    @contextmanager
+    def _without_body(self) -> Iterator[None]:
+        """Have the body give its output for one token at once, where the model has a body."""
+        if self._body is None:
+            yield
+            return
+        body, output = self._body
+        own = vars(body).get("forward")
+        body.forward = lambda *_, **__: output
+        try:
+            yield
+        finally:
+            del body.forward
+            if own is not None:
+                body.forward = own
+
+    @cached_property
+    def _body(self) -> tuple[Any, Any] | None:
+        """What the model calls before its unembedding, and what that gives for one token."""
+        network, token = self.network, torch.zeros(1, 1, dtype=torch.long, device=self._entry)
+        for body in () if self.is_lens else (network.base_model, network.get_decoder()):
+            found: list[Any] = []
+            handle = body.register_forward_hook(lambda *given, found=found: found.append(given[2]))
+            try:
+                self._logits(token)
+            finally:
+                handle.remove()
+            if found and body is not network:
+                return body, found[0]
+        return None
+
+    @torch.no_grad()
+    def at(self, hook_name: str, head: int | None = None) -> "LanguageModel":
+        """The same model at another hook that it `has`.
+
+        Raises:
+            ValueError: If there is no such hook, or it is not what its name says.
+        """
+        other = copy.copy(self)
+        vars(other).pop("_unembedding", None)
+        other.hook_name = hook_name
+        other.site = _with_head(self._site(hook_name), hook_name, head)
+        return other
 
     def has(self, hook_name: str) -> bool:
         """Whether a hook can be read without another wrapper round the model.
@@ -106,126 +285,209 @@ class LanguageModel:
         Raises:
             ValueError: If the model has not so many layers.
         """
-        lens = hasattr(self.network, "hook_dict")
-        return lens or native_site(self.network, hook_name) is not None
+        plain = is_path(hook_name) or native_block(self.network, hook_name) is not None
+        return self.is_lens or plain
 
-    def at(self, hook_name: str) -> "LanguageModel":
-        """The same model at another hook that it `has`.
+    def _site(self, hook_name: str) -> Site:
+        def run(tokens: Tokens) -> Tensor:
+            return self._logits(tokens.to(self._entry))
 
-        Raises:
-            ValueError: If there is no such hook.
-        """
-        other, lens = copy.copy(self), hasattr(self.network, "hook_dict")
-        site = (lens_site if lens else native_site)(self.network, hook_name)
-        assert site is not None
-        other.site, other.hook_name = site, hook_name
-        return other
+        with self._turn:
+            if is_path(hook_name):
+                site = path_site(self.network, hook_name)
+            elif self.is_lens:
+                return require_lens(self.network, run, hook_name, self.vocabulary)
+            else:
+                found = native_block(self.network, hook_name)
+                assert found is not None
+                site = native_site(run, *found, hook_name, self.vocabulary)
+            require_rows(run, site, hook_name, self.vocabulary)
+            return site
 
     def width(self) -> int:
         """Width of the activations at the hook, seen on one token."""
         return self.activations(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
 
 
+def _with_head(site: Site, hook_name: str, head: int | None) -> Site:
+    if head is None:
+        return site
+    if site.heads is None:
+        raise ValueError(
+            f"Expected argument `hook_name` to be a hook with heads, such as blocks.0.attn.hook_z, "
+            f"to go with `head`={head}, but got {hook_name}: leave `head` out, or choose another."
+        )
+    expect(0 <= head < site.heads, "head", f"from 0 to {site.heads - 1}", head)
+    return site._replace(head=head)
+
+
 def load_language_model(
-    model: str | Path | nn.Module, hook_name: str, dtype: torch.dtype = torch.float32
+    model: str | Path | nn.Module,
+    hook_name: str,
+    dtype: torch.dtype | None = None,
+    *,
+    tokenizer: Any = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    head: int | None = None,
 ) -> LanguageModel:
-    """Load a language model, or take one that is loaded.
+    """Load a language model, or take one that is loaded, and try the hook.
 
     Args:
-        model: Folder or hub name of a `transformers` model, or an instance of TransformerBridge,
-            HookedTransformer or a `transformers` causal model (its tokenizer is then looked up
-            under its `name_or_path`).
-        hook_name: TransformerLens name of the hook.
-        dtype: The weights' dtype, where the model is loaded here.
+        model: Folder or hub name of a `transformers` model or a PEFT adapter, or an instance of
+            TransformerBridge, HookedTransformer or a `transformers` causal model (its tokenizer is
+            then looked up under its `name_or_path`, unless it is given).
+        hook_name: TransformerLens name of the hook, or a module's path with `:in` or `:out`.
+        dtype: The weights' dtype, where the model is loaded here; None for the checkpoint's.
+        tokenizer: A tokenizer, or its folder or hub name; by default the model's.
+        model_kwargs: Further arguments of `from_pretrained`.
+        head: Of a hook with heads, the one to read and replace; None for all side by side.
 
     Raises:
-        ValueError: If the folder is missing, the hub is out of reach, or there is no such hook.
+        ValueError: If the folder is missing or holds no causal language model, the hub is out of
+            reach, or there is no such hook, or it is not what its name says.
     """
+    arguments = checked_arguments(model_kwargs)
+    loaded = _loaded(model, hook_name, dtype, tokenizer, arguments, model_kwargs)
+    _require_runs(loaded)
+    return loaded.at(hook_name, head)
+
+
+def _loaded(
+    model: str | Path | nn.Module,
+    hook_name: str,
+    dtype: torch.dtype | None,
+    tokenizer: Any,
+    arguments: Mapping[str, Any],
+    given: Mapping[str, Any] | None,
+) -> LanguageModel:
+    """The model, at no hook yet."""
+    nowhere = Site(nn.Identity(), "output")
+
+    def tokenizer_of(name: str) -> Callable[[], Any]:
+        where = tokenizer if isinstance(tokenizer, str | Path) else name
+        is_given = tokenizer is not None and not isinstance(tokenizer, str | Path)
+        return lambda: tokenizer if is_given else load_tokenizer(str(where), arguments)
+
     if isinstance(model, nn.Module):
-        return _from_instance(model, hook_name)
-    name = _checked_name(model)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        _check_instance(model, hook_name, dtype, given)
+        if hasattr(model, "hook_dict"):
+            own: Any = model
+            found = (lambda: own.tokenizer) if tokenizer is None else tokenizer_of("")
+            return LanguageModel(model, found, nowhere, str(own.cfg.model_name), hook_name)
+        name = str(model.config.name_or_path)  # type: ignore[union-attr]
+        return LanguageModel(model, tokenizer_of(name), nowhere, name, hook_name)
+    name = checked_name(model)
     try:
-        keep_freed_blocks()
-        network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if Path(name).is_dir():
-            raise ValueError(f"`model`={name} holds no causal language model: {error}") from error
-        return _from_lens(_boot(name, dtype, error), hook_name, name)
-    site = native_site(network, hook_name)
-    if site is None:
-        booted = _from_lens(_boot(name, dtype), hook_name, name)
-        booted.tokenizer = tokenizer  # as it was saved: TransformerLens makes one with a BOS
-        return booted
-    return _native(network, tokenizer, site, name, hook_name)
+        network = load_network(name, dtype, arguments)
+    except OSError as error:
+        wrapped = _boot(name, error, dtype=dtype or torch.float32)
+        found = (lambda: wrapped.tokenizer) if tokenizer is None else tokenizer_of("")
+        return LanguageModel(wrapped, found, nowhere, name, hook_name)
+    plain = LanguageModel(network, tokenizer_of(name), nowhere, name, hook_name)
+    if plain.has(hook_name):
+        return plain
+    return _in_lens(plain)
 
 
-def _checked_name(model: str | Path) -> str:
-    name = os.path.expanduser(model)  # a Path would lose the dot of ./name
-    is_path = isinstance(model, Path) or name.startswith(("/", ".")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
+def _in_lens(plain: LanguageModel) -> LanguageModel:
+    """A loaded model in TransformerLens' wrapper, for the hooks that it alone knows.
+
+    Raises:
+        ValueError: If TransformerLens does not take it, or makes another model of it.
+    """
+    tokens = trial_tokens(plain.vocabulary)
+    expected = plain.logits(tokens)
+    network = plain.network
+    tokenizer = copy.deepcopy(plain.tokenizer)  # TransformerLens adds tokens to it
+    wrapped = _boot(
+        plain.name, None, dtype=plain.weights_dtype, hf_model=network, tokenizer=tokenizer
+    )
+    found = LanguageModel(wrapped, lambda: plain.tokenizer, plain.site, plain.name, plain.hook_name)
+    found.identity = plain.identity
+    gap = (found.logits(tokens).to(expected) - expected).abs().max()
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
+    if not gap <= tolerance * expected.abs().max():
         raise ValueError(
-            f"Expected argument `model` to be a model's folder or hub name but there is no folder "
-            f"{name}: check the path."
+            f"Expected argument `hook_name` to be a common hook (resid_pre, resid_post, attn_out, "
+            f"mlp_out, attn.hook_z, mlp.hook_post) or a module's path but got `{plain.hook_name}`: "
+            f"TransformerLens, which alone knows it, computes other logits than {plain.name}."
         )
-    return name
+    return found
 
 
-def _boot(name: str, dtype: torch.dtype, earlier: Exception | None = None) -> nn.Module:
+def _check_instance(
+    model: Any, hook_name: str, dtype: torch.dtype | None, given: Mapping[str, Any] | None
+) -> None:
+    if given:
+        raise ValueError(
+            "Expected argument `model_kwargs` to go with a folder or hub name but `model` is "
+            "loaded: load it with these arguments."
+        )
+    if hasattr(model, "hook_dict"):
+        return
+    if not hasattr(model, "get_output_embeddings") or _head_of(model) is None:
+        raise ValueError(
+            f"Expected argument `model` to be a causal language model of `transformers`, a "
+            f"TransformerBridge or a HookedTransformer but got a {type(model).__name__}: load it "
+            "by AutoModelForCausalLM."
+        )
+    if not is_path(hook_name) and native_block(model, hook_name) is None:
+        raise ValueError(
+            f"Expected argument `hook_name` to be a hook of a plain `transformers` model "
+            f"(resid_pre, resid_post, attn_out, mlp_out, attn.hook_z, mlp.hook_post, or a module's "
+            f"path) but got `{hook_name}`: give the model as a TransformerBridge, folder or name "
+            "instead."
+        )
+    own = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if dtype not in (None, own):
+        raise ValueError(
+            f"Expected argument `model_dtype` to be auto or {own}, for `model` is loaded, but got "
+            f"{dtype}: load it in that dtype."
+        )
+
+
+def _identity(model: LanguageModel) -> dict[str, Any]:
+    config = {} if model.is_lens else vars(model.network.config)
+    quantization = config.get("quantization_config")
+    method = None if quantization is None else getattr(quantization, "quant_method", "unknown")
+    return {
+        "model_revision": config.get("_commit_hash"),
+        "model_dtype": str(model.weights_dtype).removeprefix("torch."),
+        "quantization": None if method is None else str(getattr(method, "value", method)),
+    }
+
+
+def _head_of(network: Any) -> nn.Module | None:
+    return network.get_output_embeddings()
+
+
+def _boot(name: str, earlier: Exception | None, **arguments: Any) -> Any:
     """Load by TransformerLens, which also knows models that `transformers` does not."""
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        return TransformerBridge.boot_transformers(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if Path(name).is_dir():
+        return TransformerBridge.boot_transformers(name, **arguments)
+    except Exception as error:  # of many types, where it does not take a model
+        if earlier is None:
             raise ValueError(
                 f"TransformerLens, which alone knows this `hook_name`, cannot load `model`={name}: "
-                f"choose a common hook, such as blocks.0.hook_resid_post. Its answer: {error}"
+                f"choose a common hook, such as blocks.0.hook_resid_post, or a module's path. Its "
+                f"answer: {error}"
             ) from error
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ValueError(
             f"Could not load `model`={name}: it is no local folder, and the hub did not give "
             f"it{offline}. Check the name and the network, or give a local folder. The hub's "
-            f"answer: {earlier or error}"
+            f"answer: {earlier}"
         ) from error
 
 
-def _from_instance(model: Any, hook_name: str) -> LanguageModel:
-    if hasattr(model, "hook_dict"):
-        return _from_lens(model, hook_name, str(model.cfg.model_name))
-    from transformers import AutoTokenizer
+@torch.no_grad()
+def _require_runs(model: LanguageModel) -> None:
+    """Raise a ValueError unless a pass can be made where the weights lie, and is causal."""
 
-    name = str(model.config.name_or_path)
-    site = native_site(model, hook_name)
-    if site is None:
-        raise ValueError(
-            f"Expected argument `hook_name` to be a hook of a plain `transformers` model "
-            f"(resid_pre, resid_post, attn_out, mlp_out, attn.hook_z, mlp.hook_post) but got "
-            f"`{hook_name}`: give the model as a TransformerBridge, folder or name instead."
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"Expected argument `model` to have a tokenizer at its `config.name_or_path` but "
-            f"there is none at `{name}`: save model and tokenizer in one folder and give that. "
-            f"{error}"
-        ) from error
-    return _native(model, tokenizer, site, name, hook_name)
+    def run(tokens: Tokens) -> Tensor:
+        return model._logits(tokens.to(model._entry))
 
-
-def _native(network: Any, tokenizer: Any, site: Site, name: str, hook_name: str) -> LanguageModel:
-    def logits(tokens: Tokens) -> Float[Tensor, "batch seq vocab"]:
-        return network(tokens, use_cache=False).logits
-
-    config = network.config
-    longest = getattr(config, "max_position_embeddings", None)
-    return LanguageModel(network, logits, tokenizer, site, name, hook_name, longest)
-
-
-def _from_lens(model: Any, hook_name: str, name: str) -> LanguageModel:
-    site = lens_site(model, hook_name)
-    return LanguageModel(model, model, model.tokenizer, site, name, hook_name, model.cfg.n_ctx)
+    length = min(7, model.context_length or 7)
+    require_causal(run, trial_tokens(model.vocabulary, length), model.name)

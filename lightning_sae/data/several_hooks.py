@@ -4,20 +4,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sae.data.encoding import ids_of
-from lightning_sae.data.hooks import edited
-from lightning_sae.data.language_model import (
-    LanguageModel,
-    Reached,
-    Tokens,
-    load_language_model,
-)
+from lightning_sae.data.hooks import Reached, edited
+from lightning_sae.data.language_model import LanguageModel, Tokens, load_language_model
 
 
 class SeveralHooks(LanguageModel):
@@ -67,11 +62,11 @@ class SeveralHooks(LanguageModel):
                         raise Reached
                     return activation
 
-                stack.enter_context(edited(model.site, keep))
+                stack.enter_context(edited(model.site, keep, tokens.shape))
             try:
-                self._logits(ids_of(tokens).to(self.device))
+                self._logits(self._entering(tokens))
             except Reached:
-                return {name: found[name] for name in self.at_each}
+                return {name: found[name].to(self.device) for name in self.at_each}
         missed = [name for name in self.at_each if name not in found]
         raise ValueError(
             f"Expected argument `hook_name` to be reached in the forward pass but "
@@ -80,19 +75,24 @@ class SeveralHooks(LanguageModel):
 
 
 def load_at_hooks(
-    model: str | Path | nn.Module, hook_names: Sequence[str], dtype: torch.dtype
+    model: str | Path | nn.Module,
+    hook_names: Sequence[str],
+    dtype: torch.dtype | None = None,
+    *,
+    head: int | None = None,
+    **arguments: Any,
 ) -> SeveralHooks:
     """Load a language model once for several hooks; see `load_language_model`.
 
     Raises:
         ValueError: As `load_language_model` does; the message names the hook.
     """
-    loaded = load_language_model(model, hook_names[0], dtype)
+    loaded = load_language_model(model, hook_names[0], dtype, **arguments)
     for name in hook_names[1:]:
         if not loaded.has(name):  # TransformerLens knows it, and the others too
-            loaded = load_language_model(model, name, dtype)
+            loaded = load_language_model(model, name, dtype, **arguments)
             break
-    return SeveralHooks([loaded.at(name) for name in hook_names])
+    return SeveralHooks([loaded.at(name, head) for name in hook_names])
 
 
 def checked_names(hook_name: str | Sequence[str]) -> list[str]:

@@ -51,10 +51,11 @@ def next_token_cross_entropy(
     """
     _check_shape("tokens", tokens, logits.shape[:-1], "the logits")
     keep = _counted_predictions(logits, mask)
-    nats = F.cross_entropy(
-        _at_least_float32(logits[:, :-1][keep]), tokens[:, 1:][keep], reduction="none"
-    )
-    return nats.sum(dtype=torch.float64), keep.sum()
+    nats = [
+        cross_entropies(log_probabilities(logits[rows]), tokens[:, 1:][rows])
+        for rows in _in_chunks(keep, logits.shape[-1])
+    ]
+    return torch.cat(nats).sum(dtype=torch.float64), keep.sum()
 
 
 def kl_divergence(
@@ -89,10 +90,43 @@ def kl_divergence(
     """
     _check_shape("spliced_logits", spliced_logits, clean_logits.shape, "`clean_logits`")
     keep = _counted_predictions(clean_logits, mask)
-    log_p = _at_least_float32(clean_logits[:, :-1][keep]).log_softmax(-1)
-    log_q = _at_least_float32(spliced_logits[:, :-1][keep]).log_softmax(-1)
-    nats = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    return nats.sum(dtype=torch.float64), keep.sum()
+    nats = [
+        divergences(log_probabilities(clean_logits[rows]), log_probabilities(spliced_logits[rows]))
+        for rows in _in_chunks(keep, clean_logits.shape[-1])
+    ]
+    return torch.cat(nats).sum(dtype=torch.float64), keep.sum()
+
+
+def log_probabilities(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+    """Logarithms of the softmax, at least in float32: half precision has too few digits for it."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def cross_entropies(
+    log_p: Float[Tensor, "n vocab"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """Cross-entropy of each prediction in nats."""
+    return F.nll_loss(log_p, targets, reduction="none")
+
+
+def divergences(
+    log_p: Float[Tensor, "n vocab"], log_q: Float[Tensor, "n vocab"]
+) -> Float[Tensor, " n"]:
+    """Divergence of each prediction q from p in nats."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def chunk_size(n: int, vocab: int) -> int:
+    """Predictions whose logits to have at a time: an eighth of them, and at most 256 MiB."""
+    return max(1, min(-(-n // 8), 2**26 // vocab))
+
+
+def _in_chunks(
+    keep: Bool[Tensor, "batch predictions"], vocab: int
+) -> list[tuple[Int[Tensor, " n"], Int[Tensor, " n"]]]:
+    """Batch and position of the counted predictions, some at a time; at least one chunk."""
+    rows = keep.nonzero()
+    return [tuple(part.T) for part in rows.split(chunk_size(len(rows), vocab))]
 
 
 def perplexity(cross_entropy: Scalars) -> Float[Tensor, "..."]:
@@ -165,11 +199,6 @@ def _check_shape(name: str, tensor: Tensor, expected: torch.Size, reference: str
             f"Expected `{name}` of shape {tuple(expected)} to go with {reference}, but got "
             f"{tuple(tensor.shape)}: pass both for the same batch of tokens"
         )
-
-
-def _at_least_float32(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Half precision has too few digits for a softmax over a vocabulary."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _float64(value: Scalars) -> Float[Tensor, "..."]:

@@ -319,7 +319,11 @@ def test_the_source_is_plain_and_complete(make_data: Any, models: dict[str, Path
     assert json.loads(json.dumps(source)) == source
     assert source == {
         "model": str(models["llama"]),
+        "model_revision": None,
+        "model_dtype": "float32",
+        "quantization": None,
         "hook_name": HOOK,
+        "head": None,
         "context_length": 16,
         "drop_special_tokens": True,
         "positions": [1, 9],

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM
 
-from lightning_sae.data.hooks import Site, edited, lens_site, native_site
+from lightning_sae.data.hooks import Site, edited, lens_site, native_block
 from lightning_sae.data.language_model import LanguageModel, load_language_model
 
 FAMILIES = ("neox", "gpt2", "llama")
@@ -70,9 +70,7 @@ def test_a_native_site_is_what_transformer_lens_calls_by_that_name(
 ) -> None:
     for layer in range(3):
         name = f"blocks.{layer}.{hook}"
-        site = native_site(model.network, name)
-        assert site is not None
-        model.site = site
+        model = model.at(name)
         expected = read_by_bridge(bridge, name)
         torch.testing.assert_close(model.activations(TOKENS), expected, atol=1e-5, rtol=0)
         halved = model.logits(TOKENS, lambda activation: 0.5 * activation)
@@ -90,7 +88,7 @@ def test_other_hooks_are_those_of_the_bridge(
     models: dict[str, Path], family: str, bridge: Any, name: str
 ) -> None:
     model = load_language_model(models[family], name)
-    assert model.site == lens_site(model.network, name)
+    assert model.site.module is lens_site(model.network, name).module
     expected = read_by_bridge(bridge, name)
     torch.testing.assert_close(model.activations(TOKENS), expected, atol=1e-5, rtol=0)
     halved = model.logits(TOKENS, lambda activation: 0.5 * activation)
@@ -144,7 +142,7 @@ def test_heads_are_given_side_by_side_and_put_back(bridge: Any) -> None:
         seen.append(tuple(activation.shape))
         return activation
 
-    with torch.no_grad(), edited(site, edit):
+    with torch.no_grad(), edited(site, edit, (2, 12)):
         assert torch.equal(bridge(TOKENS), bridge(TOKENS))
     assert seen == [(2, 12, 16)] * 2
 
@@ -156,7 +154,7 @@ def test_other_arguments_and_results_of_a_module_are_left_alone(side: Any) -> No
             return x, y
 
     module, x, y = Two(), torch.ones(1, 2, 3), torch.ones(1)
-    with edited(Site(module, side), lambda activation: activation * 2):
+    with edited(Site(module, side), lambda activation: activation * 2, (1, 2)):
         doubled, same = module(x, y)
     assert torch.equal(doubled, 2 * x)
     assert same is y
@@ -164,8 +162,8 @@ def test_other_arguments_and_results_of_a_module_are_left_alone(side: Any) -> No
 
 def test_a_layer_out_of_range_is_refused(network: Any) -> None:
     with pytest.raises(ValueError, match="a layer from 0 to 2 but got .*the model has 3 layers"):
-        native_site(network, "blocks.3.hook_resid_post")
-    assert native_site(network, "blocks.2.hook_resid_post") is not None
+        native_block(network, "blocks.3.hook_resid_post")
+    assert native_block(network, "blocks.2.hook_resid_post") is not None
 
 
 def test_an_unknown_hook_is_refused_with_names_that_are_close(bridge: Any) -> None:
@@ -173,24 +171,3 @@ def test_an_unknown_hook_is_refused_with_names_that_are_close(bridge: Any) -> No
         lens_site(bridge, "blocks.1.resid_post")
     with pytest.raises(ValueError, match="close ones are: none"):
         lens_site(bridge, "&%!")
-
-
-def test_a_block_that_normalises_its_outputs_again_has_no_native_outputs() -> None:
-    config = Gemma2Config(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        intermediate_size=24,
-    )
-    network = AutoModelForCausalLM.from_config(config)
-    for hook in COMMON:
-        is_native = native_site(network, f"blocks.1.{hook}") is not None
-        assert is_native == (hook not in ("hook_attn_out", "hook_mlp_out"))
-
-
-def test_a_model_whose_stack_of_blocks_is_not_plain_has_no_native_sites(network: Any) -> None:
-    network.another = nn.ModuleList([nn.Identity() for _ in range(3)])
-    assert native_site(network, "blocks.1.hook_resid_post") is None
