@@ -219,7 +219,7 @@ def test_the_rate_that_a_learning_rate_finder_sets_stays_in_force(make: Any) -> 
     )
     assert sae.lr != 1e-7
     rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-    assert rates == [sae.lr] * len(rates)
+    assert rates[0] == sae.lr  # thresholds have a rate of their own
 
 
 @each_data

@@ -79,6 +79,7 @@ class JumpReLUSAE(SparseAutoencoder):
     threshold: Float[Tensor, " d_sae"]
     threshold_unit: Float[Tensor, ""]
     multiplier: Float[Tensor, ""]
+    _threshold_group: dict[str, Any] | None = None
     coefficient_name = "l0_coefficient"
     latents_follow_activate = False
     latent_units = ("b_enc", "threshold", "threshold_unit")
@@ -134,7 +135,9 @@ class JumpReLUSAE(SparseAutoencoder):
         unit = self.ranks.mean(pre.std())
         if unit > 0:
             self.threshold_unit.copy_(unit)
-            self._threshold_group()["lr"] *= 1.0 if self.threshold_lr else unit.item()
+            if self.threshold_lr is None and self._threshold_group is not None:
+                self._threshold_group["lr"] *= unit.item()
+        self._threshold_group = None
         if self.threshold_init is None:
             above = (
                 0 if self.target_l0 is None else min(round(self.target_l0 * len(pre)), pre.numel())
@@ -211,8 +214,7 @@ class JumpReLUSAE(SparseAutoencoder):
             lambdas = schedule["scheduler"].lr_lambdas
             share = lambdas[-1]
             lambdas[-1] = lambda step: share(step) * self.threshold_unit.item()
-            found["optimizer"].param_groups[-1]["lr"] *= self.threshold_unit.item()
+            # Kept until the first batch, which says how large the unit is.
+            self._threshold_group = found["optimizer"].param_groups[-1]
+            self._threshold_group["lr"] *= self.threshold_unit.item()
         return found
-
-    def _threshold_group(self) -> dict[str, Any]:
-        return self.trainer.optimizers[0].param_groups[-1]
