@@ -6,13 +6,11 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.objective import Step
 from lightning_sae.checks import require_not_negative, require_positive
-from lightning_sae.distributed import trainer_of
 from lightning_sae.functional.jumprelu import jumprelu, step
 from lightning_sae.functional.penalties import Penalty, batch_penalty
 from lightning_sae.functional.revival import variance
@@ -81,6 +79,7 @@ class JumpReLUSAE(SparseAutoencoder):
     threshold: Float[Tensor, " d_sae"]
     threshold_unit: Float[Tensor, ""]
     multiplier: Float[Tensor, ""]
+    _threshold_group: dict[str, Any] | None = None
     coefficient_name = "l0_coefficient"
     latents_follow_activate = False
     latent_units = ("b_enc", "threshold", "threshold_unit")
@@ -136,8 +135,9 @@ class JumpReLUSAE(SparseAutoencoder):
         unit = self.ranks.mean(pre.std())
         if unit > 0:
             self.threshold_unit.copy_(unit)
-            if trainer_of(self) is not None and self.threshold_lr is None:
-                self.trainer.optimizers[0].param_groups[-1]["lr"] *= unit.item()
+            if self.threshold_lr is None and self._threshold_group is not None:
+                self._threshold_group["lr"] *= unit.item()
+        self._threshold_group = None
         if self.threshold_init is None:
             above = (
                 0 if self.target_l0 is None else min(round(self.target_l0 * len(pre)), pre.numel())
@@ -214,19 +214,7 @@ class JumpReLUSAE(SparseAutoencoder):
             lambdas = schedule["scheduler"].lr_lambdas
             share = lambdas[-1]
             lambdas[-1] = lambda step: share(step) * self.threshold_unit.item()
-            found["optimizer"].param_groups[-1]["lr"] *= self.threshold_unit.item()
-            if trainer_of(self) is None:
-                self._follow_unit(found["optimizer"])
+            # Kept until the first batch, which says how large the unit is.
+            self._threshold_group = found["optimizer"].param_groups[-1]
+            self._threshold_group["lr"] *= self.threshold_unit.item()
         return found
-
-    def _follow_unit(self, optimizer: Optimizer) -> None:
-        """In a loop of the user's own: have the rate follow the unit, known by the first step."""
-        before = self.threshold_unit.item()
-
-        def before_step(*_: object) -> None:
-            nonlocal before
-            unit = self.threshold_unit.item()
-            optimizer.param_groups[-1]["lr"] *= unit / before
-            before = unit
-
-        optimizer.register_step_pre_hook(before_step)

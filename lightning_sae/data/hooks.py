@@ -48,16 +48,17 @@ class Site(NamedTuple):
 
 
 @contextmanager
-def edited(site: Site, edit: Edit, shape: tuple[int, ...]) -> Iterator[None]:
+def edited(site: Site, edit: Edit, shape: tuple[int, ...] | None = None) -> Iterator[None]:
     """Replace the activation at `site` by `edit(activation)` in every forward pass inside.
 
     Args:
         site: Where.
         edit: Takes and gives activations [batch, seq, d]. Heads lie side by side in `d`, and what
             the model keeps as [batch * seq, d] comes in this shape too.
-        shape: [batch, seq], the shape of the tokens.
+        shape: [batch, seq], the shape of the tokens; None for what it is in each pass, where the
+            model keeps these axes apart.
     """
-    with hooked(site, lambda activation: _replaced(activation, edit, site, shape)):
+    with hooked(site, lambda x: _replaced(x, edit, site, shape or x.shape[:2])):
         yield
 
 
