@@ -37,8 +37,9 @@ class BatchTopKSAE(WithOrthogonality):
 
     A mean alone stays behind: what is chosen shrinks fast while an SAE learns. On known features
     and two language models, 100 to 1200 steps of 64 to 4096 activations, held-out L0 is 2.2 % off
-    k (root mean square of 24 runs; 11 % with :math:`m_n` alone). Batches are seen
-    before they are learnt from; a quantile of the latest activations under the last weights is
+    k (root mean square of 24 runs, at most 5.6 %; with :math:`m_n` alone 3.8 % and 11.5 %). What
+    is left is mostly held-out text that is not like the last batches. Batches are
+    seen before they are learnt from; a quantile of the latest activations under the last weights is
     biased by up to 4 %. As to `decoder_norm` see `TopKSAE`. Source: Bussmann et al., BatchTopK
     sparse autoencoders (2024); the lead: Brown, Statistical forecasting (1959).
 
