@@ -159,7 +159,7 @@ def require_finite(
         return
     terms = ", ".join(name for name, value in losses.items() if not torch.isfinite(value))
     where = f" in {terms}" if terms else ""
-    cause = _cause(terms, x, module, torch.finfo(x.dtype).max ** 0.5, ranks)
+    cause = _cause(terms, x, module, torch.finfo(x.dtype).max ** 0.25, ranks)
     raise FloatingPointError(f"The loss is {loss.item()}{where} at optimiser step {step}; {cause}.")
 
 
@@ -177,13 +177,13 @@ def _cause(
     largest = torch.stack([weight.detach().abs().max().double() for weight in module.parameters()])
     norms = x.double().square().sum(-1).mean().sqrt()
     norm, weight = (-ranks.least(-torch.stack([norms, largest.max()]))).tolist()
-    if norm**2 > large and norm > weight:
+    if norm > large and norm > weight:
         return (
             f"the activations are finite, but of norm {norm:.3g}, and {x.dtype} cannot hold what "
             "is made of their squares: look at the model, scale them with `data.scale`, drop "
             "outliers with `data.max_norm_multiple`, or train in a wider `trainer.precision`"
         )
-    if not weight**2 <= large:
+    if not weight <= large:
         return (
             "the activations are finite: lower `lr` or raise `lr_warmup_steps`, for the weights "
             f"reach {weight:.3g}"

@@ -53,6 +53,7 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
         self.one_layer = folder / "one-layer"
+        self.real_config = transformers.AutoConfig.from_pretrained
         self.real_model = transformers.AutoModelForCausalLM.from_pretrained
         self.real_tokenizer = transformers.AutoTokenizer.from_pretrained
         self.real_bridge = TransformerBridge.boot_transformers
@@ -60,13 +61,20 @@ class Hub:
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(self.one_layer)
         self.tokenizer("").save_pretrained(self.one_layer)
 
+    def config(self, name: str, **options: Any) -> Any:
+        if Path(name).is_dir():
+            return self.real_config(name, **options)
+        if name not in NETWORKS:
+            raise OSError(f"{name} is not a model of transformers")
+        return NETWORKS[name]
+
     def model(self, name: str, **options: Any) -> Any:
         if Path(name).is_dir():
             return self.real_model(name, **options)
-        if name not in NETWORKS:
-            raise OSError(f"{name} is not a model of transformers")
         self.asked.append(name)
-        return transformers.AutoModelForCausalLM.from_config(NETWORKS[name], dtype=options["dtype"])
+        dtype = {} if options["dtype"] == "auto" else {"dtype": options["dtype"]}
+        network = transformers.AutoModelForCausalLM.from_config(NETWORKS[name], **dtype)
+        return network, {"missing_keys": []}
 
     def tokenizer(self, _name: str, **_options: Any) -> Any:
         return self.real_tokenizer(EMBEDDED_MODEL)
@@ -86,6 +94,7 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", hub.config)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", hub.model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", hub.tokenizer)
     monkeypatch.setattr(TransformerBridge, "boot_transformers", hub.bridge)

@@ -89,4 +89,6 @@ def _settings(task: Task) -> dict[str, Any]:
             return {"l1_coefficient": task.l1_coefficient}
         case "topk" | "batchtopk":
             return {"k": task.k}
+        case "jumprelu":
+            return {"bandwidth": 0.05}  # the default is one deviation of the first batch
     return {}

@@ -132,18 +132,22 @@ class JumpReLUSAE(SparseAutoencoder):
         super()._start_from(batch)
         x = self.scaled(batch)
         pre = self.pre_activations(x[: default_chunk_rows(self.d_sae)]).float()
-        unit = self.ranks.mean(pre.std())
+        mean, square = (self.ranks.mean(each) for each in (pre.mean(), pre.square().mean()))
+        unit = (square - mean.square()).clamp_min(0).sqrt()
         if unit > 0:
             self.threshold_unit.copy_(unit)
             if self.threshold_lr is None and self._threshold_group is not None:
                 self._threshold_group["lr"] *= unit.item()
         self._threshold_group = None
         if self.threshold_init is None:
-            above = (
-                0 if self.target_l0 is None else min(round(self.target_l0 * len(pre)), pre.numel())
-            )
-            start = pre.flatten().topk(above).values[-1] if above else unit
-            self.threshold.copy_(self.ranks.mean(start.relu()).expand_as(self.threshold))
+            start = unit if self.target_l0 is None else self._exceeded(pre, self.target_l0)
+            self.threshold.copy_(start.relu().expand_as(self.threshold))
+
+    def _exceeded(self, pre: Float[Tensor, "batch d_sae"], times: float) -> Float[Tensor, ""]:
+        """What so many pre-activations of a row exceed on average, of the rows of all ranks."""
+        most = min(round(times * len(pre) * self.ranks.n), pre.numel())
+        largest = self.ranks.gathered(pre.flatten().topk(most).values).flatten()
+        return largest.topk(min(round(times * len(pre) * self.ranks.n), len(largest))).values[-1]
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """Squared error and penalty on centred and scaled activations."""

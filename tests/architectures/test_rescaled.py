@@ -242,7 +242,7 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(fit, tmp_path):
 
 def test_it_begins_with_a_folder_as_it_does_with_an_sae(fit, tmp_path):
     original = trained_sae()
-    folder = original.save_pretrained(tmp_path / "sae")
+    folder = original.save_pretrained(tmp_path / "before" / "sae")
     sae = RescaledSAE(D_IN, D_SAE, "scale", sae=folder)
     assert torch.equal(sae.encode(X), RescaledSAE.of(original).encode(X))
     assert "sae" not in sae.hparams  # or loading it would ask for the folder

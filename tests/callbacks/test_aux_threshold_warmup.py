@@ -140,7 +140,9 @@ class Line(LightningModule):
 
 @pytest.mark.parametrize("build", [lambda: ReLUSAE(5, 9), Line])
 def test_a_module_without_the_loss_is_refused(build):
-    with pytest.raises(ValueError, match="orthogonality but .* has none: set its `aux_coeff"):
+    with pytest.raises(
+        ValueError, match="orthogonality but .* has none: set its `orthogonality_coeff"
+    ):
         build_trainer(AuxThresholdWarmup(1, 2)).fit(build(), batches())
 
 

@@ -6,6 +6,9 @@ import torch
 from tests.ranks.cases import CASES, activations, train
 from tests.ranks.conftest import OfRanks
 
+# Runs of a few steps.
+pytestmark = pytest.mark.filterwarnings("ignore:.TargetL0. did not reach its target:UserWarning")
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_with_half_the_batch_are_one_rank(name: str, of_ranks: OfRanks) -> None:

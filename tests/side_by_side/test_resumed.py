@@ -17,6 +17,9 @@ from lightning_sae.callbacks import (
     TargetL0,
 )
 
+# Runs of a few steps.
+pytestmark = pytest.mark.filterwarnings("ignore:.TargetL0. did not reach its target:UserWarning")
+
 
 class Shrinks(Callback):
     """A user's own: shrinks the encoder at the end of a step by what it has counted and drawn."""

@@ -330,11 +330,11 @@ def test_the_source_is_plain_and_stays_with_the_sae(tmp_path: Path) -> None:
     torch.testing.assert_close(given.features, torch.eye(2))
 
 
-def test_resuming_on_another_world_is_warned_of(tmp_path: Path) -> None:
+def test_resuming_on_another_world_is_refused(tmp_path: Path) -> None:
     run, sae = trainer(2), ReLUSAE(10, 12, decoder_norm="free")
     run.fit(sae, ToyDataModule(**FEW))
     run.save_checkpoint(tmp_path / "run.ckpt")
-    with pytest.warns(UserWarning, match="magnitude_spread 0.0 to 0.5"):
+    with pytest.raises(ValueError, match="`data.magnitude_spread` to be 0.0 but got 0.5"):
         trainer(3).fit(
             ReLUSAE(10, 12, decoder_norm="free"),
             ToyDataModule(**FEW, magnitude_spread=0.5),
