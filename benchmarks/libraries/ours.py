@@ -63,6 +63,7 @@ class Trained(Contender):
     def set_threshold(self, threshold: float) -> None:
         if hasattr(self.sae, "threshold"):
             self.sae.threshold.fill_(threshold)
+            self.sae.threshold_init = threshold  # or the first batch would set others
         else:
             self.sae.b_enc.fill_(-threshold)
 

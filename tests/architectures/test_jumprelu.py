@@ -216,7 +216,7 @@ def test_thresholds_have_their_own_rate_and_the_same_schedule(threshold_lr, scal
         decoder_norm="free",
     )
     rates, x = Rates(), scale * torch.randn(5, 16, 4)
-    unit = ((x[0] - x[0].mean(0)) @ sae.W_enc).std().item()
+    unit = ((x[0] - x[0].mean(0)) @ sae.W_enc).std(correction=0).item()
     trainer = fit(sae, x, rates)
     assert sae.threshold_unit.item() == pytest.approx(unit)
     peak = threshold_lr or 0.01 * unit
@@ -234,7 +234,7 @@ def test_thresholds_start_where_the_first_batch_has_the_target(target_l0, fit):
     sae = JumpReLUSAE(4, 9, target_l0=target_l0, lr=1e-30)
     pre = (x[0] - x[0].mean(0)) @ sae.W_enc.detach()
     fit(sae, x, DecoderNormProjection())
-    expected = pre.std()
+    expected = pre.std(correction=0)
     if target_l0 is not None:
         expected = pre.flatten().sort(descending=True).values[int(64 * target_l0) - 1].relu()
     # One step has moved them.
