@@ -120,8 +120,8 @@ function drawPlot() {
   draw.fillStyle = ink;
   draw.font = "12px system-ui, sans-serif";
   const label = (axis, share) => {
-    const at = axis.low + share * (axis.high - axis.low);
-    return (axis.log ? 10 ** at : at).toPrecision(2);
+    const at = axis.low + share * (axis.high - axis.low), x = axis.log ? 10 ** at : at;
+    return x !== 0 && Math.abs(x) < 1e-3 ? x.toExponential(1) : x.toPrecision(2);
   };
   for (const share of [0, .25, .5, .75, 1]) {
     const across = margin.left + share * (canvas.width - margin.left - margin.right);
