@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_sae.analysis import weights
@@ -127,6 +128,7 @@ def analyze(
         write_site(store)
         if latents:
             write_page(store, latents, folder / "latents.html")
+    trainer.strategy.barrier()  # a rank that ends earlier would end the others
     return folder
 
 
@@ -254,6 +256,8 @@ def _texts(
 def main(args: list[str]) -> None:
     """Run `lightning-sae analyze`."""
     folder = auto_cli(analyze, args=args, prog="lightning-sae analyze")
+    if rank_zero_only.rank != 0:
+        return
     results = json.loads((folder / "results.json").read_text())
     sys.stdout.write(
         f"\nRead {results['tokens']:,} tokens in {results['seconds']:.0f} s. Made:\n"
