@@ -278,6 +278,14 @@ def test_help_documents_arguments_from_the_docstrings() -> None:
         assert line in shown
 
 
+def test_help_of_the_data_lists_no_layers_of_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--data.help", "lightning_sae.ActivationDataModule"])
+    shown = capsys.readouterr().out
+    assert "--data.model MODEL" in shown
+    assert "torch.nn" not in shown
+
+
 BAD_INPUT = {
     "--data.hook_name=blocks.1.hook_resid_pots": "close ones are: blocks.1.hook_resid_post",
     "--data.hook_name=blocks.7.hook_resid_post": "a layer from 0 to 2 but got",

@@ -3,11 +3,12 @@
 import copy
 import math
 import warnings
+from abc import ABC
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +27,12 @@ from lightning_sae.data.loaders import (
     begins_anew,
     require_an_end,
 )
+from lightning_sae.data.notices import (
+    activations_asked_for,
+    say_short,
+    say_unknown,
+    unknown_token,
+)
 from lightning_sae.data.scaling import Scaling, estimate_scaling, require_usable
 from lightning_sae.data.several_hooks import (
     SeveralHooks,
@@ -41,6 +48,15 @@ from lightning_sae.data.tokens import TokenBlocks
 Dtype = Literal["float32", "float16", "bfloat16"]
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
 Data = TypeVar("Data", bound="ActivationDataModule")
+
+if TYPE_CHECKING:
+    LoadedModel = nn.Module
+else:
+
+    class LoadedModel(ABC):  # noqa: B024
+        """Any `nn.Module`, under a name of its own: of this one `--help` lists no subclasses."""
+
+    LoadedModel.register(nn.Module)
 
 OPEN = ("language_model", "filter", "corpus", "held_out_corpus")
 """Attributes that are made when first needed and hold models, files or counts."""
@@ -142,7 +158,7 @@ class ActivationDataModule(ActivationSource):
     def __init__(
         self,
         hook_name: str | Sequence[str],
-        model: str | Path | nn.Module = "embedded",
+        model: str | Path | LoadedModel = "embedded",
         *,
         text: Text = "embedded",
         text_column: str = "text",
@@ -217,6 +233,7 @@ class ActivationDataModule(ActivationSource):
         self._passes: dict[Any, Iterator[Tensor]] = {}
         self._restored: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
+        self._said: set[int | str] = set()
 
     # The model at its hooks.
 
@@ -399,17 +416,33 @@ class ActivationDataModule(ActivationSource):
         """This rank's held-out blocks, a forward pass at a time.
 
         Args:
-            n: Tokens to read, about; fewer if there are no more.
+            n: Tokens to read, about; fewer if there are no more, which is said.
             equal_passes: Whether all ranks need equally many passes: where there are several, a
                 text that is too short is then read again.
         """
         again = equal_passes and self.n_ranks > 1
-        n_passes = max(1, round(n / (self.blocks_per_pass * self.context_length)))
+        per_pass = self.blocks_per_pass * self.context_length
+        n_passes = max(1, round(n / per_pass))
         key = (again, *self._place())
         if key not in self._passes:
             self._passes[key] = tee(self._read_held_out(again), 1)[0]
+        found = unknown = 0
+        stranger = unknown_token(self.language_model.tokenizer)
         # A copy reads what others have read, which is kept for it, and then goes on.
-        yield from islice(copy.copy(self._passes[key]), n_passes)
+        for tokens in islice(copy.copy(self._passes[key]), n_passes):
+            found += tokens.numel()
+            unknown += 0 if stranger is None else int((tokens == stranger).sum())
+            yield tokens
+        self._say_of_held_out(min(n, n_passes * per_pass), n, found, unknown)
+
+    def _say_of_held_out(self, least: int, n: int, found: int, unknown: int) -> None:
+        """Say once if fewer than `least` of `n` tokens were found, and if some are unknown."""
+        if found < least and n not in self._said:
+            say_short(n, found, self.n_ranks)
+            self._said.add(n)
+        if unknown and "unknown" not in self._said:
+            say_unknown(unknown, found, "held-out")
+            self._said.add("unknown")
 
     def _read_held_out(self, again: bool) -> Iterator[Int[Tensor, "blocks context_length"]]:
         blocks = self.held_out_blocks()
@@ -493,6 +526,8 @@ class ActivationDataModule(ActivationSource):
             self.filter,
             self.blocks_per_pass,
             self.dtype,
+            wanted=activations_asked_for(self.trainer, self.batch_size),
+            unknown_token=unknown_token(self.language_model.tokenizer),
         )
         return ShuffleBuffer(
             stream,
@@ -507,6 +542,12 @@ class ActivationDataModule(ActivationSource):
     def _look_at(self, rows: Float[Tensor, "rows d"]) -> None:
         for name, part in self._parts(rows).items():
             require_usable(part, name)
+        self._say_unknown()
+
+    def _say_unknown(self) -> None:
+        source = None if self.buffer is None else self.buffer.source
+        if isinstance(source, ActivationStream):
+            source.say_unknown()
 
     def _parts(self, rows: Float[Tensor, "rows d"]) -> dict[str, Float[Tensor, "rows d_hook"]]:
         parts = self.by_hook(rows)
@@ -527,6 +568,7 @@ class ActivationDataModule(ActivationSource):
     def teardown(self, stage: str) -> None:
         """Stop reading ahead, and note where training stopped for who saves it only now."""
         if stage == "fit" and self.buffer is not None:
+            self._say_unknown()  # of characters that came late
             self._left = self.state_dict()
             self._close()
 

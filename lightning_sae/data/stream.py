@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.data.notices import say_passes, say_unknown
 from lightning_sae.data.scaling import require_precision
 from lightning_sae.data.tokens import TokenBlocks
 
@@ -86,6 +87,8 @@ class ActivationStream:
         keep: Which activations are kept.
         blocks_per_pass: Blocks in one forward pass.
         dtype: dtype of the rows.
+        wanted: Rows that the run asks for; None if that is not known.
+        unknown_token: Token of characters that the tokenizer does not know, if there is one.
     """
 
     def __init__(
@@ -95,29 +98,61 @@ class ActivationStream:
         keep: ActivationFilter,
         blocks_per_pass: int,
         dtype: torch.dtype = torch.float32,
+        *,
+        wanted: float | None = None,
+        unknown_token: int | None = None,
     ) -> None:
         self.model = model
         self.blocks = blocks
         self.keep = keep
         self.blocks_per_pass = blocks_per_pass
         self.dtype = dtype
-        self.seen = 0
+        self.wanted, self.unknown_token = wanted, unknown_token
+        self.seen = self.kept = self.unknown = 0
         self.dropped = dict.fromkeys(REASONS, 0)
+        self._said_passes = self._said_unknown = False
 
     def read(self) -> Float[Tensor, "rows d_in"]:
         """Activations of the next pass that are kept."""
+        epoch = self.blocks.epoch
         tokens = self.blocks.read(self.blocks_per_pass)
         activations = self.model.activations(tokens)
         left_out = self.keep.left_out(tokens, activations)
         kept = ~torch.stack(list(left_out.values())).any(0)
-        first, self.seen = self.seen == 0, self.seen + tokens.numel()
         for reason, mask in left_out.items():
             self.dropped[reason] += int(mask.sum())
         rows = activations[kept.to(activations.device)]
-        if first and len(rows) and self.dtype.itemsize < rows.dtype.itemsize:
+        seen = self.seen
+        self._count(tokens, len(rows))
+        if self.blocks.epoch > epoch:
+            self._count_passes(seen)
+        if seen == 0 and len(rows) and self.dtype.itemsize < rows.dtype.itemsize:
             for part in rows.split(self.keep.widths or rows.shape[-1], -1):
                 require_precision(part, self.dtype)
         return rows.to(self.dtype)
+
+    def _count(self, tokens: Int[Tensor, "batch seq"], n_rows: int) -> None:
+        self.seen += tokens.numel()
+        self.kept += n_rows
+        if self.unknown_token is not None:
+            self.unknown += int((tokens == self.unknown_token).sum())
+
+    def _count_passes(self, seen: int) -> None:
+        """When a pass over the text has ended, say if there are many: once.
+
+        Args:
+            seen: Tokens seen before those among which it ended.
+        """
+        if not self._said_passes:
+            epoch, share = self.blocks.epoch, self.kept / self.seen
+            per_pass = share * (seen + self.blocks.left_at_end) / epoch
+            self._said_passes = bool(say_passes(per_pass, self.wanted, epoch))
+
+    def say_unknown(self) -> None:
+        """Say once how many tokens stand for characters unknown to the tokenizer, if any do."""
+        if self.unknown and not self._said_unknown:
+            self._said_unknown = True
+            say_unknown(self.unknown, self.seen, "training")
 
     def statistics(self) -> dict[str, float]:
         """Activations seen, passes over the text begun before, rows skipped, shares left out."""
@@ -127,9 +162,11 @@ class ActivationStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
-        return {"blocks": self.blocks.state_dict(), "seen": self.seen, "dropped": {**self.dropped}}
+        counts = {name: getattr(self, name) for name in ("seen", "kept", "unknown")}
+        return {"blocks": self.blocks.state_dict(), "dropped": {**self.dropped}, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` stood."""
         self.blocks.load_state_dict(state["blocks"])
         self.seen, self.dropped = state["seen"], self.dropped | state["dropped"]
+        self.kept, self.unknown = state.get("kept", self.seen), state.get("unknown", 0)

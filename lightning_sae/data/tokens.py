@@ -39,6 +39,7 @@ class TokenBlocks:
 
     Attributes:
         skipped: Rows of this split and rank that gave no tokens.
+        left_at_end: Tokens of the latest whole pass that were not yet read when it ended.
 
     Raises:
         ValueError: From `read`, if a whole pass over the text gives no block, or token ids do not
@@ -65,7 +66,7 @@ class TokenBlocks:
         self.held_out_fraction = held_out_fraction
         self.part_held_out = part_held_out
         self.rank, self.world_size = rank, world_size
-        self.epoch = self.document = self.piece = self.skipped = 0
+        self.epoch = self.document = self.piece = self.skipped = self.left_at_end = 0
         self._rest: list[int] = []
         self._pieces: Iterator[list[int]] | None = None  # of the document that is open
         self._found = False  # in no pass so far
@@ -186,6 +187,7 @@ class TokenBlocks:
         if not self._found or self.document == 0:
             self._refuse()
         self.epoch, self.document = self.epoch + 1, 0
+        self.left_at_end = len(self._rest)
         self._open()
 
     def _refuse(self) -> None:

@@ -1,3 +1,4 @@
+import copy
 import json
 import threading
 from pathlib import Path
@@ -409,6 +410,44 @@ def test_held_out_text_is_read_once_and_no_more(make_data: Any) -> None:
     blocks.read(1)
     assert blocks.epoch == 1
     assert sum(map(len, data.test_dataloader())) <= tokens.numel()
+
+
+def test_fewer_held_out_tokens_than_asked_for_are_said_once_with_both_numbers(
+    make_data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make_data(n_test=10**6)
+    list(data.held_out_tokens(128))  # there are as many
+    assert not caplog.messages
+    n = sum(tokens.numel() for tokens in data.held_out_tokens(10**6))
+    list(data.test_dataloader())
+    (message,) = caplog.messages
+    assert f"has {n:,} tokens, fewer than the 1,000,000 asked for" in message
+
+
+def test_a_run_says_how_often_it_reads_its_text(
+    make_data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches_of_a_fit(make_data(drop_special_tokens=False), 400)
+    (message,) = [message for message in caplog.messages if "a pass over it" in message]
+    blocks, n = make_data().training_blocks(), 0
+    while len(found := blocks.read_first_epoch(1)):
+        n += found.numel()
+    told = int(message.split("gives about ")[1].split(" ")[0].replace(",", ""))
+    assert n <= told < n + 16  # the last block also holds the beginning of the next pass
+    assert f"`max_steps` asks for {400 * 16:,}" in message
+    assert f"about {6400 / told:.3g} times" in message
+
+
+def test_characters_unknown_to_the_tokenizer_are_said_with_their_share(
+    make_data: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    strict = copy.deepcopy(tokenizer)
+    strict.unk_token = strict.tokenize(" the")[0]  # as if that were not in the vocabulary
+    data = make_data(tokenizer=strict)
+    batches_of_a_fit(data, 2)
+    held_out_batches(data)
+    said = [message for message in caplog.messages if "does not know" in message]
+    assert [part in message for part, message in zip(("training", "held-out"), said, strict=True)]
 
 
 def test_held_out_text_is_tokenised_once_for_all_validations(

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.data.notices import unknown_token
 from lightning_sae.data.stream import ActivationFilter, ActivationStream
 from lightning_sae.data.tokens import TokenBlocks
 
@@ -155,3 +156,62 @@ def test_a_stream_goes_on_from_its_state_with_its_counts() -> None:
     assert resumed.statistics()["seen"] == 8.0
     assert torch.equal(resumed.read(), expected)
     assert resumed.statistics() == statistics
+
+
+class Passes(Counts):
+    """Twelve tokens in a pass over the text, three blocks of which a read gives one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = self.left_at_end = 0
+
+    def read(self, n: int) -> Tensor:
+        self.epoch = (self.next - 1) // 9
+        return super().read(n)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reads", "said"),
+    [(27, 20, ""), (28, 3, ""), (28, 4, "about 3.11 times"), (90, 20, "about 10 times"),
+     (None, 9, ""), (None, 10, "read 3 times"), (None, 30, "read 3 times")],
+)  # fmt: skip
+def test_more_than_three_passes_over_the_text_are_said_once_and_as_soon_as_known(
+    caplog: pytest.LogCaptureFixture, wanted: float | None, reads: int, said: str
+) -> None:
+    # Of 12 tokens in a pass 3 are BOS, so 9 rows come of it; the fourth read begins the second.
+    keep = ActivationFilter([BOS])
+    stream = ActivationStream(Repeats(), Passes(), keep, 1, wanted=wanted)
+    for _ in range(reads):
+        stream.read()
+    messages = [message for message in caplog.messages if "a pass over it gives about" in message]
+    assert len(messages) == bool(said)
+    assert all(said in message for message in messages)
+
+
+def test_the_share_of_unknown_tokens_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    stream = ActivationStream(Repeats(), Counts(), ActivationFilter([BOS]), 2, unknown_token=5)
+    stream.say_unknown()
+    assert not caplog.messages
+    stream.read()  # 0 1 2 3 and 0 4 5 6
+    stream.say_unknown()
+    stream.say_unknown()
+    (message,) = caplog.messages
+    assert "first 8 tokens of the training text 1 (12 %)" in message
+
+
+class Tokenizer:
+    """What a tokenizer says of its special tokens."""
+
+    def __init__(self, unknown: int | None, bos: int | None, eos: int | None) -> None:
+        self.unk_token_id, self.bos_token_id, self.eos_token_id = unknown, bos, eos
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [(None, None), (Tokenizer(None, 1, 2), None), (Tokenizer(0, 1, 2), 0),
+     (Tokenizer(0, 0, 2), None), (Tokenizer(2, 1, 2), None), (Tokenizer(0, None, None), 0)],
+)  # fmt: skip
+def test_an_unknown_token_that_also_bounds_documents_is_not_counted(
+    tokenizer: Tokenizer | None, expected: int | None
+) -> None:
+    assert unknown_token(tokenizer) == expected
