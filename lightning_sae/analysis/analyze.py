@@ -255,9 +255,11 @@ def _texts(
 
 def main(args: list[str]) -> None:
     """Run `lightning-sae analyze`."""
-    folder = auto_cli(analyze, args=args, prog="lightning-sae analyze")
-    if rank_zero_only.rank != 0:
-        return
+    _tell(auto_cli(analyze, args=args, prog="lightning-sae analyze"))
+
+
+@rank_zero_only
+def _tell(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     sys.stdout.write(
         f"\nRead {results['tokens']:,} tokens in {results['seconds']:.0f} s. Made:\n"
