@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_sae.callbacks.schedule import ScheduledScale
-from lightning_sae.checks import require_not_negative, require_positive
+from lightning_sae.lengths import Length, require_lengths, two_steps_of, unknown
 
 
 class AuxThresholdWarmup(ScheduledScale):
@@ -23,22 +23,25 @@ class AuxThresholdWarmup(ScheduledScale):
     Example::
 
         sae = TiedSAE(d_in=50, d_sae=5, l1_coefficient=1e-3, orthogonality_coefficient=1e4)
-        trainer = Trainer(callbacks=AuxThresholdWarmup(6500, 6500), max_steps=19_500)
+        trainer = Trainer(callbacks=AuxThresholdWarmup(1 / 3, 1 / 3), max_steps=19_500)
 
     Args:
-        delay_steps: Optimizer steps without the loss.
-        warmup_steps: Further steps until it has its full weight.
+        delay_steps: Optimizer steps without the loss, or a share of `trainer.max_steps` between 0
+            and 1.
+        warmup_steps: Further steps until it has its full weight, or a share.
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if both are longer than
-            the run, if the SAE has no such loss, or if the trainer has this callback twice.
+            the run or one is a share of a run of unknown length, if the SAE has no such loss, or
+            if the trainer has this callback twice.
     """
 
     scale = "orthogonality_scale"
+    length_names = ("delay_steps", "warmup_steps")
 
-    def __init__(self, delay_steps: int, warmup_steps: int) -> None:
-        require_not_negative(delay_steps=delay_steps)
-        require_positive(warmup_steps=warmup_steps)
+    def __init__(self, delay_steps: Length, warmup_steps: Length) -> None:
+        require_lengths(0, delay_steps=delay_steps)
+        require_lengths(1, warmup_steps=warmup_steps)
         self.delay_steps, self.warmup_steps = delay_steps, warmup_steps
 
     @override
@@ -49,7 +52,8 @@ class AuxThresholdWarmup(ScheduledScale):
             >>> [AuxThresholdWarmup(2, 4).share(taken) for taken in range(8)]
             [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
         """
-        return min(1.0, max(0.0, (steps_taken + 1 - self.delay_steps) / self.warmup_steps))
+        delay, warmup = self._in_steps(self._total)
+        return min(1.0, max(0.0, (steps_taken + 1 - delay) / max(1, warmup)))
 
     @override
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,10 +63,20 @@ class AuxThresholdWarmup(ScheduledScale):
                 f"{type(pl_module).__name__} has none: set its `orthogonality_coefficient`, or "
                 "remove the callback."
             )
-        steps = self.delay_steps + self.warmup_steps
-        if 0 < trainer.max_steps < steps and not trainer.fast_dev_run:  # type: ignore
-            raise ValueError(
-                "Expected `delay_steps` + `warmup_steps` to be at most "
-                f"`trainer.max_steps`={trainer.max_steps} but got {self.delay_steps} + "
-                f"{self.warmup_steps}: shorten one of them or lengthen the run."
-            )
+
+    @override
+    def length_problems(self, total: int) -> list[str]:
+        """What is wrong with delay and warm-up in a run of `trainer.max_steps`."""
+        if total <= 0:
+            return unknown(total, delay_steps=self.delay_steps, warmup_steps=self.warmup_steps)
+        delay, warmup = self._in_steps(total)
+        if delay + warmup > total:
+            return [
+                "Expected `delay_steps` + `warmup_steps` to be at most `trainer.max_steps`="
+                f"{total} but got {delay} + {warmup}: shorten one of them, give shares of the run, "
+                "as 0.3, or lengthen the run."
+            ]
+        return []
+
+    def _in_steps(self, total: int) -> tuple[int, int]:
+        return two_steps_of(self.delay_steps, self.warmup_steps, total, self.length_names)

@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_sae.callbacks.schedule import ScheduledScale
-from lightning_sae.checks import require_positive
+from lightning_sae.lengths import Length, require_lengths, steps_of, unknown
 
 
 class L1Warmup(ScheduledScale):
@@ -17,20 +17,23 @@ class L1Warmup(ScheduledScale):
 
     Example::
 
-        trainer = Trainer(callbacks=L1Warmup(n_steps=1000), max_steps=20_000)
+        trainer = Trainer(callbacks=L1Warmup(n_steps=0.05), max_steps=20_000)  # 1000 steps
 
     Args:
-        n_steps: Optimizer steps until the penalty has its full weight.
+        n_steps: Optimizer steps until the penalty has its full weight, or a share of
+            `trainer.max_steps` between 0 and 1.
 
     Raises:
         ValueError: If `n_steps` is not positive; when fitting starts, if it is longer than the
-            run, if the SAE has no penalty, or if the trainer has this callback twice.
+            run or a share of a run of unknown length, if the SAE has no penalty, or if the trainer
+            has this callback twice.
     """
 
     scale = "penalty_scale"
+    length_names = ("n_steps",)
 
-    def __init__(self, n_steps: int) -> None:
-        require_positive(n_steps=n_steps)
+    def __init__(self, n_steps: Length) -> None:
+        require_lengths(1, n_steps=n_steps)
         self.n_steps = n_steps
 
     @override
@@ -41,7 +44,7 @@ class L1Warmup(ScheduledScale):
             >>> [L1Warmup(n_steps=4).share(taken) for taken in range(6)]
             [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
         """
-        return min(1.0, (steps_taken + 1) / self.n_steps)
+        return min(1.0, (steps_taken + 1) / steps_of(self.n_steps, self._total, "n_steps"))
 
     @override
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,9 +53,14 @@ class L1Warmup(ScheduledScale):
                 "`L1Warmup` needs an SAE with a sparsity penalty but "
                 f"{type(pl_module).__name__} has none: remove the callback."
             )
-        if 0 < trainer.max_steps < self.n_steps and not trainer.fast_dev_run:  # type: ignore
-            raise ValueError(
-                "Expected argument `n_steps` to be at most "
-                f"`trainer.max_steps`={trainer.max_steps} but got {self.n_steps}: "
-                "shorten the warm-up or lengthen the run."
-            )
+
+    @override
+    def length_problems(self, total: int) -> list[str]:
+        """What is wrong with `n_steps` in a run of `trainer.max_steps`."""
+        if 0 < total < self.n_steps:
+            return [
+                f"Expected argument `n_steps` to be at most `trainer.max_steps`={total} but got "
+                f"{self.n_steps}: shorten the warm-up, give a share of the run, as 0.1, or "
+                "lengthen the run."
+            ]
+        return unknown(total, n_steps=self.n_steps)

@@ -15,6 +15,14 @@ from lightning_sae.callbacks.moments import reset_moments
 from lightning_sae.checks import expect, refuse_second
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.resampling import dead_latents, mean_norm, sample_directions
+from lightning_sae.lengths import (
+    Length,
+    is_share,
+    refuse_lengths,
+    require_lengths,
+    steps_of,
+    unknown,
+)
 
 
 class DeadFeatureResampling(Callback):
@@ -48,57 +56,64 @@ class DeadFeatureResampling(Callback):
             max_steps=20_000,
         )
 
+    Lengths are given in steps of the optimiser or as shares of `trainer.max_steps` between 0 and 1.
+
     Args:
-        every_n_steps: Steps of the optimiser from one resampling to the next.
+        every_n_steps: Length from one resampling to the next.
         scheme: `loss_squared` or `reinitialize`.
-        window: Steps before a resampling over which firings are counted; null for all of them.
+        window: Length before a resampling over which firings are counted; null for all of it.
         min_frequency: With `reinitialize`, the frequency below which a latent is replaced.
         n_inputs: With `loss_squared`, how many of the latest inputs are kept to draw from, those
             of all ranks together. Each rank holds its own in memory as they come.
         encoder_scale: With `loss_squared`, norm of a new encoder row relative to living ones.
         max_resamplings: How often in a run this is done, whether or not any latent was dead; null
             for no limit.
-        stop_after_step: Last step of the optimiser after which it may be done; null for no limit.
+        stop_after_step: Last step of the optimiser after which it may be done, or the share of the
+            run up to there; null for no limit.
         seed: Seed of the generator.
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if the run is too short
-            for a single resampling, if the SAE has no untied `W_enc`, `W_dec` and `b_enc` and is
-            not one whose `tied` is true, if its optimiser is not of Adam's family, or if the
-            trainer has this callback twice.
+            for a single resampling, or of unknown length while there is a share of it, if the SAE
+            has no untied `W_enc`, `W_dec` and `b_enc` and is not one whose `tied` is true, if its
+            optimiser is not of Adam's family, or if the trainer has this callback twice.
     """
+
+    length_names = ("every_n_steps", "window", "stop_after_step")
+    _total = -1  # steps of the run, once it is known
 
     def __init__(
         self,
-        every_n_steps: int,
+        every_n_steps: Length,
         scheme: Literal["loss_squared", "reinitialize"] = "loss_squared",
         *,
-        window: int | None = None,
+        window: Length | None = None,
         min_frequency: float = 1e-5,
         n_inputs: int = 8192,
         encoder_scale: float = 0.2,
         max_resamplings: int | None = None,
-        stop_after_step: int | None = None,
+        stop_after_step: Length | None = None,
         seed: int = 0,
     ) -> None:
         window = every_n_steps if window is None else window
         schemes = ("loss_squared", "reinitialize")
-        expect(every_n_steps > 0, "every_n_steps", "positive", every_n_steps)
+        require_lengths(1, every_n_steps=every_n_steps, window=window)
+        if stop_after_step is not None:
+            require_lengths(1, stop_after_step=stop_after_step)
         expect(scheme in schemes, "scheme", f"one of {schemes}", scheme)
-        between = f"from 1 to `every_n_steps`={every_n_steps}"
-        expect(0 < window <= every_n_steps, "window", between, window)
         expect(0 < min_frequency < 1, "min_frequency", "between 0 and 1", min_frequency)
         expect(n_inputs > 0, "n_inputs", "positive", n_inputs)
         expect(encoder_scale > 0, "encoder_scale", "positive", encoder_scale)
         allowed = max_resamplings is None or max_resamplings > 0
         expect(allowed, "max_resamplings", "positive, or null for no limit", max_resamplings)
-        reached = stop_after_step is None or stop_after_step >= every_n_steps
-        least = f"at least `every_n_steps`={every_n_steps}, or null for no limit"
-        expect(reached, "stop_after_step", least, stop_after_step)
         self.every_n_steps, self.scheme, self.window = every_n_steps, scheme, window
         self.min_frequency, self.encoder_scale = min_frequency, encoder_scale
         self.n_inputs, self.seed = n_inputs, seed
         self.max_resamplings, self.stop_after_step = max_resamplings, stop_after_step
+        given = self._lengths()
+        if len(set(map(is_share, given.values()))) == 1:  # else once the run's length is known
+            for problem in _out_of_order(**given):
+                raise ValueError(problem)
         self._inputs: list[Tensor]
         self._losses: list[Tensor]
         self._place: list[int] | None  # rank, and number of ranks
@@ -109,9 +124,10 @@ class DeadFeatureResampling(Callback):
 
         None if there is no other. The result is larger than `step`.
         """
-        due = (step // self.every_n_steps + 1) * self.every_n_steps
+        every = self._steps("every_n_steps")
+        due = (step // every + 1) * every
         spent = self.max_resamplings is not None and self._n_done >= self.max_resamplings
-        late = self.stop_after_step is not None and due > self.stop_after_step
+        late = self.stop_after_step is not None and due > self._steps("stop_after_step")
         return None if spent or late else due
 
     @override
@@ -120,6 +136,7 @@ class DeadFeatureResampling(Callback):
         if stage != "fit":
             return
         self._start_afresh()
+        self._total = trainer.max_steps
         tied = getattr(pl_module, "tied", False)
         names = ("W_dec",) if tied else ("W_enc", "W_dec", "b_enc")
         weights = [getattr(pl_module, name, None) for name in names]
@@ -130,13 +147,31 @@ class DeadFeatureResampling(Callback):
                 "`b_enc` that are all trained, or one whose `tied` is true, which "
                 f"{type(pl_module).__name__} is not: remove the callback."
             )
-        if 0 < trainer.max_steps <= self.every_n_steps and not trainer.fast_dev_run:  # type: ignore
-            raise ValueError(
-                "Expected argument `every_n_steps` to be less than "
-                f"`trainer.max_steps`={trainer.max_steps} but got {self.every_n_steps}: "
-                "lower it or remove the callback."
-            )
         refuse_second(trainer, self)
+        refuse_lengths(trainer, pl_module)
+
+    def length_problems(self, total: int) -> list[str]:
+        """What is wrong with the lengths in a run of `trainer.max_steps`, an error each."""
+        given = self._lengths()
+        if problems := unknown(total, **given):
+            return problems
+        in_steps = {name: steps_of(length, total, name) for name, length in given.items()}
+        problems = _out_of_order(**in_steps)
+        if 0 < total <= self.every_n_steps:
+            problems.append(
+                f"Expected argument `every_n_steps` to be less than `trainer.max_steps`={total} "
+                f"but got {self.every_n_steps}: lower it, give a share of the run, as 0.1, or "
+                "remove the callback."
+            )
+        return problems
+
+    def _lengths(self) -> dict[str, Length]:
+        """Those that are given."""
+        found = {name: getattr(self, name) for name in self.length_names}
+        return {name: length for name, length in found.items() if length is not None}
+
+    def _steps(self, name: str) -> int:
+        return steps_of(getattr(self, name), self._total, name)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,7 +254,7 @@ class DeadFeatureResampling(Callback):
         self, trainer: Trainer, outputs: dict[str, Tensor], batch: Tensor, steps_left: int
     ) -> None:
         n_rows = len(batch) * trainer.world_size
-        if steps_left <= self.window:
+        if steps_left <= self._steps("window"):
             # Summed over ranks batch by batch, so that the checkpoint of rank 0 holds all counts.
             # `reduce` works in place, and other callbacks read the outputs too.
             fired = trainer.strategy.reduce(outputs["fired"].clone(), reduce_op="sum")
@@ -281,3 +316,21 @@ class DeadFeatureResampling(Callback):
         for name, value in sae.fresh_latent().items():
             getattr(sae, name)[dead] = value
         sae.silent_for[dead] = 0
+
+
+def _out_of_order(
+    every_n_steps: Length, window: Length, stop_after_step: Length | None = None
+) -> list[str]:
+    """What is wrong with lengths beside each other, all in steps or all as shares."""
+    problems = []
+    if window > every_n_steps:
+        problems.append(
+            f"Expected argument `window` to be at most `every_n_steps`={every_n_steps} but got "
+            f"{window}."
+        )
+    if stop_after_step is not None and stop_after_step < every_n_steps:
+        problems.append(
+            f"Expected argument `stop_after_step` to be at least `every_n_steps`={every_n_steps}, "
+            f"or null for no limit, but got {stop_after_step}."
+        )
+    return problems

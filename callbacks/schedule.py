@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.checks import refuse_second
+from lightning_sae.lengths import refuse_lengths
 
 
 class ScheduledScale(Callback):
@@ -19,9 +20,12 @@ class ScheduledScale(Callback):
 
     Attributes:
         scale: The attribute's name.
+        length_names: Arguments that are lengths, in steps or as shares of the run.
     """
 
     scale: ClassVar[str]
+    length_names: tuple[str, ...]
+    _total = -1  # steps of the run, once it is known
     _began: int | None = None
 
     @abstractmethod
@@ -30,16 +34,21 @@ class ScheduledScale(Callback):
 
     @abstractmethod
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise a ValueError where the SAE or the length of the run does not fit."""
+        """Raise a ValueError where the SAE does not fit."""
+
+    @abstractmethod
+    def length_problems(self, total: int) -> list[str]:
+        """What is wrong with the lengths in a run of `trainer.max_steps`, an error each."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; forget an earlier fit (resuming loads its state after this)."""
         if stage != "fit":
             return
-        self._began = None
+        self._began, self._total = None, trainer.max_steps
         self.refuse(trainer, pl_module)
         refuse_second(trainer, self)
+        refuse_lengths(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sae.functional.penalties import plain_arguments
+from lightning_sae.lengths import HasLengths, is_share, steps_of
 
 # Of an SAE: what its weights mean, and what only the start of a run uses. Widths and architecture
 # are compared with the weights themselves, see `require_matching`. All else may change.
@@ -80,8 +81,12 @@ def settings_of(
             f"{prefix}{name}": Setting(value, name not in FIXED_IN_MODEL)
             for name, value in _flat(given)
         }
+        found |= _of_shares(model, prefix, trainer.max_steps)
     for prefix, each in callbacks.items():
         found |= {f"{prefix}{name}": setting for name, setting in _of_callbacks(each).items()}
+        for callback in each:
+            whole = f"{prefix}callbacks.{type(callback).__name__}."
+            found |= _of_shares(callback, whole, trainer.max_steps)
     return found
 
 
@@ -163,6 +168,18 @@ def _of_data(data: LightningDataModule) -> Settings:
         f"data.{name}": Setting(value, not ours or name in FREE_IN_DATA)
         for name, value in _flat(_kept_arguments(data))
         if name not in SOURCE and not (ours and name in FREE_IN_DATA)
+    }
+
+
+def _of_shares(part: object, prefix: str, total: int) -> Settings:
+    """Lengths that are shares of the run in steps, which change with the length of the run."""
+    if not isinstance(part, HasLengths) or total <= 0:
+        return {}
+    given = {name: getattr(part, name) for name in part.length_names}
+    return {
+        f"{prefix}{name} in steps": Setting(steps_of(length, total, name), True)
+        for name, length in given.items()
+        if is_share(length)
     }
 
 

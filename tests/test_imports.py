@@ -9,7 +9,7 @@ import pytest
 # From the bottom to the top; a folder imports from its own layer and from those below.
 LAYERS = (
     {"version"},
-    {"files", "checks"},
+    {"files", "checks", "lengths"},
     {"distributed", "functional", "resuming"},
     {"metrics", "data"},
     {"architectures"},

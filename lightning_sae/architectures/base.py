@@ -1,9 +1,11 @@
 """What every sparse autoencoder shares: weights, scaling, and a training step."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import FrameType
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +22,10 @@ from lightning_sae.architectures import portable
 from lightning_sae.architectures.decoder_norm import DecoderNormProjection, keep_unit_rows
 from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
 from lightning_sae.architectures.optimizer import (
+    NAMES,
     adam_with_schedule,
     clip_gradients,
+    schedule_problems,
     set_peak_rates,
 )
 from lightning_sae.architectures.supported import require_supported_features
@@ -47,6 +51,7 @@ from lightning_sae.functional.revival import auxk, ghost_gradients, variance
 from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_rows, encode
 from lightning_sae.functional.sparse.memory import keep_freed_blocks
 from lightning_sae.functional.sparse.selection import Rule
+from lightning_sae.lengths import Length, refuse_lengths, require_lengths
 from lightning_sae.metrics import held_out_metrics
 from lightning_sae.resuming import Settings, compare_settings, note_settings, settings_of
 
@@ -61,11 +66,13 @@ class SparseAutoencoder(LightningModule):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         lr: Peak learning rate of Adam.
         betas: Adam's decay rates of the first and second moment.
-        lr_warmup_steps: Optimiser steps over which the learning rate rises linearly from zero.
-        lr_decay_steps: Last optimiser steps of the run, over which it falls linearly to zero.
+        lr_warmup_steps: Optimiser steps over which the learning rate rises linearly from zero, or
+            a share of `trainer.max_steps` between 0 and 1.
+        lr_decay_steps: Last optimiser steps of the run, over which it falls linearly to zero, or a
+            share.
         clip_grad_norm: Largest norm of the whole gradient; null leaves it alone.
         apply_b_dec_to_input: Whether `b_dec` is subtracted from the encoder's input.
         b_dec_init: `mean` starts `b_dec` at the mean of the first batch, `zero` at the origin.
@@ -111,6 +118,7 @@ class SparseAutoencoder(LightningModule):
     rows_are_independent = False
     latents_follow_activate = True  # whether training uses the `activate` of a subclass
     tied = False  # whether `W_enc` is a view of `W_dec`
+    length_names = NAMES  # of arguments that are lengths, see `lightning_sae.lengths`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
     latent_units: tuple[str, ...] = ("b_enc",)  # weights in the units of the latents
     input_units: tuple[str, ...] = ("b_dec",)  # points in the space of the activations
@@ -142,12 +150,12 @@ class SparseAutoencoder(LightningModule):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         *,
         lr: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.999),
-        lr_warmup_steps: int = 0,
-        lr_decay_steps: int = 0,
+        lr_warmup_steps: Length = 0,
+        lr_decay_steps: Length = 0,
         clip_grad_norm: float | None = 1.0,
         apply_b_dec_to_input: bool = True,
         b_dec_init: Literal["mean", "zero"] = "mean",
@@ -159,8 +167,10 @@ class SparseAutoencoder(LightningModule):
         chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
+        d_sae = 8 * d_in if d_sae is None else d_sae
         require_integers(d_in=d_in, d_sae=d_sae)
         require_positive(d_in=d_in, d_sae=d_sae, lr=lr, dead_after=dead_after)
+        require_lengths(0, lr_warmup_steps=lr_warmup_steps, lr_decay_steps=lr_decay_steps)
         if clip_grad_norm is not None:
             require_positive(clip_grad_norm=clip_grad_norm)
         if chunk_rows is not None:
@@ -169,8 +179,8 @@ class SparseAutoencoder(LightningModule):
         require_one_of(("unit", "free"), decoder_norm=decoder_norm)
         require_one_of(("none", "auxk", "ghost"), revive=revive)
         require_positive(k_aux=k_aux or 1)
-        self.save_hyperparameters()
         self.d_in, self.d_sae = d_in, d_sae
+        self.save_hyperparameters()
         self.lr, self.betas = lr, betas
         self.lr_warmup_steps, self.lr_decay_steps = lr_warmup_steps, lr_decay_steps
         self.clip_grad_norm = clip_grad_norm
@@ -189,6 +199,18 @@ class SparseAutoencoder(LightningModule):
         self._lengths_are_unknown = False
         self._create_weights()
         self.metrics = held_out_metrics(d_in, d_sae)
+
+    @override
+    def save_hyperparameters(
+        self, *args: Any, frame: FrameType | None = None, **kwargs: Any
+    ) -> None:
+        """As Lightning's, but notes the number of latents in force where none was given."""
+        frame = frame or cast(FrameType, inspect.currentframe()).f_back
+        super().save_hyperparameters(*args, frame=frame, **kwargs)
+        own = cast(Any, self)  # Lightning's own types leave these out
+        for noted in (own._hparams, own._hparams_initial):
+            if "d_sae" in noted:
+                noted["d_sae"] = self.d_sae
 
     def _create_dictionary(self) -> None:
         """Decoder: random unit rows; encoder: its transpose; encoder's bias: zero.
@@ -321,6 +343,8 @@ class SparseAutoencoder(LightningModule):
         And bring the reader and writer of checkpoints along, where Lightning's own would be used.
         """
         keep_freed_blocks()
+        if stage == "fit":
+            refuse_lengths(self.trainer, self)
         require_supported_features(self, self.trainer, stage)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -493,6 +517,10 @@ class SparseAutoencoder(LightningModule):
         self.log_dict({**rows, "train/loss": loss, "train/l0": l0, "train/dead": dead})
 
     # The optimizer.
+
+    def length_problems(self, total: int) -> list[str]:
+        """What is wrong with warm-up and decay in a run of `trainer.max_steps`."""
+        return schedule_problems(self.lr_warmup_steps, self.lr_decay_steps, total)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trained, in groups that may have a learning rate of their own."""

@@ -45,7 +45,7 @@ class BatchTopKSAE(WithOrthogonality):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         k: Latents per activation on average; need not be whole.
         threshold_decay: The most that a batch leaves of the running means, d above.
         revive: See `SparseAutoencoder`.
@@ -65,7 +65,7 @@ class BatchTopKSAE(WithOrthogonality):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         k: float = 32,
         threshold_decay: float = 0.99,
         revive: Literal["none", "auxk", "ghost"] = "auxk",
@@ -73,7 +73,7 @@ class BatchTopKSAE(WithOrthogonality):
     ) -> None:
         super().__init__(d_in, d_sae, revive=revive, **kwargs)
         self.save_hyperparameters()
-        require_k(k, d_sae)
+        require_k(k, self.d_sae)
         self.k = k
         self.threshold_decay = threshold_decay
         # Below every pre-activation until a batch was seen: the positive ones are latents.

@@ -37,7 +37,7 @@ class GatedSAE(SparseAutoencoder):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         l1_coefficient: Weight lambda of the penalty.
         penalty: A function of ReLU(pi) in its place, of `lightning_sae.functional.penalties`.
         auxiliary_decoder: `frozen` as in the paper, or `live`.
@@ -61,7 +61,7 @@ class GatedSAE(SparseAutoencoder):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         l1_coefficient: float = 1.0,
         penalty: Penalty | None = None,
         auxiliary_decoder: Literal["frozen", "live"] = "frozen",
@@ -88,8 +88,8 @@ class GatedSAE(SparseAutoencoder):
         self.l1_coefficient, self.penalty = l1_coefficient, penalty or L1()
         self.auxiliary_decoder, self.norms_in_penalty = auxiliary_decoder, norms_in_penalty
         self.auxiliary_coefficient = auxiliary_coefficient
-        self.r_mag = nn.Parameter(torch.zeros(d_sae))
-        self.b_mag = nn.Parameter(torch.zeros(d_sae), requires_grad=use_b_mag)
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(self.d_sae), requires_grad=use_b_mag)
 
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """Magnitudes where the gate is open."""

@@ -61,7 +61,7 @@ class JumpReLUSAE(SparseAutoencoder):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         l0_coefficient: Weight lambda of the penalty.
         target_l0: Active latents per activation that the penalty aims at; null counts them all.
         penalty: In place of the count, a function of the activation; not with `target_l0`.
@@ -88,7 +88,7 @@ class JumpReLUSAE(SparseAutoencoder):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         l0_coefficient: float = 1.0,
         target_l0: float | None = None,
         penalty: Penalty | None = None,
@@ -111,7 +111,7 @@ class JumpReLUSAE(SparseAutoencoder):
         self.threshold_init, self.threshold_lr = threshold_init, threshold_lr
         self.dead_coefficient = dead_coefficient
         start = 1.0 if threshold_init is None else float(threshold_init)
-        self.threshold = nn.Parameter(torch.full((d_sae,), start))
+        self.threshold = nn.Parameter(torch.full((self.d_sae,), start))
         self.register_buffer("threshold_unit", torch.ones(()))
         self.register_buffer("multiplier", torch.zeros(()))
         # With a target a mean over the batch is squared; another objective is not known.

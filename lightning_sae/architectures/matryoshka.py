@@ -31,7 +31,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         prefixes: Widths of the prefixes, rising up to `d_sae`; or their number, and each batch
             draws them anew, small ones as likely as large ones on a logarithmic scale, with
             `d_sae` always among them.
@@ -49,7 +49,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         prefixes: Sequence[int] | int = 5,
         k: float | None = 32,
         l1_coefficient: float = 1.0,
@@ -59,7 +59,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         super().__init__(d_in, d_sae, k=1 if k is None else k, **kwargs)
         self.save_hyperparameters()
         require_not_negative(l1_coefficient=l1_coefficient)
-        _check_prefixes(prefixes, d_sae)
+        _check_prefixes(prefixes, self.d_sae)
         self.prefixes = prefixes if isinstance(prefixes, int) else tuple(prefixes)
         self.uses_relu = k is None
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))

@@ -11,6 +11,10 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from lightning_sae.lengths import Length, two_steps_of, unknown
+
+NAMES = "lr_warmup_steps", "lr_decay_steps"
+
 
 def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float:
     """Share of the peak learning rate at an optimiser step counted from 0.
@@ -27,33 +31,46 @@ def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float
     return max(0.0, min(rise, fall))
 
 
+def schedule_problems(warmup: Length, decay: Length, total: int) -> list[str]:
+    """What is wrong with a schedule in a run of `total` steps, or of unknown length."""
+    problems = unknown(total, lr_warmup_steps=warmup, lr_decay_steps=decay)
+    if problems or not decay:
+        return problems
+    if total <= 0:
+        return [
+            f"`lr_decay_steps`={decay} needs a run of known length, but `trainer.max_steps` is "
+            f"{total}: set `trainer.max_steps`, or set `lr_decay_steps` to 0."
+        ]
+    rise, fall = two_steps_of(warmup, decay, total, NAMES)
+    if rise + fall > total:
+        return [
+            f"Expected `lr_warmup_steps` + `lr_decay_steps` to be at most `trainer.max_steps`="
+            f"{total} but got {rise} + {fall}: shorten one of them, or give shares of the run, as "
+            "0.1."
+        ]
+    return []
+
+
 def adam_with_schedule(
     parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
     lr: float,
     betas: tuple[float, float],
-    warmup: int,
-    decay: int,
+    warmup: Length,
+    decay: Length,
     total: int,
     fused: bool = True,
 ) -> OptimizerLRSchedulerConfig:
     """Adam without weight decay, its schedule stepped once per optimiser step.
 
     Raises:
-        ValueError: If a decay is asked for while the length of the run is unknown, or if
-            warm-up and decay do not fit into the run.
+        ValueError: If a decay or a share is asked for while the length of the run is unknown, or
+            if warm-up and decay do not fit into the run.
     """
-    if decay and total <= 0:
-        raise ValueError(
-            f"`lr_decay_steps`={decay} needs a run of known length, but `trainer.max_steps` is "
-            f"{total}: set `trainer.max_steps`, or set `lr_decay_steps` to 0."
-        )
-    if decay and warmup + decay > total:
-        raise ValueError(
-            f"Expected `lr_warmup_steps` + `lr_decay_steps` to be at most `trainer.max_steps`="
-            f"{total} but got {warmup} + {decay}: shorten one of them."
-        )
+    for problem in schedule_problems(warmup, decay, total):
+        raise ValueError(problem)
+    rise, fall = two_steps_of(warmup, decay, total, NAMES)
     optimizer = MemoryOrderAdam(parameters, lr=lr, betas=betas, fused=fused)
-    share = partial(warmup_stable_decay, warmup=warmup, decay=decay, total=total)
+    share = partial(warmup_stable_decay, warmup=rise, decay=fall, total=total)
     return {
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": Schedule(optimizer, share), "interval": "step"},

@@ -37,7 +37,7 @@ class WithOrthogonality(SparseAutoencoder):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         orthogonality_coefficient: Weight of the loss; 0 for none.
         orthogonality_threshold_share: The threshold tau_j, as a share of the largest activation of
             latent j.
@@ -59,7 +59,7 @@ class WithOrthogonality(SparseAutoencoder):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         *,
         orthogonality_coefficient: float = 0.0,
         orthogonality_threshold_share: float = 0.7,
@@ -87,7 +87,7 @@ class WithOrthogonality(SparseAutoencoder):
         self.orthogonality_scale = 1.0
         kind = MixtureThreshold if orthogonality_threshold == "mixture" else PeakThreshold
         self.peaks = (
-            kind(d_sae, orthogonality_threshold_share, orthogonality_window)
+            kind(self.d_sae, orthogonality_threshold_share, orthogonality_window)
             if orthogonality_coefficient
             else None
         )

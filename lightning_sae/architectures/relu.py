@@ -29,7 +29,7 @@ class ReLUSAE(WithOrthogonality):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         l1_coefficient: Weight lambda of the penalty, against a squared error summed over d_in.
         penalty: The function p, one of `lightning_sae.functional.penalties`; `L1` by default.
         kwargs: Arguments of `WithOrthogonality` and `SparseAutoencoder`.
@@ -45,7 +45,7 @@ class ReLUSAE(WithOrthogonality):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         l1_coefficient: float = 1.0,
         penalty: Penalty | None = None,
         **kwargs: Any,

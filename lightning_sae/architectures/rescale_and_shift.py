@@ -27,7 +27,7 @@ class RescaleAndShiftSAE(GatedSAE):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         l1_coefficient: Weight lambda of the penalty.
         kwargs: Arguments of `GatedSAE` and `SparseAutoencoder`.
 
@@ -38,7 +38,9 @@ class RescaleAndShiftSAE(GatedSAE):
     rows_are_independent = True
     latents_follow_activate = False  # training uses `magnitudes`
 
-    def __init__(self, d_in: int, d_sae: int, l1_coefficient: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self, d_in: int, d_sae: int | None = None, l1_coefficient: float = 1.0, **kwargs: Any
+    ) -> None:
         super().__init__(d_in, d_sae, l1_coefficient, **kwargs)
         self.save_hyperparameters()
 

@@ -66,7 +66,7 @@ class RescaledSAE(SparseAutoencoder):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         method: What is trained.
         sae: Folder of the trained SAE, as `save_pretrained` writes it; in Python `of` takes an SAE.
         decoder_norm: `free`, or `unit` for decoder rows that only turn.
@@ -91,7 +91,7 @@ class RescaledSAE(SparseAutoencoder):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         method: Method = "decoder",
         sae: str | Path | None = None,
         decoder_norm: Literal["unit", "free"] = "free",
@@ -104,7 +104,7 @@ class RescaledSAE(SparseAutoencoder):
         require_one_of(("none",), revive=self.revive)
         self.method = method
         self.apply_b_dec_to_input = True  # in the form of `origin`
-        self.scale = nn.Parameter(torch.ones(d_sae))
+        self.scale = nn.Parameter(torch.ones(self.d_sae))
         self.register_buffer("origin", torch.zeros(d_in))
         for name, weight in self.named_parameters():
             weight.requires_grad_(name in TRAINED[method])

@@ -32,7 +32,7 @@ class TiedSAE(ReLUSAE):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         l1_coefficient: Weight lambda of the penalty.
         threshold_init: Thresholds at the start; null for a ReLU.
         bandwidth: Width of the window in which thresholds get a gradient.
@@ -49,7 +49,7 @@ class TiedSAE(ReLUSAE):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         l1_coefficient: float = 1.0,
         threshold_init: float | None = None,
         bandwidth: float = 0.05,
@@ -62,7 +62,7 @@ class TiedSAE(ReLUSAE):
         self.threshold_init, self.bandwidth = threshold_init, bandwidth
         self.threshold: nn.Parameter | None = None
         if threshold_init is not None:
-            self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold_init)))
+            self.threshold = nn.Parameter(torch.full((self.d_sae,), float(threshold_init)))
             self.latent_units = ("b_enc", "threshold")
             self.kept_in_float32 = ("threshold",)
 

@@ -28,7 +28,7 @@ class TopKSAE(SparseAutoencoder):
 
     Args:
         d_in: Width of the activations.
-        d_sae: Number of latents.
+        d_sae: Number of latents; 8 times `d_in` by default.
         k: Latents per activation.
         revive: See `SparseAutoencoder`.
         kwargs: Arguments of `SparseAutoencoder`.
@@ -43,7 +43,7 @@ class TopKSAE(SparseAutoencoder):
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        d_sae: int | None = None,
         k: int = 32,
         revive: Literal["none", "auxk", "ghost"] = "auxk",
         **kwargs: Any,
@@ -51,7 +51,7 @@ class TopKSAE(SparseAutoencoder):
         super().__init__(d_in, d_sae, revive=revive, **kwargs)
         self.save_hyperparameters()
         require_integers(k=k)
-        require_k(k, d_sae)
+        require_k(k, self.d_sae)
         self.k = k
         self.layout.dense = False  # a density that is known beforehand
 

@@ -363,3 +363,13 @@ def test_words_and_numbers_of_revival_are_checked(unchecked):
     with pytest.raises(ValueError, match="`k_aux` to be positive but got -1"):
         TopKSAE(4, 9, 2, k_aux=-1)
     assert not Path("checkpoints").exists()
+
+
+def test_there_are_eight_latents_for_each_dimension_by_default(tmp_path: Path) -> None:
+    for name, (kind, arguments) in ALL.items():
+        given = {k: v for k, v in arguments.items() if k != "prefixes"}
+        sae = kind(3, **given)
+        assert sae.d_sae == sae.hparams["d_sae"] == sae.hparams_initial["d_sae"] == 24
+        assert sae.encode(torch.randn(2, 3)).shape == (2, 24)
+        loaded = lightning_sae.load(sae.save_pretrained(tmp_path / name))
+        assert loaded.d_sae == 24

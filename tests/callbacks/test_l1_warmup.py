@@ -110,9 +110,9 @@ def test_the_whole_penalty_is_left_behind(fails):
     assert sae.penalty_scale == 1.0
 
 
-@pytest.mark.parametrize("n_steps", [0, -3])
-def test_a_length_that_is_not_positive_is_refused(n_steps):
-    with pytest.raises(ValueError, match=f"`n_steps` to be positive but got {n_steps}"):
+@pytest.mark.parametrize("n_steps", [0, -3, 0.0, 1.0, 1.5, float("nan"), True])
+def test_what_is_neither_steps_nor_a_share_of_the_run_is_refused(n_steps):
+    with pytest.raises(ValueError, match=f"`n_steps` to be at least 1 .*share.* but got {n_steps}"):
         L1Warmup(n_steps)
 
 

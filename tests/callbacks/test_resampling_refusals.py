@@ -12,13 +12,17 @@ from lightning_sae.callbacks.resampling import DeadFeatureResampling
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 REFUSED = [
-    ({"every_n_steps": 0}, "`every_n_steps` to be positive but got 0"),
-    ({"window": 5}, "`window` to be from 1 to `every_n_steps`=4 but got 5"),
-    ({"window": 0}, "`window` to be from 1 to `every_n_steps`=4 but got 0"),
+    ({"every_n_steps": 0}, "`every_n_steps` to be at least 1 .* but got 0"),
+    ({"window": 5}, "`window` to be at most `every_n_steps`=4 but got 5"),
+    ({"window": 0}, "`window` to be at least 1 .* but got 0"),
     ({"min_frequency": 0.0}, "`min_frequency` to be between 0 and 1 but got 0.0"),
     ({"n_inputs": 0}, "`n_inputs` to be positive but got 0"),
     ({"encoder_scale": 0.0}, "`encoder_scale` to be positive but got 0.0"),
     ({"max_resamplings": 0}, "`max_resamplings` to be positive, or null for no limit but got 0"),
+    (
+        {"every_n_steps": 0.5, "window": 0.6},
+        "`window` to be at most `every_n_steps`=0.5 but got 0.6",
+    ),
     ({"stop_after_step": 3}, "`stop_after_step` to be at least `every_n_steps`=4, .* but got 3"),
 ]
 
@@ -44,7 +48,7 @@ def refused_by(callbacks, sae, message, **kwargs):
 
 
 def test_a_run_too_short_for_a_single_resampling_is_refused():
-    message = "less than `trainer.max_steps`=4 but got 4.*lower it or remove"
+    message = "less than `trainer.max_steps`=4 but got 4.*lower it, .* or remove"
     refused_by([DeadFeatureResampling(4)], ReLUSAE(6, 6), message, max_steps=4)
 
 

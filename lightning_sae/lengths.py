@@ -1,0 +1,103 @@
+"""Lengths of the parts of a run: a number of optimiser steps, or a share of the run."""
+
+from numbers import Integral
+from typing import Protocol, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+
+Length = int | float
+"""Optimiser steps, as `200`, or a share of `trainer.max_steps` between 0 and 1, as `0.05`."""
+
+
+def is_share(length: Length) -> bool:
+    """Whether a length is a share of the run."""
+    return isinstance(length, float)
+
+
+def require_lengths(least: int, **values: Length) -> None:
+    """Raise a ValueError if an argument is neither a share nor at least so many whole steps."""
+    for name, value in values.items():
+        if isinstance(value, float):
+            holds = 0 < value < 1
+        else:
+            holds = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+        if not holds:
+            raise ValueError(
+                f"Expected argument `{name}` to be at least {least} and a whole number of steps, "
+                f"or a share of the run between 0 and 1, but got {value}."
+            )
+
+
+def steps_of(length: Length, total: int, name: str) -> int:
+    """Optimiser steps of a length in a run of `total`. A share is rounded, to one step or more.
+
+    Args:
+        length: Steps, or a share of the run.
+        total: The run's `trainer.max_steps`.
+        name: The argument's, for the error.
+
+    Raises:
+        ValueError: If it is a share of a run of unknown length.
+
+    Example:
+        >>> [steps_of(length, 50, "n_steps") for length in (20, 0.3, 0.001)]
+        [20, 15, 1]
+    """
+    if not is_share(length):
+        return int(length)
+    for problem in unknown(total, **{name: length}):
+        raise ValueError(problem)
+    return max(1, round(length * total))
+
+
+def two_steps_of(
+    first: Length, second: Length, total: int, names: tuple[str, str]
+) -> tuple[int, int]:
+    """The same of two lengths. Two shares of no more than the run fit into it, however short it is.
+
+    Example:
+        >>> two_steps_of(0.5, 0.5, 3, ("delay_steps", "warmup_steps"))
+        (2, 1)
+    """
+    one, other = steps_of(first, total, names[0]), steps_of(second, total, names[1])
+    if is_share(first) and is_share(second) and first + second <= 1:
+        other = min(other, total - one)
+    return one, other
+
+
+def unknown(total: int, **lengths: Length) -> list[str]:
+    """An error for each share, if the length of the run is not known."""
+    return [
+        f"`{name}`={length} is a share of the run and needs one of known length, but "
+        f"`trainer.max_steps` is {total}: set `trainer.max_steps`, or give a number of steps."
+        for name, length in lengths.items()
+        if is_share(length) and total <= 0
+    ]
+
+
+@runtime_checkable
+class HasLengths(Protocol):
+    """A part of a run that has lengths as arguments, kept under their names.
+
+    Attributes:
+        length_names: Their names.
+    """
+
+    length_names: tuple[str, ...]
+
+    def length_problems(self, total: int) -> list[str]:
+        """What is wrong with them in a run of `trainer.max_steps`, an error each."""
+
+
+def refuse_lengths(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Raise one ValueError that says of all lengths what is wrong with them.
+
+    The first part that is set up calls it for all. A trial with `fast_dev_run` takes any length.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    parts = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
+    found = [part for part in parts if isinstance(part, HasLengths)]
+    problems = [problem for part in found for problem in part.length_problems(trainer.max_steps)]
+    if problems:
+        raise ValueError("\n".join(problems))
