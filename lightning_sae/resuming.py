@@ -179,7 +179,7 @@ def _of_shares(part: object, prefix: str, total: int) -> Settings:
     return {
         f"{prefix}{name} in steps": Setting(steps_of(length, total, name), True)
         for name, length in given.items()
-        if is_share(length)
+        if length is not None and is_share(length)
     }
 
 

@@ -19,7 +19,9 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.lengths import two_steps_of
 
-QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+QUIET: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_progress_bar", "enable_model_summary"), False
+)
 
 
 def fit(
@@ -89,7 +91,7 @@ def test_all_lengths_that_do_not_fit_are_named_at_once(tmp_path: Path) -> None:
 def test_a_share_needs_a_run_of_known_length(tmp_path: Path) -> None:
     module, callbacks = parts(as_shares=True)
     trainer = Trainer(max_epochs=1, callbacks=callbacks, default_root_dir=tmp_path, **QUIET)
-    batches = DataLoader(torch.randn(64, 8), batch_size=16)  # type: ignore[arg-type]
+    batches: Any = DataLoader(torch.randn(64, 8), batch_size=16)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"set `trainer.max_steps`, or give a number") as refusal:
         trainer.fit(module, batches)
     named = [line.split("`")[1] for line in str(refusal.value).splitlines()]
@@ -103,15 +105,17 @@ def test_a_prolonged_run_has_other_lengths_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = {"lr_warmup_steps": 1 / 12, "lr_decay_steps": 0.25}
-    fit(tmp_path, sae(**arguments), L1Warmup(0.5), max_steps=12)
+    callbacks = L1Warmup(0.5), DeadFeatureResampling(0.5)
+    fit(tmp_path, sae(**arguments), *callbacks, max_steps=12)
     caplog.set_level(logging.INFO, "lightning.pytorch")
     last = tmp_path / "checkpoints" / "last.ckpt"
-    fit(tmp_path, sae(**arguments), L1Warmup(0.5), max_steps=12, ckpt_path=last)
+    fit(tmp_path, sae(**arguments), *callbacks, max_steps=12, ckpt_path=last)
     assert "These settings" not in caplog.text
-    fit(tmp_path, sae(**arguments), L1Warmup(0.5), max_steps=24, ckpt_path=last)
+    fit(tmp_path, sae(**arguments), *callbacks, max_steps=24, ckpt_path=last)
     assert "  trainer.max_steps: 24 (was 12)" in caplog.text
     assert "  model.lr_decay_steps in steps: 6 (was 3)" in caplog.text
     assert "  callbacks.L1Warmup.n_steps in steps: 12 (was 6)" in caplog.text
+    assert "  callbacks.DeadFeatureResampling.window in steps: 12 (was 6)" in caplog.text
 
 
 def test_every_configuration_that_comes_along_gives_its_lengths_as_shares(repository: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ from lightning_sae.functional.sparse.code import Layout
 
 D_IN, D_SAE = 5, 24
 
-ALL = {
+ALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "relu": (ReLUSAE, {"l1_coefficient": 0.1}),
     "relu-sqrt": (ReLUSAE, {"l1_coefficient": 0.1, "penalty": Sqrt(epsilon=0.01)}),
     "tied": (TiedSAE, {"l1_coefficient": 0.1}),
