@@ -14,8 +14,11 @@ def naive_auxk(residual: Tensor, pre: Tensor, W_dec: Tensor, k: int) -> float:
     left = spread = 0.0
     for e, v in zip(residual.tolist(), pre.tolist(), strict=True):
         rebuilt = [0.0] * len(e)
+        floor = -(sum(a * a for a in e) ** 0.5)
         for j in sorted(range(len(v)), key=lambda j: -v[j])[:k]:
-            rebuilt = [a + v[j] * w for a, w in zip(rebuilt, W_dec[j].tolist(), strict=True)]
+            rebuilt = [
+                a + max(v[j], floor) * w for a, w in zip(rebuilt, W_dec[j].tolist(), strict=True)
+            ]
         left += sum((a - b) ** 2 for a, b in zip(e, rebuilt, strict=True))
         spread += sum((a - b) ** 2 for a, b in zip(e, mean, strict=True))
     return left / spread
@@ -33,6 +36,19 @@ def test_auxk_does_not_depend_on_the_unit_of_activations() -> None:
     torch.testing.assert_close(
         auxk(100 * residual, 100 * pre, W_dec, 3), auxk(residual, pre, W_dec, 3)
     )
+
+
+@pytest.mark.parametrize("bias", [-1e6, -1e18])
+def test_auxk_stays_bounded_and_moves_latents_whatever_their_bias(bias: float) -> None:
+    residual, W_dec = torch.randn(64, 8), torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    pre = (bias + torch.randn(64, 5)).requires_grad_()
+    loss = auxk(residual, pre, W_dec, 3)
+    # Three unit rows, none longer than the error: a rebuilt row is at most three errors long.
+    assert loss < (1 + 3) ** 2 * residual.pow(2).sum() / (residual - residual.mean(0)).pow(2).sum()
+    loss.backward()
+    assert pre.grad is not None
+    assert pre.grad.abs().sum() > 0
+    assert pre.grad.abs().max() < 1
 
 
 def test_auxk_moves_latents_whose_pre_activations_are_all_negative() -> None:
