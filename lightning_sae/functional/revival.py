@@ -42,13 +42,12 @@ def auxk(
 
     Source: Gao et al., Scaling and evaluating sparse autoencoders (2024), appendix A.2. Theirs
     has a ReLU round the TopK; without it, a latent whose pre-activations are all negative, as
-    those of every dead latent of a ReLU SAE are, gets a gradient too. On toy data (3 seeds, 24
-    dead latents with a bias of -1, 400 steps of Adam at 1e-3) 24 came back, 16 or 17 with the ReLU.
+    those of every dead latent of a ReLU SAE are, gets a gradient too.
 
     A pre-activation counts as no less than minus the length of the row's error, which bounds the
-    loss: 16 at most for a bias of -1e6 there, 2e13 without. The gradient passes as if there were
-    no such floor. A bias far below, as -20, does not come back in so few steps: Adam moves it by
-    about the learning rate in each. Resampling sets it anew.
+    loss whatever the bias. The gradient passes as if there were no such floor. A bias far below
+    does not come back in few steps, for Adam moves it by about the learning rate in each:
+    `DeadFeatureResampling` sets it anew.
 
     Args:
         residual: The error e, detached.
