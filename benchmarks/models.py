@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from lightning_sae.data.hooks import Site, hooked
-from lightning_sae.data.language_model import load_language_model
+from lightning_sae.data.load_model import load_language_model
 
 HOOKS = (
     "hook_resid_pre",

@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lightning_sae import ActivationDataModule, ReLUSAE
 from lightning_sae.analysis import evaluate_in_model
 from lightning_sae.cli import main
-from lightning_sae.data.language_model import load_language_model
+from lightning_sae.data.load_model import load_language_model
 
 HOOK = "blocks.2.hook_resid_post"
 

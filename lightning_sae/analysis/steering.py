@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.data.embedded import EMBEDDED_MODEL
 from lightning_sae.data.hooks import edited
-from lightning_sae.data.language_model import LanguageModel, load_language_model
+from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.data.load_model import load_language_model
 from lightning_sae.loading import load
 
 

@@ -19,7 +19,8 @@ from lightning_sae.checks import expect, require_integers, require_positive
 from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
 from lightning_sae.data.embedded import EMBEDDED_MODEL
 from lightning_sae.data.encoding import DocumentStart, Encoder
-from lightning_sae.data.language_model import LanguageModel, load_language_model
+from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.data.load_model import load_language_model
 from lightning_sae.data.loaders import (
     EndlessBatches,
     Rows,
@@ -193,21 +194,6 @@ class ActivationDataModule(ActivationSource):
         largest_saved_buffer: int = 2**30,
     ) -> None:
         super().__init__()
-        require_integers(
-            context_length=context_length,
-            blocks_per_pass=blocks_per_pass,
-            batch_size=batch_size,
-            buffer_size=buffer_size,
-        )
-        require_positive(blocks_per_pass=blocks_per_pass, n_validation=n_validation, n_test=n_test)
-        expect(
-            context_length >= 2,
-            "context_length",
-            "at least 2, for a token is predicted from one before it,",
-            context_length,
-        )
-        check_buffer(buffer_size, batch_size, refill_fraction)
-        _check_positions(positions, context_length)
         self.hook_name, self.hook_names = hook_name, checked_names(hook_name)
         self.model = EMBEDDED_MODEL if model == "embedded" else model
         self.text = text
@@ -226,8 +212,8 @@ class ActivationDataModule(ActivationSource):
         self.positions, self.max_norm_multiple = positions, max_norm_multiple
         self.center, self.scale = center, scale
         self.n_validation, self.n_test = n_validation, n_test
-        self.seed = seed
-        self.largest_saved_buffer = largest_saved_buffer
+        self.seed, self.largest_saved_buffer = seed, largest_saved_buffer
+        _check(self)
         self.buffer: ShuffleBuffer | None = None
         self._scalings: dict[str, Scaling] = {}
         self._passes: dict[Any, Iterator[Tensor]] = {}
@@ -608,10 +594,20 @@ class ActivationDataModule(ActivationSource):
         return {**kept, "buffer": None, "_restored": copy.deepcopy(stands)}
 
 
-def _check_positions(positions: tuple[int, int] | None, context_length: int) -> None:
-    """Raise a ValueError if no position of a block is kept."""
-    if positions is not None and not 0 <= positions[0] < min(positions[1], context_length):
+def _check(data: ActivationDataModule) -> None:
+    """Raise a ValueError if a size is out of range, or no position of a block is kept."""
+    names = ("context_length", "blocks_per_pass", "batch_size", "buffer_size")
+    require_integers(**{name: getattr(data, name) for name in names})
+    require_positive(
+        blocks_per_pass=data.blocks_per_pass, n_validation=data.n_validation, n_test=data.n_test
+    )
+    length, positions = data.context_length, data.positions
+    wanted = "at least 2, for a token is predicted from one before it,"
+    expect(length >= 2, "context_length", wanted, length)
+    check_buffer(data.buffer_size, data.batch_size, data.refill_fraction)
+    if positions is not None and not 0 <= positions[0] < min(positions[1], length):
         raise ValueError(
-            f"Expected argument `positions` to be the first position kept and the one behind the "
-            f"last, within `context_length`={context_length}, but got {positions}."
+            "Expected argument `positions` to be the first position kept and the one after the "
+            f"last, within `context_length`={length}, but got {positions}: give two positions of "
+            "a block."
         )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sae.data.hooks import Reached, edited
-from lightning_sae.data.language_model import LanguageModel, Tokens, load_language_model
+from lightning_sae.data.language_model import LanguageModel, Tokens
+from lightning_sae.data.load_model import load_language_model
 
 
 class SeveralHooks(LanguageModel):

@@ -8,7 +8,8 @@ import torch
 from lightning_sae import ReLUSAE
 from lightning_sae.analysis.steering import LatentEdit, edit_of, steer, steered
 from lightning_sae.data.embedded import EMBEDDED_MODEL
-from lightning_sae.data.language_model import LanguageModel, load_language_model
+from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.data.load_model import load_language_model
 
 HOOK = "blocks.1.hook_resid_post"
 TOKENS = torch.arange(5, 25).view(2, 10)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from benchmarks.models import FAMILIES, HOOKS, network_of, verdict
-from lightning_sae.data.language_model import load_language_model
+from lightning_sae.data.load_model import load_language_model
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 HOOK = "blocks.1.hook_resid_post"

@@ -8,7 +8,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 from lightning_sae.data.hooks import Site, edited, lens_site, native_block
-from lightning_sae.data.language_model import LanguageModel, load_language_model
+from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.data.load_model import load_language_model
 
 FAMILIES = ("neox", "gpt2", "llama")
 COMMON = {  # with the modules that do not run when the hook of layer 1 is read

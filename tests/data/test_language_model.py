@@ -9,7 +9,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
-from lightning_sae.data.language_model import load_language_model
+from lightning_sae.data.load_model import load_language_model
 
 HOOK = "blocks.1.hook_resid_post"
 TOKENS = torch.arange(1, 25).view(2, 12)

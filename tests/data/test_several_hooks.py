@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_sae import ActivationDataModule
-from lightning_sae.data.language_model import load_language_model
+from lightning_sae.data.load_model import load_language_model
 from lightning_sae.data.several_hooks import load_at_hooks
 
 HOOKS = ["blocks.1.hook_resid_post", "blocks.0.mlp.hook_post", "blocks.0.hook_resid_pre"]

@@ -154,68 +154,79 @@ def rare_text(rows: Sequence[Row]) -> str:
 
 def comparison(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> list[Compared]:
     """Everything for which the document gives a figure."""
+    return [*_of_all_latents(rows), *_of_rare_latents(rows, across.get(PLAIN, []))]
 
-    def here(name: str, figure: str, form: str = ".1%") -> str:
-        return _cell(rows, name, figure, form, "no rare latents")
 
-    recovered = here(PLAIN, "loss_recovered_zero")
-    rose = here(PLAIN, "rare_at_half_that_rose")
-    had_rare = _values(rows, PLAIN, "rare_at_half_that_rose")
+def _here(rows: Sequence[Row], name: str, figure: str, form: str = ".1%") -> str:
+    return _cell(rows, name, figure, form, "no rare latents")
+
+
+def _of_all_latents(rows: Sequence[Row]) -> list[Compared]:
+    recovered = _here(rows, PLAIN, "loss_recovered_zero")
+    never = _here(rows, PLAIN, "never")
     return [
         (
             "loss recovered against zero ablation",
             "92 %",
-            f"{recovered} at L0 {here(PLAIN, 'l0', '.1f')}",
+            f"{recovered} at L0 {_here(rows, PLAIN, 'l0', '.1f')}",
         ),
         (
             "mean ablation, on the scale of zero ablation",
             "25 %",
-            here(PLAIN, "mean_ablation_recovers"),
+            _here(rows, PLAIN, "mean_ablation_recovers"),
         ),
         (
             "latents below 1e-4",
             "about 60 %, none dead, a mode of its own",
-            f"{here(PLAIN, 'below_1e-4')}, of which never: {here(PLAIN, 'never')}",
+            f"{_here(rows, PLAIN, 'below_1e-4')}, of which never: {never}",
         ),
         (
             "loss recovered without the rare latents",
             "92 % becomes 91 %",
-            f"{recovered} becomes {here(PRUNED, 'loss_recovered_zero')}",
+            f"{recovered} becomes {_here(rows, PRUNED, 'loss_recovered_zero')}",
         ),
+    ]
+
+
+def _of_rare_latents(rows: Sequence[Row], across: Sequence[float]) -> list[Compared]:
+    cosine = _here(rows, CONSTRAINED, "cosine_with_mean", ".2f")
+    rose = f"{_here(rows, PLAIN, 'rare_at_half_that_rose')} of those rare half-way"
+    had_rare = _values(rows, PLAIN, "rare_at_half_that_rose")
+    return [
         (
             "rare encoder rows with a cosine above .95 with their mean",
             "97.5 %",
-            here(PLAIN, "alike"),
+            _here(rows, PLAIN, "alike"),
         ),
         (
             "rare decoder rows on one direction",
             "very little",
-            here(PLAIN, "decoder_on_one_direction"),
+            _here(rows, PLAIN, "decoder_on_one_direction"),
         ),
         (
             "cosine of the rare mean between seeds",
             ".96",
-            with_spread(across.get(PLAIN, []), ".3f", "fewer than two seeds with rare latents"),
+            with_spread(across, ".3f", "fewer than two seeds with rare latents"),
         ),
         (
             "rare latents that fire on the input furthest along their mean",
             "95 %",
-            here(PLAIN, "on_most_aligned"),
+            _here(rows, PLAIN, "on_most_aligned"),
         ),
         (
             "cosine of encoder and decoder rows, median",
             ".5",
-            here(PLAIN, "encoder_decoder_cosine", ".2f"),
+            _here(rows, PLAIN, "encoder_decoder_cosine", ".2f"),
         ),
         (
             "kept orthogonal to that direction",
             "a cluster of its own, in another direction",
-            f"below 1e-4: {here(CONSTRAINED, 'below_1e-4')}; median cosine with their own mean: "
-            f"{here(CONSTRAINED, 'cosine_with_mean', '.2f')}",
+            f"below 1e-4: {_here(rows, CONSTRAINED, 'below_1e-4')}; median cosine with their own "
+            f"mean: {cosine}",
         ),
         (
             "rare latents that become more frequent late in training",
             "a drift upwards from 1.6 billion tokens on",
-            f"{rose} of those rare half-way" if had_rare else "none was rare half-way",
+            rose if had_rare else "none was rare half-way",
         ),
     ]
