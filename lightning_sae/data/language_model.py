@@ -31,6 +31,7 @@ from lightning_sae.data.trial import (
     require_rows,
     trial_tokens,
 )
+from lightning_sae.files import first_line
 
 Tokens = Int[Tensor, "batch seq"]
 
@@ -302,8 +303,17 @@ class LanguageModel:
     @torch.no_grad()
     def require_runs(self) -> None:
         """Raise a ValueError unless a pass can be made where the weights lie, and is causal."""
-        length = min(7, self.context_length or 7)
-        require_causal(self._run, trial_tokens(self.vocabulary, length), self.name)
+        tokens = trial_tokens(self.vocabulary, min(7, self.context_length or 7))
+        try:
+            self._run(tokens)
+        except Exception as error:  # kernels of quantised weights raise anything
+            raise ValueError(
+                f"Expected argument `model` to be a model that runs but a pass of {self.name} over "
+                f"{tokens.shape[1]} tokens ends in {type(error).__name__}: {first_line(error)}. "
+                "Check `model_kwargs` and `model_dtype`."
+            ) from error
+        quantized = self.identity["quantization"] is not None
+        require_causal(self._run, tokens, self.name, quantized=quantized)
 
     def width(self) -> int:
         """Width of the activations at the hook, seen on one token."""
