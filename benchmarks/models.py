@@ -196,6 +196,35 @@ Hooks beyond these (`attn.hook_q`, `hook_resid_mid`, `ln2.hook_normalized` ...) 
 TransformerLens' wrapper, which runs attention its own way. Its logits must be the model's, the hook
 must satisfy the equation that defines it, where there is one, and replacing it must change the
 logits.
+
+## How a model is loaded
+
+`model` is a folder, a hub name, or an instance. Its weights have the checkpoint's own dtype unless
+`model_dtype` says otherwise. `model_kwargs` are further arguments of `from_pretrained`:
+
+```yaml
+data:
+  class_path: lightning_sae.ActivationDataModule
+  init_args:
+    model: models/my-model
+    hook_name: blocks.3.hook_resid_post
+    model_kwargs:
+      revision: main
+      attn_implementation: eager
+      device_map: auto
+      quantization_config: {{quant_method: bitsandbytes, load_in_8bit: true}}
+```
+
+- **Quantized models and `device_map`**: the weights stay where `transformers` and `accelerate` put
+  them. 4 and 8 bits need `bitsandbytes`. 8-bit products round each token by what else is in the
+  batch, so activations differ a little with the batch.
+- **A PEFT adapter**: give its folder or hub name as `model`. Activations are those of the adapted
+  model. It needs `peft`; a model that is already adapted may be given as an instance.
+- `trust_remote_code` is off unless `model_kwargs` sets it.
+- Some tokens are tried as soon as a model is loaded. One that does not run, is no causal language
+  model, or lacks weights is refused.
+- Revision, dtype and quantization are part of `source`, which is saved with every SAE and
+  checkpoint; evaluating with another warns.
 """
 
 if __name__ == "__main__":

@@ -222,10 +222,16 @@ def compare_sources(saved: dict[str, Any], present: dict[str, Any]) -> None:
         )
 
 
-def warn_of_another_model(saved: dict[str, Any], present: dict[str, Any]) -> None:
-    """Warn if an SAE is evaluated on another model, revision or dtype than it was trained on."""
-    names = ("model", "model_revision", "model_dtype", "quantization", "hook_name", "head")
-    both = [name for name in names if name in saved and name in present]
+OF_ACTIVATIONS = (
+    *("model", "model_revision", "model_dtype", "quantization", "hook_name", "head"),
+    *("document_start", "separator", "pack", "keep_rest", "chat_roles", "drop_special_tokens"),
+)
+"""What makes an SAE's activations, of its `source`: all but the text itself."""
+
+
+def warn_of_other_activations(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Warn if an SAE is evaluated on another model or rule of text than it was trained on."""
+    both = [name for name in OF_ACTIVATIONS if name in saved and name in present]
     changed = [f"{k} {saved[k]} to {present[k]}" for k in both if saved[k] != present[k]]
     if changed:
         warnings.warn(

@@ -40,7 +40,7 @@ from lightning_sae.checks import (
     require_one_of,
     require_positive,
     require_width,
-    warn_of_another_model,
+    warn_of_other_activations,
 )
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed import Ranks, require_agreement, take_part, trainer_of
@@ -357,7 +357,7 @@ class SparseAutoencoder(LightningModule):
             )
         source = self.source if data is None else data.source
         if stage != "fit" and self.is_trained:
-            warn_of_another_model(self.source, source)
+            warn_of_other_activations(self.source, source)
         self.source = source
         own = {"architecture": type(self).__name__, **plain_arguments(self.hparams)}
         run = {"max_steps": self.trainer.max_steps, "data": self.source}

@@ -142,7 +142,8 @@ class Encoder:
         if self.tokenizer is None:
             raise ValueError(
                 "Expected argument `model` to come with a tokenizer, for `text` holds text, but it "
-                "has none: save one in the model's folder, or give rows of token ids."
+                "has none: set `tokenizer`, save one in the model's folder, or give rows of token "
+                "ids."
             )
 
     def _mark(self, argument: str, word: str) -> list[int]:

@@ -186,7 +186,8 @@ def _open_local(source: str, column: str, split: str) -> Documents | None:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if kind(p) in SUFFIXES and p.is_file())
     else:
-        files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(source))]
+        matches = map(Path, sorted(glob.glob(source, recursive=True)))
+        files = [path] if path.is_file() else [match for match in matches if match.is_file()]
     is_path = source.startswith(("/", ".")) or kind(path) in SUFFIXES or path.is_dir()
     if not files and is_path:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Hooks of families whose code differs, and module paths, heads and arguments of the loader."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from benchmarks.models import FAMILIES, HOOKS, network_of, verdict
 from lightning_sae.data.load_model import load_language_model
+from lightning_sae.data.trial import require_causal
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 HOOK = "blocks.1.hook_resid_post"
 
 
-@pytest.mark.parametrize("name", ["Gemma 2", "OPT", "BLOOM", "Mixtral", "Mamba"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_hooks_are_those_of_the_familys_own_code_or_refused(name: str) -> None:
     network = network_of(FAMILIES[name])
     found = [verdict(network, FAMILIES[name], hook) for hook in HOOKS]
-    refused = {"Mixtral": HOOKS[5:], "Mamba": HOOKS[2:]}.get(name, ())
+    experts = HOOKS[5:]
+    refused = {"Mixtral": experts, "Qwen2 MoE": experts, "Mamba": HOOKS[2:]}.get(name, ())
     assert found == ["refused" if hook in refused else "exact" for hook in HOOKS]
 
 
@@ -109,7 +112,41 @@ def test_an_encoder_is_refused(tmp_path: Path, tokenizer: Any) -> None:
         load_language_model(tmp_path, HOOK)
 
 
+def test_rounding_by_what_else_is_in_the_batch_is_no_encoder_in_a_quantized_model() -> None:
+    def rounded(tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of a causal model, moved a little by the last token, as 8-bit products do."""
+        own = torch.nn.functional.one_hot(tokens, 16).float()
+        return own + 1e-3 * tokens[:, -1:, None]
+
+    tokens = torch.arange(14).view(2, 7)
+    require_causal(rounded, tokens, "it", quantized=True)
+    with pytest.raises(ValueError, match="a later token changes"):
+        require_causal(rounded, tokens, "it")
+    with pytest.raises(ValueError, match="a later token changes"):
+        require_causal(lambda t: rounded(t) + t.sum(1)[:, None, None], tokens, "it", quantized=True)
+
+
+def test_a_model_that_does_not_run_is_refused(models: dict[str, Path]) -> None:
+    network = AutoModelForCausalLM.from_pretrained(models["llama"])
+    network.model.layers[0].mlp.up_proj = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="a model that runs but .* in RuntimeError: mat1 and mat2"):
+        load_language_model(network, HOOK)
+
+
+def test_an_adapter_is_its_model_changed(models: dict[str, Path], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    network = AutoModelForCausalLM.from_pretrained(models["llama"])
+    adapted = peft.get_peft_model(network, config)
+    adapted.save_pretrained(tmp_path)
+    model = load_language_model(tmp_path, HOOK)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(TOKENS), adapted(TOKENS).logits)
+
+
 def test_an_adapter_without_peft_is_refused(tmp_path: Path) -> None:
+    if importlib.util.find_spec("peft") is not None:
+        pytest.skip("peft is installed")
     base = {"base_model_name_or_path": "some/model"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(base))
     with pytest.raises(ValueError, match="is a PEFT adapter, and peft is not installed"):

@@ -1,10 +1,13 @@
 """What SAEs and callbacks ask of the data that they are trained on."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
 
-from lightning_sae import ActivationSource
+from lightning_sae import ActivationSource, TopKSAE
 from lightning_sae.data.source import source_of
 
 
@@ -36,3 +39,40 @@ def test_a_run_has_a_source_only_if_its_data_is_one() -> None:
     for data, found in ((LightningDataModule(), False), (Rows(), True)):
         trainer.datamodule = data  # type: ignore[attr-defined]
         assert (source_of(trainer) is data) == found
+
+
+class Described(Rows):
+    """Rows that say where they are from."""
+
+    def __init__(self, **source: object) -> None:
+        super().__init__()
+        self._source = source
+
+    @property
+    def source(self) -> dict[str, object]:
+        return self._source
+
+    def val_dataloader(self) -> DataLoader[torch.Tensor]:
+        return DataLoader(torch.ones(2, 4), batch_size=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("present", "said"),
+    [
+        ({"document_start": "none"}, "document_start bos to none"),
+        ({"model": "b"}, "model a to b"),
+        ({"text": "another text"}, None),
+    ],
+)
+def test_another_model_or_rule_of_text_in_evaluation_is_said(
+    present: dict[str, str], said: str | None
+) -> None:
+    trained = {"model": "a", "document_start": "bos", "text": "a text"}
+    sae = TopKSAE(d_in=4, d_sae=8, k=2)
+    sae.is_trained, sae.source = True, trained
+    trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.validate(sae, datamodule=Described(**trained | present), verbose=False)
+    found = [str(w.message) for w in caught if "trained on other activations" in str(w.message)]
+    assert [str(said) in message for message in found] == ([True] if said else [])

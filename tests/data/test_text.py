@@ -252,6 +252,14 @@ def test_what_cannot_be_found_is_refused(name: str, message: str) -> None:
         open_text(name)
 
 
+def test_two_stars_in_a_pattern_reach_files_at_any_depth(tmp_path: Path) -> None:
+    write_txt(tmp_path / "a.txt", TEXTS[:4])
+    write_txt(tmp_path / "one" / "b.txt", TEXTS[4:8])
+    (tmp_path / "one" / "two").mkdir()
+    write_txt(tmp_path / "one" / "two" / "c.txt", TEXTS[8:])
+    assert sorted(texts(open_text(f"{tmp_path}/**/*"))) == sorted(TEXTS)
+
+
 def test_a_file_of_another_kind_or_a_missing_one_in_a_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"\0")
     with pytest.raises(ValueError, match="to name .txt, .jsonl, .* but got .*bin"):
