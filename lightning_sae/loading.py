@@ -10,6 +10,7 @@ from lightning_sae.architectures.base import SAE, SparseAutoencoder
 from lightning_sae.architectures.portable import FLOATS, arguments_of, build, read, require_entries
 from lightning_sae.checks import expect
 from lightning_sae.files import first_line, read_checkpoint
+from lightning_sae.hub import on_disk
 
 NEEDED = ("state_dict", "hyper_parameters", "lightning_sae", "members")
 """What an SAE needs of a checkpoint."""
@@ -22,6 +23,7 @@ def load(
     member: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> SparseAutoencoder: ...
 @overload
 def load(
@@ -30,6 +32,7 @@ def load(
     member: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> SAE: ...
 def load(
     path: str | Path,
@@ -37,15 +40,18 @@ def load(
     member: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> SparseAutoencoder:
     """Read an SAE from a portable folder or a Lightning checkpoint, ready for raw activations.
 
     Args:
-        path: A folder that `save_pretrained` wrote, or a `.ckpt` file of a training run.
+        path: A folder that `save_pretrained` wrote, a `.ckpt` file of a training run, or the name
+            `owner/name[/folder]` of an SAE on the Hugging Face hub.
         architecture: Class to build; by default the one of this package that the file names.
         member: Which one, in a checkpoint of several side by side.
         device: Where to put it; the CPU by default.
         dtype: dtype of its weights; by default the one they are stored in.
+        revision: Branch, tag or commit of a repository on the hub.
 
     Returns:
         The SAE in evaluation mode; `sae.source` names its model and hook.
@@ -54,8 +60,8 @@ def load(
         ValueError: If there is no SAE at `path`, it is damaged or not finite, or it needs another
             class; if there is no such device.
     """
-    path = Path(path)
     require_place(device, dtype)
+    path = on_disk(path, revision)
     if path.suffix == ".ckpt" or path.is_file():
         sae = _load_checkpoint(path, architecture, member)
     else:

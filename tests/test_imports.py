@@ -9,11 +9,11 @@ import pytest
 # From the bottom to the top; a folder imports from its own layer and from those below.
 LAYERS = (
     {"version"},
-    {"files", "checks", "lengths"},
+    {"files", "checks", "lengths", "hub"},
     {"distributed", "functional", "resuming"},
     {"metrics", "data"},
     {"architectures"},
-    {"analysis", "loading"},
+    {"analysis", "loading", "publishing"},
     {"callbacks"},
     {"side_by_side"},
     {"studies", "bench"},

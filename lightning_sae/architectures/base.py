@@ -2,12 +2,13 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar, cast
 
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin
 from jaxtyping import Float, Int
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_sae import hub
 from lightning_sae.architectures import portable
 from lightning_sae.architectures.decoder_norm import DecoderNormProjection, keep_unit_rows
 from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
@@ -58,7 +60,7 @@ from lightning_sae.resuming import Settings, compare_settings, note_settings, se
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
 
-class SparseAutoencoder(LightningModule):
+class SparseAutoencoder(LightningModule, ModelHubMixin):
     """Base of all architectures; a subclass says how it activates and what it minimises.
 
     Training may work on centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`,
@@ -194,6 +196,7 @@ class SparseAutoencoder(LightningModule):
         self.layout = Layout()
         self.source: dict[str, Any] = {}
         self.is_trained = False
+        self.n_trained = 0  # activations seen in training, by all ranks
         self.penalty_scale = 1.0  # share of the penalty in force; `L1Warmup` moves it
         self.penalty_factor = 1.0  # what `TargetL0` multiplies the coefficient by
         self._lengths_are_unknown = False
@@ -461,6 +464,7 @@ class SparseAutoencoder(LightningModule):
         step = 0 if trainer is None else trainer.global_step
         require_finite(together.loss, together.losses, x, self, step, self.ranks)
         self.count_silence(together.fired, n)
+        self.n_trained += n
         self._log_step(together, together.fired.sum() / n)
         return {
             "loss": outcome.loss,
@@ -649,24 +653,69 @@ class SparseAutoencoder(LightningModule):
         """
         portable.adopt_scaling(self, mean, scale)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(  # type: ignore[override]
+        self,
+        folder: str | Path,
+        *,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,  # noqa: ARG002  `push_to_hub` gives a configuration, and the SAE has its own
+    ) -> Path:
         """Write the SAE to a new folder as safetensors and JSON, acting on raw activations.
 
         Centring and scaling are folded into the weights.
 
+        Args:
+            folder: The folder.
+            model_card_kwargs: Arguments of `generate_model_card`; without them no card is written.
+            kwargs: Nothing of use.
+
         Raises:
             ValueError: If `folder` exists and is not empty.
         """
-        return portable.save_pretrained(self, Path(folder))
+        written = portable.save_pretrained(self, Path(folder))
+        if model_card_kwargs is not None:
+            self.generate_model_card(**model_card_kwargs).save(written / "README.md")
+        return written
+
+    def push_to_hub(
+        self, repo_id: str, *, figures: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> str:
+        """Put the SAE and its card into a repository on the Hugging Face hub.
+
+        `lightning_sae.load(repo_id)` reads it, and `lightning-sae push` does the same with a run.
+
+        Args:
+            repo_id: `owner/name`; the repository is made if there is none.
+            figures: Figures on held-out text, for the card.
+            kwargs: As `huggingface_hub.ModelHubMixin.push_to_hub` takes them: `private`, `token`,
+                `branch`, `create_pr`, `commit_message` and so on.
+
+        Returns:
+            The address of the commit.
+        """
+        card = {"name": repo_id, "figures": figures}
+        return super().push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
+
+    def generate_model_card(
+        self, name: str = "Sparse autoencoder", figures: Mapping[str, Any] | None = None
+    ) -> ModelCard:
+        """The card of this SAE: how to load it, settings, source, tokens, versions, figures."""
+        return hub.card_of(portable.described(self), name, figures)
 
     @classmethod
-    def from_pretrained(cls: type[SAE], folder: str | Path) -> SAE:
+    def from_pretrained(  # type: ignore[override]
+        cls: type[SAE], folder: str | Path, *, revision: str | None = None
+    ) -> SAE:
         """Read what `save_pretrained` wrote; for subclasses that `lightning_sae.load` cannot know.
+
+        Args:
+            folder: The folder, or the name `owner/name[/folder]` of one on the hub.
+            revision: Branch, tag or commit of a repository on the hub.
 
         Raises:
             ValueError: If `folder` holds no SAE or one of another architecture.
         """
-        return portable.read(Path(folder), cls)
+        return portable.read(hub.on_disk(folder, revision), cls)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -680,6 +729,7 @@ class SparseAutoencoder(LightningModule):
             "architecture": type(self).__name__,
             "source": self.source,
             "dense": self.layout.dense,
+            "n_trained": self.n_trained,
             "is_trained": self.is_trained,  # not yet, where a tuner saves to undo its steps
             "ranks": 1 if trainer is None else trainer.world_size,
         }
@@ -709,6 +759,7 @@ class SparseAutoencoder(LightningModule):
             compare_sources(source, self.source)
         self.source = self.source or source
         self.is_trained = checkpoint["lightning_sae"].get("is_trained", True)
+        self.n_trained = checkpoint["lightning_sae"].get("n_trained", 0)
         # The layouts differ by rounding: a run goes on with the one it had.
         self.layout.dense = checkpoint["lightning_sae"]["dense"]
 

@@ -32,6 +32,7 @@ class Portable(Protocol):
     d_sae: int
     source: dict[str, Any]
     is_trained: bool
+    n_trained: int
 
     @property
     def W_enc(self) -> Tensor:
@@ -73,9 +74,9 @@ def save_pretrained(sae: Portable, folder: Path) -> Path:
             f"({', '.join(bad)}): lower `lr`, from an earlier checkpoint on if there is one."
         )
     write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
-    described = _description(sae)
-    described["checksums"] = _checksums(folder, described)
-    text = json.dumps(described, indent=2, sort_keys=True)
+    content = described(sae)
+    content["checksums"] = _checksums(folder, content)
+    text = json.dumps(content, indent=2, sort_keys=True)
     write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
     return folder
 
@@ -149,8 +150,11 @@ def _activates_in_proportion(sae: Portable) -> bool:
     return torch.allclose(sae.activate(pre) / sae.input_scale, scaled, rtol=1e-4, atol=1e-6)
 
 
-def _description(sae: Portable) -> dict[str, Any]:
+def described(sae: Portable) -> dict[str, Any]:
+    """What a folder says of an SAE, besides checksums."""
+    training = {"training": {"activations": sae.n_trained}} if sae.n_trained else {}
     return {
+        **training,
         "format": FORMAT,
         "architecture": type(sae).__name__,
         "arguments": arguments_of(sae.hparams),
@@ -179,9 +183,12 @@ ENTRIES = {
     "arguments": dict,
     "source": dict,
     "versions": dict,
+    "training": dict,
     "checksums": dict,
 }
-"""What a description holds, by type; the checksums may be missing, as they once were."""
+"""What a description holds, by type."""
+OPTIONAL = {"training", "checksums"}
+"""What may be missing, as it once was."""
 
 
 def read(path: Path, *architectures: type[S]) -> S:
@@ -207,7 +214,7 @@ def read(path: Path, *architectures: type[S]) -> S:
 def _require_format(description: Any, path: Path) -> None:
     if not isinstance(description, dict):
         raise _refusal(path, f"it holds a {type(description).__name__} and no description")
-    missing = ENTRIES.keys() - description.keys() - {"checksums"}
+    missing = ENTRIES.keys() - description.keys() - OPTIONAL
     unknown = description.keys() - ENTRIES.keys()
     if missing or unknown:
         raise _refusal(path, f"it lacks {sorted(missing)} and has {sorted(unknown)} too many")
@@ -274,6 +281,7 @@ def build(
             own.data = own.data.to(weights[name].dtype)
     sae.load_state_dict(weights, strict=False)
     sae.source, sae.is_trained = description["source"], True
+    sae.n_trained = description.get("training", {}).get("activations", 0)
     return sae.eval()
 
 
