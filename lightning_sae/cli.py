@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 from typing_extensions import override
 
-from lightning_sae import configurations, publishing
+from lightning_sae import configurations, exchange, publishing
 from lightning_sae.analysis import analyze, compare, steering
 from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
@@ -49,6 +49,8 @@ BESIDE: dict[str, Callable[[list[str]], None]] = {
     "analyze": analyze.main,
     "compare": compare.main,
     "configs": configurations.main,
+    "export": exchange.export_main,
+    "import": exchange.import_main,
     "push": publishing.main,
     "steer": steering.main,
 }
@@ -368,9 +370,10 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         parser_kwargs={
             "description": "Train, measure and study sparse autoencoders. Beside the subcommands "
             "below there are `analyze SAE`, what each latent fires on; `compare SAE SAE`, how many "
-            "latents they share; `steer SAE`, what editing a latent changes; `push RUN NAME`, SAEs "
-            "onto the Hugging Face hub; `study NAME`, the source documents' experiments; and "
-            "`configs`, those that come with the package."
+            "latents they share; `steer SAE`, what editing a latent changes; `import X` and "
+            "`export SAE`, other libraries' SAEs in and ours out; `push RUN NAME`, SAEs onto the "
+            "Hugging Face hub; `study NAME`, the source documents' experiments; and `configs`, "
+            "those that come with the package."
         },
         args=configurations.with_files(args) if isinstance(args, list) else args,
         run=run,

@@ -210,7 +210,7 @@ def _damaged_entries(path: str | Path, file: BinaryIO) -> set[str]:
         ValueError: If the archive or its structure is damaged.
     """
     try:
-        records = _damaged_records(file)
+        records = damaged_records(file)
         if not all("/data/" in record.filename for record in records):
             raise ValueError("what describes its tensors does not match its checksum")
         return _entries_in(file, records) if records else set()
@@ -218,7 +218,13 @@ def _damaged_entries(path: str | Path, file: BinaryIO) -> set[str]:
         raise _refusal(path, f"it is damaged ({first_line(error)})") from error
 
 
-def _damaged_records(file: BinaryIO) -> list[zipfile.ZipInfo]:
+def damaged_records(file: BinaryIO) -> list[zipfile.ZipInfo]:
+    """Records of an archive of `torch.save` that do not match their checksums.
+
+    Raises:
+        ValueError: If it is no such archive.
+        BadZipFile: If a record is of another kind than `torch.save` writes.
+    """
     if not file.read(1):
         raise ValueError("the file is empty")
     if not zipfile.is_zipfile(file):
@@ -304,7 +310,7 @@ def _instead_of(path: Path) -> str:
 def _is_sound(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return not _damaged_records(file)
+            return not damaged_records(file)
     except Exception:
         return False
 

@@ -1,13 +1,19 @@
-"""`load`: from a folder or a checkpoint to an SAE. The one place that knows all architectures."""
+"""`load`: from files to an SAE. The one place that knows all architectures and formats."""
 
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from lightning_sae import architectures
+from lightning_sae import architectures, interop
 from lightning_sae.architectures.base import SAE, SparseAutoencoder
-from lightning_sae.architectures.portable import FLOATS, arguments_of, build, read, require_entries
+from lightning_sae.architectures.portable import (
+    FLOATS,
+    arguments_of,
+    build,
+    read,
+    require_entries,
+)
 from lightning_sae.checks import expect
 from lightning_sae.files import first_line, read_checkpoint
 from lightning_sae.hub import on_disk
@@ -24,6 +30,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    format: str | None = None,
 ) -> SparseAutoencoder: ...
 @overload
 def load(
@@ -33,6 +40,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    format: str | None = None,
 ) -> SAE: ...
 def load(
     path: str | Path,
@@ -41,20 +49,25 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    format: str | None = None,
 ) -> SparseAutoencoder:
-    """Read an SAE from a portable folder or a Lightning checkpoint, ready for raw activations.
+    """Read an SAE of this package or of another library, ready for raw activations.
 
     Args:
-        path: A folder that `save_pretrained` wrote, a `.ckpt` file of a training run, or the name
-            `owner/name[/folder]` of an SAE on the Hugging Face hub.
+        path: A folder that `save_pretrained` wrote, a `.ckpt` file of a training run, a folder or
+            file in another library's format, see `lightning_sae.interop`, or the name
+            `owner/name[/folder]` of any of these on the Hugging Face hub.
         architecture: Class to build; by default the one of this package that the file names.
         member: Which one, in a checkpoint of several side by side.
         device: Where to put it; the CPU by default.
         dtype: dtype of its weights; by default the one they are stored in.
         revision: Branch, tag or commit of a repository on the hub.
+        format: Of another library's files, where their names do not tell: a name in
+            `lightning_sae.interop.FORMATS`.
 
     Returns:
-        The SAE in evaluation mode; `sae.source` names its model and hook.
+        The SAE in evaluation mode; `sae.source` names its model and hook, and
+        `sae.source["imported"]` in which units the latents of an imported one are.
 
     Raises:
         ValueError: If there is no SAE at `path`, it is damaged or not finite, or it needs another
@@ -62,11 +75,19 @@ def load(
     """
     require_place(device, dtype)
     path = on_disk(path, revision)
-    if path.suffix == ".ckpt" or path.is_file():
+    if format is None and _is_checkpoint(path):
         sae = _load_checkpoint(path, architecture, member)
-    else:
+    elif format is None and interop.is_ours(path):
         sae = read(path, *_classes(architecture))
+    else:
+        named = None if architecture is None else architecture.__name__
+        description, weights = interop.read(path, format, named)
+        sae = build(description, weights, path, *_classes(architecture))
     return sae.to(device=device, dtype=dtype)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.suffix == ".ckpt" or (path.is_file() and interop.recognised(path) is None)
 
 
 def require_place(device: str | torch.device | None, dtype: torch.dtype | None) -> None:

@@ -1,0 +1,134 @@
+"""All formats, and what is common to them: recognise, read, write."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.architectures.portable import CONFIG, WEIGHTS
+from lightning_sae.checks import require_one_of
+from lightning_sae.interop import dictionary_learning, saelens
+from lightning_sae.interop.found import Found
+from lightning_sae.interop.outgoing import Outgoing, outgoing
+from lightning_sae.interop.writing import require_new
+
+
+class Format(NamedTuple):
+    """A layout of files.
+
+    Attributes:
+        files: Its files, in words.
+        recognises: Whether a folder or file is in it, by the names of files and their contents.
+        read: The SAE in a folder or file, and the class that was asked for if there was one.
+        write: Writes an SAE to a folder; None where only reading makes sense.
+    """
+
+    files: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, str | None], Found]
+    write: Callable[[Outgoing, Path], None]
+
+
+def _of(module: Any) -> Format:
+    return Format(module.FILES, module.recognises, module.read, module.write)
+
+
+FORMATS = {module.NAME: _of(module) for module in (saelens, dictionary_learning)}
+"""By name, in the order in which a folder is compared with them."""
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `save_pretrained` may have written a folder."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def recognised(path: Path) -> str | None:
+    """The format of a folder or file, or None."""
+    return next((name for name, format in FORMATS.items() if format.recognises(path)), None)
+
+
+def read(
+    path: Path, format: str | None = None, architecture: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `portable.build` needs to make an SAE of another library's files.
+
+    Args:
+        path: Folder or file.
+        format: Its format; recognised by default.
+        architecture: Class that is wanted, where files can be read as several.
+
+    Returns:
+        Class, arguments and source; and the weights. What had to be guessed is in a warning, and
+        in `source["imported"]`.
+
+    Raises:
+        ValueError: If it is in no known format, is damaged, or computes what no SAE here does.
+    """
+    if format is not None:
+        require_one_of(tuple(FORMATS), format=format)
+    named = format or recognised(path)
+    if named is None:
+        raise ValueError(_unknown(path))
+    found = FORMATS[named].read(path, architecture)
+    if found.guessed:
+        warnings.warn(f"{path} does not say all, so it is taken {_listed(found)}.", stacklevel=3)
+    return found.described(named), found.weights
+
+
+def _listed(found: Found) -> str:
+    return "; ".join(found.guessed)
+
+
+def _unknown(path: Path) -> str:
+    known = "; ".join(f"{name}: {format.files}" for name, format in FORMATS.items())
+    return (
+        f"Expected argument `path` to be an SAE but {path} holds {_contents(path)}. Known are a "
+        f"folder that `save_pretrained` wrote (config.json and sae.safetensors), a .ckpt file, and "
+        f"{known}. If it is one of these under other names, say which by `format`."
+    )
+
+
+def _contents(path: Path) -> str:
+    if not path.is_dir():
+        return "a file of another kind" if path.exists() else "nothing, for it does not exist"
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+    inside = [str(p.relative_to(path)) for p in _below(path)]
+    more = f"; SAEs are in {', '.join(inside[:4])}" if inside else ""
+    return (", ".join(names[:8]) or "no files") + (", ..." if len(names) > 8 else "") + more
+
+
+def _below(path: Path) -> list[Path]:
+    """Folders one and two levels below that hold an SAE."""
+    below = [*sorted(path.glob("*/"))[:50], *sorted(path.glob("*/*/"))[:50]]
+    return [folder for folder in below if is_ours(folder) or recognised(folder) is not None]
+
+
+def export(
+    sae: SparseAutoencoder, path: str | Path, format: str, unit_decoder: bool = False
+) -> Path:
+    """Write an SAE to a new folder for another library.
+
+    It acts on raw activations there: centring and scaling are folded into the weights, and latents
+    are those of `sae.encode`. What is written says so.
+
+    Args:
+        sae: An SAE of this package's architectures.
+        path: The folder.
+        format: `saelens`, `dictionary_learning`, ...: a name in `FORMATS`.
+        unit_decoder: Fold the norms of decoder rows into the encoder: latents are times the norms
+            then, as dashboards and benchmarks want them, and reconstructions stay.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the format cannot hold the SAE, or the folder holds files.
+    """
+    require_one_of(tuple(FORMATS), format=format)
+    folder = Path(path)
+    require_new(folder)
+    FORMATS[format].write(outgoing(sae, unit_decoder), folder)
+    return folder

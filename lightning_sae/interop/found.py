@@ -1,0 +1,181 @@
+"""An SAE of another library, in the terms of this one."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sae.interop.reading import refusal
+
+
+class Found(NamedTuple):
+    """What a reader gives: `portable.build` makes an SAE of it.
+
+    Attributes:
+        architecture: Name of the class.
+        arguments: Those of the class, besides `d_in` and `d_sae`.
+        weights: By the names of this package.
+        source: Model, hook, text and the like, as far as the file says.
+        units: In which units the latents are.
+        guessed: What the file does not say.
+        rest: What else it says of its origin, for the way back.
+    """
+
+    architecture: str
+    arguments: dict[str, Any]
+    weights: dict[str, Tensor]
+    source: dict[str, Any]
+    units: str
+    guessed: list[str]
+    rest: dict[str, Any]
+
+    def described(self, format: str) -> dict[str, Any]:
+        """Class, arguments and source, as `portable.build` takes them."""
+        d_sae, d_in = self.weights["W_dec"].shape
+        imported = {"format": format, "units": self.units, "guessed": self.guessed, **self.rest}
+        source = {name: value for name, value in self.source.items() if value is not None}
+        return {
+            "architecture": self.architecture,
+            "arguments": {"d_in": d_in, "d_sae": d_sae, **self.arguments},
+            "source": {**source, "imported": imported},
+        }
+
+
+RAW = "raw: inputs are not scaled, and latents are those of the file"
+
+
+def transposed(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns rows"]:
+    """The transpose, in memory of its own."""
+    return matrix.T.contiguous()
+
+
+def free_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> str:
+    """The argument `decoder_norm` that a decoder's rows ask for: `unit` only if all are of norm 1.
+
+    An SAE that is trained on with `unit` would have its rows made so at once.
+    """
+    norms = W_dec.float().norm(dim=-1)
+    slack = 8 * torch.finfo(W_dec.dtype).eps
+    return "unit" if bool(((norms - 1).abs() <= slack).all()) else "free"
+
+
+def fold_scale(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Weights for raw inputs, of ones that want them times `scale`; latents stay as they are.
+
+    `W_enc' = W_enc * s`, `W_dec' = W_dec / s`, `b_dec' = b_dec / s`; biases of the encoder and
+    thresholds are in the units of the latents.
+    """
+    changed = {
+        "W_enc": weights["W_enc"] * scale,
+        "W_dec": weights["W_dec"] / scale,
+        "b_dec": weights["b_dec"] / scale,
+    }
+    return {**weights, **changed}
+
+
+def fold_norms(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with decoder rows of norm 1; latents and what is in their units times the norms.
+
+    Reconstructions stay. A latent whose row is zero loses nothing by being zero.
+    """
+    norms = weights["W_dec"].double().norm(dim=-1)
+    divisor = torch.where(norms > 0, norms, 1.0)
+    latent = {n: (w.double() * norms).to(w.dtype) for n, w in weights.items() if n in IN_LATENTS}
+    W_dec = (weights["W_dec"].double() / divisor.unsqueeze(-1)).to(weights["W_dec"].dtype)
+    return {**weights, **latent, "W_dec": W_dec}
+
+
+IN_LATENTS = ("W_enc", "b_enc", "b_mag", "threshold")
+"""Weights whose last axis is in the units of the latents; `r_mag` is a ratio of two such."""
+
+
+def with_window(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the unit in which thresholds would be trained on, of which files say nothing."""
+    dtype = torch.promote_types(weights["W_dec"].dtype, torch.float32)
+    threshold = weights["threshold"].to(dtype)
+    positive = threshold[threshold > 0]
+    unit = positive.mean() if len(positive) else torch.ones((), dtype=dtype)
+    return {**weights, "threshold": threshold, "threshold_unit": unit}
+
+
+def own_source(config: dict[str, Any]) -> dict[str, Any]:
+    """What this package wrote of the source, if the SAE is from here; see `writing.origin`."""
+    source = _own(config).get("source")
+    return source if isinstance(source, dict) else {}
+
+
+def own_units(config: dict[str, Any]) -> str | None:
+    """Likewise of the units of the latents."""
+    return text(_own(config).get("latents"))
+
+
+def _own(config: dict[str, Any]) -> dict[str, Any]:
+    own = config.get("lightning_sae")
+    return own if isinstance(own, dict) else {}
+
+
+def number(config: dict[str, Any], name: str, of: Path, default: float | None = None) -> float:
+    """A finite positive number of a description.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    value = config.get(name, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+        raise refusal(of, f"its `{name}` is {value!r:.40} and no positive number")
+    return float(value)  # type: ignore[arg-type]
+
+
+def whole(config: dict[str, Any], name: str, of: Path) -> int:
+    """A positive whole number of a description, also where it is written as 32.0.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    value = number(config, name, of)
+    if not value.is_integer():
+        raise refusal(of, f"its `{name}` is {value:g}, and a row has a whole number of latents")
+    return int(value)
+
+
+def flag(config: dict[str, Any], name: str, of: Path, default: bool) -> bool:
+    """A true or false of a description.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise refusal(of, f"its `{name}` is {value!r:.40} and neither true nor false")
+    return value
+
+
+def part(config: dict[str, Any], name: str, of: Path) -> dict[str, Any]:
+    """A dictionary inside of a description; empty if it is missing.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise refusal(of, f"its `{name}` is {value!r:.40} and no description")
+    return value
+
+
+def text(value: Any) -> str | None:
+    """A text, or None for anything else."""
+    return value if isinstance(value, str) and value else None
+
+
+def require_sizes(of: Path, W_dec: Tensor, **claimed: Any) -> None:
+    """Raise a ValueError if a description claims other sizes than its weights have."""
+    sizes = dict(zip(("d_sae", "d_in"), W_dec.shape, strict=True))
+    for name, value in claimed.items():
+        own = sizes[name.split("__")[0]]
+        if value is not None and value != own:
+            said = name.split("__")[-1]
+            raise refusal(of, f"its `{said}` is {value!r:.40} but the weights are {own} wide")
