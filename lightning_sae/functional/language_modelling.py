@@ -117,8 +117,11 @@ def divergences(
 
 
 def chunk_size(n: int, vocab: int) -> int:
-    """Predictions whose logits to have at a time: an eighth of them, and at most 256 MiB."""
-    return max(1, min(-(-n // 8), 2**26 // vocab))
+    """Predictions whose logits to have at a time: a sixteenth of them, and at most 64 MiB.
+
+    With what is made of them, about five times as much memory is needed.
+    """
+    return max(1, min(-(-n // 16), 2**24 // vocab))
 
 
 def _in_chunks(
