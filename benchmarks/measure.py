@@ -91,7 +91,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
-# Memory.
+# Memory. Not `lightning_sae.bench.fits.peak_memory`: importing the package would add its memory to
+# that of the library measured.
 
 
 def resident_bytes() -> int:

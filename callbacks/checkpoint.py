@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_ze
 from typing_extensions import override
 
 from lightning_sae.callbacks.run_folder import hold, release, remove_unfinished, require_new_run
+from lightning_sae.checks import require_positive
 from lightning_sae.distributed import remove_other_parts, write_part
 
 log = logging.getLogger("lightning.pytorch")
@@ -49,10 +50,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
     """
 
     def __init__(self, every_n_steps: int = 1000) -> None:
-        if every_n_steps <= 0:
-            raise ValueError(
-                f"Expected argument `every_n_steps` to be positive but got {every_n_steps}."
-            )
+        require_positive(every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._holds = self._started = False
         self._before_validation = False  # whether one is due, while a checkpoint is being saved

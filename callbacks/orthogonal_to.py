@@ -1,25 +1,26 @@
 """Keep latents orthogonal to given directions."""
 
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.decoder_norm import DecoderNormProjection
+from lightning_sae.architectures.optimizer import AfterOptimizerSteps
 from lightning_sae.checks import expect, refuse_second
 
 
-class OrthogonalTo(Callback):
+class OrthogonalTo(AfterOptimizerSteps):
     r"""Keep encoder and decoder directions of all latents orthogonal to given ones.
 
     With an orthonormal basis Q [k, d_in] of their span, each latent's row w and its gradient g
@@ -60,6 +61,7 @@ class OrthogonalTo(Callback):
     def __init__(
         self, directions: str | Path | Tensor, encoder: bool = True, decoder: bool = True
     ) -> None:
+        super().__init__()
         given = directions if isinstance(directions, Tensor) else read_directions(Path(directions))
         self.basis = span(given)
         if not (encoder or decoder):
@@ -68,7 +70,6 @@ class OrthogonalTo(Callback):
                 "callback if no latent is to be orthogonal."
             )
         self.encoder, self.decoder = encoder, decoder
-        self._handles: list[RemovableHandle] = []
 
     def names(self, sae: SparseAutoencoder) -> list[str]:
         """Names of the constrained parameters."""
@@ -113,18 +114,7 @@ class OrthogonalTo(Callback):
             # Rows that are already orthogonal are not changed, so a resume is exact bit for bit.
             if not self.holds_for(rows):
                 self.project(rows)
-            self._handles += [
-                self._after_step_of(optimizer, rows)
-                for optimizer in trainer.optimizers
-                if any(weight is p for group in optimizer.param_groups for p in group["params"])
-            ]
-
-    def _after_step_of(self, optimizer: Optimizer, rows: Tensor) -> RemovableHandle:
-        def after_step(*_: object) -> None:
-            self.project(rows)
-
-        # An optimizer hook, because Lightning has none directly after a step.
-        return optimizer.register_step_post_hook(after_step)
+            self.after_each_step(trainer, weight, partial(self.project, rows))
 
     @override
     def on_before_optimizer_step(
@@ -137,18 +127,6 @@ class OrthogonalTo(Callback):
             if gradient is not None:
                 self.project(_rows(name, gradient))
 
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the optimizer hooks."""
-        self._remove_hooks()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Remove the optimizer hooks."""
-        self._remove_hooks()
-
     @torch.no_grad()
     def project(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
         """Remove the component in the span from rows of a weight or gradient, in place."""
@@ -160,11 +138,6 @@ class OrthogonalTo(Callback):
         """Whether the component of each row in the span is at most `tolerance` of its norm."""
         parts = torch.linalg.vector_norm(rows @ self.basis.to(rows.dtype).T, dim=-1)
         return bool((parts <= tolerance * torch.linalg.vector_norm(rows, dim=-1)).all())
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
 
 def span(directions: Tensor) -> Float[Tensor, "k d_in"]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.analysis import evaluate_in_model
+from lightning_sae.checks import require_positive
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.source import source_of
 from lightning_sae.files import write_atomically
@@ -98,8 +99,7 @@ class HeldOutEvaluation(Callback):
     """
 
     def __init__(self, n_tokens: int = 65536) -> None:
-        if n_tokens <= 0:
-            raise ValueError(f"Expected argument `n_tokens` to be positive but got {n_tokens}.")
+        require_positive(n_tokens=n_tokens)
         self.n_tokens = n_tokens
         self.path: Path | None = None
         self.results: dict[str, Any] = {}

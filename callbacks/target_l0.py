@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
-from lightning_sae.checks import expect, refuse_second
+from lightning_sae.checks import expect, refuse_second, require_not_negative, require_positive
 
 TOLERANCE = 0.05  # share of the target by which a fit may miss it without a word
 
@@ -65,10 +65,9 @@ class TargetL0(Callback):
         foresight_steps: int = 200,
         during_warmup: bool = False,
     ) -> None:
-        expect(target > 0, "target", "positive", target)
+        require_positive(target=target, smoothing_steps=smoothing_steps)
+        require_not_negative(foresight_steps=foresight_steps)
         expect(0 < max_change <= 0.1, "max_change", "above 0 and at most 0.1", max_change)
-        expect(smoothing_steps > 0, "smoothing_steps", "positive", smoothing_steps)
-        expect(foresight_steps >= 0, "foresight_steps", "at least 0", foresight_steps)
         self.target, self.max_change = target, max_change
         self.smoothing_steps, self.foresight_steps = smoothing_steps, foresight_steps
         self.during_warmup = during_warmup

@@ -18,7 +18,7 @@ from lightning_sae.files import not_finite
 def require_positive(**values: int | float) -> None:
     """Raise a ValueError if an argument is not positive."""
     for name, value in values.items():
-        if value <= 0:
+        if not value > 0:  # nor not a number
             raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")
 
 
@@ -31,9 +31,26 @@ def require_integers(**values: Any) -> None:
 
 def require_not_negative(**values: int | float) -> None:
     """Raise a ValueError if an argument is negative."""
+    require_at_least(0, **values)
+
+
+def require_at_least(least: float, **values: int | float | None) -> None:
+    """Raise a ValueError if an argument is below `least`; None, a default, is not looked at."""
     for name, value in values.items():
-        if value < 0:
-            raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value}.")
+        if value is not None and not value >= least:
+            raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value}.")
+
+
+def require_between(least: float, most: float, **values: float | Tensor) -> None:
+    """Raise a ValueError if a number is not finite or out of bounds."""
+    for name, value in values.items():
+        numbers = torch.as_tensor(value)
+        wrong = numbers[~((numbers >= least) & (numbers <= most) & numbers.isfinite())]
+        if len(wrong):
+            raise ValueError(
+                f"Expected argument `{name}` to be from {least} to {most} but got "
+                f"{wrong[0].item():g}."
+            )
 
 
 def require_k(k: Any, d_sae: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line: Lightning's own, with the parts of a run on an SAE put together."""
+"""The command line: Lightning's own, with the parts of an SAE's run added."""
 
 import logging
 import os
@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from lightning_sae import configurations, exchange, publishing
 from lightning_sae.analysis import analyze, compare, steering
+from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
     ExportSAE,
@@ -70,7 +71,7 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write nothing yet: whether the run is resumed is known only when it starts."""
+        """Compare the ranks. The file is written in `on_fit_start`, when a resume is known."""
         if trainer.world_size > 1:
             text = self.parser.dump(self.config, skip_none=False)
             require_agreement(trainer, yaml.safe_load(text))
@@ -98,6 +99,17 @@ class SAECLI(LightningCLI):
     """
 
     @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As Lightning's, but `--model` is an SAE or several side by side, and no other module."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        kinds = (SparseAutoencoder, SideBySide)
+        parser.add_subclass_arguments(kinds, "model", fail_untyped=False, required=True)
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+        groups = cast(dict[str, Any], parser.groups)
+        groups["model"].title = "The SAE, or several side by side"
+        groups["data"].title = "The activations"
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -112,14 +124,14 @@ class SAECLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Take no arguments, and so no classes, from a checkpoint: the configuration says all.
+        """Take no arguments and no classes from a checkpoint: the configuration has them all.
 
-        What differs from the checkpoint is compared when it is loaded.
+        When the checkpoint is loaded, its settings are compared with those of the configuration.
         """
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As Lightning's; then find a run's folder that was moved."""
+        """As Lightning's, and use the new folder if the run's folder was moved."""
         super().parse_arguments(parser, args)
         given = sys.argv[1:] if args is None else args
         in_words = isinstance(given, list) and any("default_root_dir" in word for word in given)
@@ -162,7 +174,7 @@ class SAECLI(LightningCLI):
         return {**LightningCLI.subcommands(), "bench": {"model", "datamodule"}}
 
     def fit(self, **arguments: Any) -> None:
-        """Train, unless the folder holds a run or has one under way; see before that is written."""
+        """Train, unless the folder holds another run or one that is still going on."""
         root, ckpt_path = Path(self.trainer.default_root_dir), self._ckpt_path()
         with held(root) if self.trainer.is_global_zero else nullcontext():
             if ckpt_path is not None:
@@ -222,7 +234,7 @@ class SAECLI(LightningCLI):
         )
 
     def after_validate(self) -> None:
-        """Say that there is no more than what was shown."""
+        """Say that nothing was written."""
         if isinstance(self.model, SideBySide):
             say(*after_validate(self.model))
             return
@@ -356,7 +368,7 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         The command line with its model, data and trainer.
     """
     return SAECLI(
-        LightningModule,  # an SAE, or several side by side
+        LightningModule,  # see `add_core_arguments_to_parser`
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,

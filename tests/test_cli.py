@@ -1,8 +1,6 @@
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -263,27 +261,45 @@ def test_every_shipped_config_trains_a_step(path: Path, tmp_path: Path) -> None:
     assert cli.trainer.global_step > 0
 
 
-def test_help_documents_arguments_from_the_docstrings() -> None:
-    environment = {**os.environ, "COLUMNS": "200"}
-    arguments = ["fit", "--model.help=lightning_sae.ReLUSAE"]
-    shown = subprocess.run(
-        [sys.executable, "-m", "lightning_sae", *arguments],
-        cwd=Path(__file__).resolve().parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for line in ("Weight lambda of the penalty", "Peak learning rate of Adam", "Largest norm of"):
+@pytest.fixture
+def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the command line prints for arguments that ask for help."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def shown(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["fit", *arguments])
+        return capsys.readouterr().out
+
+    return shown
+
+
+def test_help_documents_arguments_from_the_docstrings(help_of: Any) -> None:
+    shown = help_of("--model.help=lightning_sae.ReLUSAE")
+    for line in (
+        "Weight lambda of the penalty",
+        "Peak learning rate of Adam",
+        "gradient is clipped",
+    ):
         assert line in shown
 
 
-def test_help_of_the_data_lists_no_layers_of_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["fit", "--data.help", "lightning_sae.ActivationDataModule"])
-    shown = capsys.readouterr().out
+def test_help_of_the_data_lists_no_layers_of_torch(help_of: Any) -> None:
+    shown = help_of("--data.help", "lightning_sae.ActivationDataModule")
     assert "--data.model MODEL" in shown
     assert "torch.nn" not in shown
+
+
+def test_help_lists_the_models_that_a_user_can_choose_and_no_others(help_of: Any) -> None:
+    import lightning_sae
+
+    _, listed = help_of("--help").split("Union[SparseAutoencoder, SideBySide, null]")
+    listed, _ = listed.split(")", 1)
+    found = {name.strip() for name in listed.split("known subclasses:")[1].split(",")}
+    kinds = {name for name in lightning_sae.__all__ if name.endswith("SAE")} | {"SideBySide"}
+    assert {name for name in found if name.startswith("lightning_sae.")} == {
+        f"lightning_sae.{name}" for name in kinds
+    }
 
 
 BAD_INPUT = {

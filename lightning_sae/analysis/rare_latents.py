@@ -1,8 +1,8 @@
-"""Latents that fire very rarely: do they share a direction, and do they fire together?
+"""Latents that fire very rarely: whether they share a direction and fire together.
 
-Source: Neel Nanda, Open source replication of Towards Monosemanticity (2023), where more than half
-of an SAE's latents fire on less than 1e-4 of activations, and nearly all of them have the same
-encoder direction, whatever the seed, but not the same decoder direction.
+Source: Neel Nanda, Open source replication of Towards Monosemanticity (2023). There more than half
+of an SAE's latents fire on less than 1e-4 of activations. Nearly all of these have the same encoder
+direction, which is also the same for other seeds, but different decoder directions.
 """
 
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from torch import Tensor
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.functional.geometry import unit_rows
 
-ALIKE = 0.95  # cosine with their mean above which the source calls encoder rows the same
+ALIKE = 0.95  # cosine with the mean above which the source counts encoder rows as the same
 
 
 def mean_direction(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
-    """Direction of the mean of some rows, at norm 1; zero if there are no rows.
+    """Mean of rows, scaled to norm 1; zero if there are no rows.
 
     Example:
         >>> mean_direction(torch.tensor([[2.0, 0.0], [4.0, 0.0]]))
@@ -29,9 +29,10 @@ def mean_direction(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
 
 
 def share_on_one_direction(rows: Float[Tensor, "rows d_in"]) -> float:
-    """Largest share of the rows' squared norm that lies on a single direction.
+    """Largest share of the rows' squared norm along a single direction.
 
-    1 if all are multiples of one vector, 1 / d_in if they lie all about; NaN if there are none.
+    1 if all rows are multiples of one vector, about 1 / d_in if there are many random rows, NaN if
+    there are none.
 
     Example:
         >>> share_on_one_direction(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
@@ -45,17 +46,18 @@ def share_on_one_direction(rows: Float[Tensor, "rows d_in"]) -> float:
 
 @torch.no_grad()
 def rare_directions(sae: SparseAutoencoder, rare: Bool[Tensor, " d_sae"]) -> dict[str, float]:
-    """How alike the directions of rare latents are, beside those of the others.
+    """How similar the directions of rare latents are, compared with the other latents.
 
     Args:
         sae: The SAE.
         rare: Which latents are rare.
 
     Returns:
-        `n_rare`; `cosine_with_mean`, the median cosine of rare encoder rows with their mean, and
-        `alike`, the share above .95; `others_with_mean`, the median cosine of the other encoder
-        rows with it; `encoder_on_one_direction`, `decoder_on_one_direction`, see
-        `share_on_one_direction`. NaN where there is no such latent.
+        `n_rare`, their number; `cosine_with_mean`, the median cosine of their encoder rows with
+        the mean of these; `alike`, the share of these cosines above .95; `others_with_mean`, the
+        median cosine of the other latents' encoder rows with that mean; and
+        `encoder_on_one_direction` and `decoder_on_one_direction` by `share_on_one_direction`. NaN
+        where there are no such latents.
     """
     encoder = unit_rows(sae.W_enc.T)
     cosines = encoder @ mean_direction(sae.W_enc.T[rare])
@@ -84,10 +86,10 @@ def firing_together(
         batches: Raw activations.
 
     Returns:
-        `on_most_aligned`, the share of rare latents that fire on the activation which lies furthest
-        along their mean encoder direction, as the encoder sees it; `most_at_once`, the largest
-        share of them that fire on any one; `mean_activation`, the cosine of that direction with the
-        mean of the raw activations. NaN without rare latents.
+        `on_most_aligned`, the share of rare latents that fire on the activation whose encoder input
+        lies furthest along their mean encoder direction; `most_at_once`, the largest share of them
+        that fire on one activation; `mean_activation`, the cosine of that direction with the mean
+        of the raw activations. NaN without rare latents.
     """
     direction = mean_direction(sae.W_enc.T[rare])
     furthest, on_most_aligned, most = float("-inf"), float("nan"), float("nan")

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -60,43 +61,43 @@ from lightning_sae.resuming import Settings, compare_settings, note_settings, se
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
 
-class SparseAutoencoder(LightningModule, ModelHubMixin):
-    """Base of all architectures; a subclass says how it activates and what it minimises.
+class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
+    """Base class of all architectures. A subclass defines the activation and the loss.
 
-    Training may work on centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`,
-    `decode` and `forward` take and give raw activations at any moment of training.
+    Training may use centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`, `decode`
+    and `forward` always take and return raw activations.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
         lr: Peak learning rate of Adam.
         betas: Adam's decay rates of the first and second moment.
-        lr_warmup_steps: Optimiser steps over which the learning rate rises linearly from zero, or
+        lr_warmup_steps: Optimizer steps over which the learning rate rises linearly from zero, or
             a share of `trainer.max_steps` between 0 and 1.
-        lr_decay_steps: Last optimiser steps of the run, over which it falls linearly to zero, or a
-            share.
-        clip_grad_norm: Largest norm of the whole gradient; null leaves it alone.
+        lr_decay_steps: Optimizer steps at the end of the run over which it falls linearly to zero,
+            or a share of the run.
+        clip_grad_norm: Norm to which the gradient is clipped; null for no clipping.
         apply_b_dec_to_input: Whether `b_dec` is subtracted from the encoder's input.
-        b_dec_init: `mean` starts `b_dec` at the mean of the first batch, `zero` at the origin.
+        b_dec_init: Initial `b_dec`: `mean` of the first batch, or `zero`.
         decoder_norm: `unit` keeps decoder rows at norm 1 (with the callback
             `DecoderNormProjection`); `free` weights the penalty by their norms instead.
-        dead_after: Activations in a row on which a latent did not fire before it counts as dead.
-        revive: What gives dead latents a gradient, besides the callback `DeadFeatureResampling`:
-            `auxk`, `ghost` or nothing; see `lightning_sae.functional.revival`.
+        dead_after: A latent is dead if it did not fire on this many activations in a row.
+        revive: Loss that gives dead latents a gradient: `auxk`, `ghost` or `none`; see
+            `lightning_sae.functional.revival`. The callback `DeadFeatureResampling` is another way.
         revive_coefficient: Weight of that loss, in the units of the squared error.
-        k_aux: Dead latents per row that `auxk` lets rebuild the error; half of `d_in` by default.
-        chunk_rows: Rows of a batch whose pre-activations of all latents exist at one time; fewer
-            need less memory. By default see `default_chunk_rows` of
+        k_aux: Number of dead latents per row that `auxk` uses; half of `d_in` by default.
+        chunk_rows: Rows of a batch whose dense pre-activations are computed at a time; fewer rows
+            need less memory. Chosen by size by default, see `default_chunk_rows` in
             `lightning_sae.functional.sparse.code`.
 
-    A subclass gives `activate` and `objective`, and `latents` for a sparse training step; what it
-    may rely on is listed in `docs/extending.md`.
+    A subclass implements `activate` and `objective`, and `latents` for a sparse training step. What
+    it may rely on is listed in `docs/extending.md`.
 
     Attributes:
-        layout: Whether the latents of the next batch are a matrix or a sparse code.
-        metrics: The held-out metrics, in raw space.
-        held_out_frequency: Of each latent at the last evaluation.
-        held_out_count: Activations of the evaluation in progress, over all ranks.
+        layout: Whether the latents of the next batch are a dense matrix or a sparse code.
+        metrics: The held-out metrics, of raw activations.
+        held_out_frequency: Firing frequency of each latent at the last evaluation.
+        held_out_count: Number of activations in the current evaluation, over all ranks.
 
     Raises:
         ValueError: If a size, a rate or a length is out of range.
@@ -115,8 +116,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
     held_out_count: int = 0
     _held_out_not_finite: int = 0
 
-    # Whether a row's latents and losses are those it has alone, so that a batch may be evaluated in
-    # chunks of rows. Never inherited by a class that gives `activate`, `latents` or `objective`.
+    # Whether the latents and losses of a row do not depend on other rows of the batch, so that a
+    # batch may be evaluated in chunks. A class that defines `activate`, `latents` or `objective`
+    # does not inherit this.
     rows_are_independent = False
     latents_follow_activate = True  # whether training uses the `activate` of a subclass
     tied = False  # whether `W_enc` is a view of `W_dec`
@@ -124,15 +126,15 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
     latent_units: tuple[str, ...] = ("b_enc",)  # weights in the units of the latents
     input_units: tuple[str, ...] = ("b_dec",)  # points in the space of the activations
-    # Thresholds and running means, in which small changes count: float32 or more, whatever
-    # precision the SAE is converted to.
+    # Thresholds and running means, where small changes matter: they stay in float32 or more when
+    # the SAE is converted to a lower precision.
     kept_in_float32: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class whose training would not use its `activate`.
 
         Raises:
-            TypeError: If a class gives `activate` and inherits a training step with another rule.
+            TypeError: If a class defines `activate` but inherits a training step that ignores it.
         """
         super().__init_subclass__(**kwargs)
         own = vars(cls)
@@ -143,10 +145,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         says_how_to_train = own.keys() & {"latents", "objective", "latents_follow_activate"}
         if "activate" in own and not says_how_to_train and not cls.latents_follow_activate:
             raise TypeError(
-                f"`{cls.__name__}` gives `activate`, which `encode` uses, but inherits a training "
-                "step with another rule: give `latents` and `objective` too, or derive it from "
-                "`SparseAutoencoder`, `ReLUSAE`, `TiedSAE` or `TopKSAE`, which train with what "
-                "`activate` says."
+                f"`{cls.__name__}` defines `activate`, which `encode` uses, but inherits a "
+                "training step that does not use it: define `latents` and `objective` too, or "
+                "derive it from `SparseAutoencoder`, `ReLUSAE`, `TiedSAE` or `TopKSAE`, which "
+                "train with `activate`."
             )
 
     def __init__(
@@ -197,8 +199,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         self.source: dict[str, Any] = {}
         self.is_trained = False
         self.n_trained = 0  # activations seen in training, by all ranks
-        self.penalty_scale = 1.0  # share of the penalty in force; `L1Warmup` moves it
-        self.penalty_factor = 1.0  # what `TargetL0` multiplies the coefficient by
+        self.penalty_scale = 1.0  # of the coefficient; changed by `L1Warmup`
+        self.penalty_factor = 1.0  # of the coefficient; changed by `TargetL0`
         self._lengths_are_unknown = False
         self._create_weights()
         self.metrics = held_out_metrics(d_in, d_sae)
@@ -207,7 +209,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
     def save_hyperparameters(
         self, *args: Any, frame: FrameType | None = None, **kwargs: Any
     ) -> None:
-        """As Lightning's, but notes the number of latents in force where none was given."""
+        """As Lightning's, but saves the actual `d_sae` where none was given."""
         frame = frame or cast(FrameType, inspect.currentframe()).f_back
         super().save_hyperparameters(*args, frame=frame, **kwargs)
         own = cast(Any, self)  # Lightning's own types leave these out
@@ -216,9 +218,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
                 noted["d_sae"] = self.d_sae
 
     def _create_dictionary(self) -> None:
-        """Decoder: random unit rows; encoder: its transpose; encoder's bias: zero.
+        """Decoder: random unit rows; encoder: its transpose; encoder bias: zero.
 
-        The encoder lies in memory latent by latent, as its sparse gradients come.
+        The encoder is stored with one latent after another, as are its sparse gradients.
         """
         directions = random_unit_rows(self.d_sae, self.d_in)
         self.W_enc = nn.Parameter(directions.clone().T)
@@ -232,24 +234,24 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("silent_for", torch.zeros(self.d_sae, dtype=torch.int64))
 
-    # What a subclass gives.
+    # Methods that a subclass implements.
 
+    @abstractmethod
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """Latent activations from the encoder's pre-activations."""
-        raise NotImplementedError
 
+    @abstractmethod
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """Terms of the loss on centred and scaled activations."""
-        raise NotImplementedError
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
-        """Latents for an objective. This one computes all; architectures give sparse codes."""
+        """Latents for `objective`. The base class computes all of them, as a dense code."""
         return Code.of_matrix(self.activate(self.pre_activations(x)))
 
-    # What users call: raw activations in and out, latents in raw units.
+    # Methods for users: raw activations in and out, latents in their units.
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """Latent activations of raw activations, in their units.
+        """Latents of raw activations, in the units of the activations.
 
         Raises:
             ValueError: If the last axis of `x` is not `d_in`.
@@ -258,7 +260,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         return self.activate(self.pre_activations(self.scaled(x))) / self.input_scale
 
     def decode(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
-        """Raw activations rebuilt from latent activations."""
+        """Raw activations reconstructed from latents."""
         return self.unscaled(self.reconstruct(f * self.input_scale))
 
     @override
@@ -266,10 +268,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         """Reconstruct raw activations."""
         return self.decode(self.encode(x))
 
-    # The same in the space of training.
+    # The same on centred and scaled activations.
 
     def scaled(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        """Centre and scale raw activations as the objective sees them."""
+        """Centre and scale raw activations, for `objective`."""
         return ((x - self.input_mean) * self.input_scale).to(self.W_dec.dtype)
 
     def unscaled(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
@@ -277,29 +279,29 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         return x / self.input_scale + self.input_mean
 
     def code(self, x: Float[Tensor, "batch d_in"], rule: Rule) -> Code:
-        """Pre-activations that a rule selects: the one dense product of a training step."""
+        """Pre-activations selected by a rule: the only dense product of a training step."""
         origin = self.encoder_origin()
         return encode(x, self.W_enc, self.b_enc, rule, self.layout, self.chunk_rows, origin)
 
     @property
     def ranks(self) -> Ranks:
-        """The copies of this SAE on all ranks, in training."""
+        """The copies of this SAE on all ranks, during training."""
         return Ranks(self)
 
     def weight_of_penalty(self) -> float:
-        """The penalty's coefficient, as far as it is in force."""
+        """The penalty's current coefficient, after warm-up and `TargetL0`."""
         assert self.coefficient_name is not None
         coefficient = getattr(self, self.coefficient_name)
         return coefficient * self.penalty_scale * self.penalty_factor
 
     def penalty_norms(self) -> Float[Tensor, " d_sae"] | None:
-        """Norms of decoder rows that weight the penalty; None where they are 1."""
+        """Norms of decoder rows that weight the penalty; None for norms of 1."""
         return None if self.decoder_norm == "unit" else self.W_dec.norm(dim=-1)
 
     def revival(
         self, x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """The loss that gives dead latents a gradient, if one is asked for."""
+        """The loss of the argument `revive`; empty for `none`."""
         if self.revive == "none":
             return {}
         dead = self.dead.nonzero().squeeze(-1)
@@ -309,31 +311,31 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         pre = seen @ self.W_enc.T[dead].T + self.b_enc[dead]
         if self.revive == "auxk":
             share = auxk(residual, pre, self.W_dec[dead], self.k_aux, self.ranks.mean)
-            # The source adds it to a squared error that is relative too, to the variance of x.
+            # In the source, both this and the squared error are relative to the variance of x.
             loss = variance(x.detach(), self.ranks.mean) * share
         else:
             loss = ghost_gradients(residual, pre, self.W_dec[dead], self.ranks.mean)
         return {self.revive: self.revive_coefficient * loss}
 
     def fresh_latent(self) -> dict[str, float]:
-        """What a new latent starts with besides its directions: name of a vector, and value."""
+        """Initial values of a resampled latent by name of the vector, besides directions."""
         return {"b_enc": 0.0}
 
     def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """The encoder's affine part, of all latents."""
+        """Pre-activations of all latents."""
         return self.encoder_input(x) @ self.W_enc + self.b_enc
 
     def encoder_origin(self) -> Float[Tensor, " d_in"] | None:
-        """What the encoder sees as zero: `b_dec` where that is asked for."""
+        """The point that is subtracted from the encoder's input: `b_dec`, or None."""
         return self.b_dec if self.apply_b_dec_to_input else None
 
     def encoder_input(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        """What the encoder is applied to: `x`, less the encoder's origin if there is one."""
+        """The encoder's input: `x` minus the encoder's origin, if there is one."""
         origin = self.encoder_origin()
         return x if origin is None else x - origin
 
     def reconstruct(self, f: Code | Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
-        """The decoder, on a code or on a matrix of latents."""
+        """The decoder, applied to a code or a matrix of latents."""
         product = f.decode(self.W_dec) if isinstance(f, Code) else f @ self.W_dec
         return product + self.b_dec
 
@@ -341,9 +343,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def setup(self, stage: str) -> None:
-        """Take from the data what belongs to the SAE: its width is checked, its origin noted.
+        """Check the run, remember the data's `source`, and use atomic checkpoints.
 
-        And bring the reader and writer of checkpoints along, where Lightning's own would be used.
+        Raises:
+            ValueError: If the data has another width, or the run uses something unsupported.
         """
         keep_freed_blocks()
         if stage == "fit":
@@ -368,9 +371,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """What keeps decoder rows at norm 1, where they shall be and no callback given does so.
+        """`DecoderNormProjection` for `decoder_norm="unit"`, unless a callback already does this.
 
-        Without it latents shrink and decoder rows grow at no cost: a penalty is then no penalty.
+        Without unit norms a penalty has no effect: latents shrink and decoder rows grow.
         """
         trainer = trainer_of(self)
         given = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
@@ -379,32 +382,32 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def on_train_start(self) -> None:
-        """Put into force what `LearningRateFinder` has found: it sets `lr` after the optimizer."""
+        """Use the `lr` found by `LearningRateFinder`, which sets it after the optimizer is made."""
         rates = [group.get("lr", self.lr) for group in self.parameter_groups()]
         for config in self.trainer.lr_scheduler_configs:
             set_peak_rates(config.scheduler, rates)
 
     @override
     def on_train_epoch_start(self) -> None:
-        """Have all ranks train on equally many batches, as far as lengths are known."""
+        """Give all ranks the same number of batches, if their lengths are known."""
         self._lengths_are_unknown = self.ranks.shorten_epoch()
 
     @override
     def on_train_epoch_end(self) -> None:
-        """Refuse data without a batch, of which Lightning would begin epoch after epoch."""
+        """Refuse data without a batch, with which Lightning would start epochs for ever."""
         require_a_batch(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     @override
     def on_fit_end(self) -> None:
-        """Refuse data without a batch, for which Lightning has no epoch at all."""
+        """Refuse data without a batch, for which Lightning runs no epoch."""
         if self.trainer.limit_train_batches != 0:
             require_a_batch(self.trainer.fit_loop.max_batches)
 
     @override
     def on_train_batch_start(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
-        """Before the very first step: adopt the data's scaling and place `b_dec`.
+        """Before the first step, take over the data's scaling and initialise `b_dec`.
 
-        An SAE that is trained already stays the function it is, in the space of the data.
+        The scaling does not change what a trained SAE computes.
         """
         if self._lengths_are_unknown:
             self.ranks.end_with_the_first()
@@ -426,7 +429,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         if not self.ranks.sum((batch != 0).sum()):
             warnings.warn(
                 f"All {len(batch)} activations of the first batch are zero: if those that follow "
-                "are too, nothing is learnt. Look at the data and its hook.",
+                "are too, nothing is learnt. Check the data and its hook.",
                 stacklevel=2,
             )
         if self.b_dec_init == "mean":
@@ -443,19 +446,19 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def training_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> dict[str, Any]:
-        """Objective on one batch; callbacks find its parts in the returned dictionary.
+        """Loss of one batch. Callbacks get the returned dictionary as `outputs`.
 
         Returns:
-            `loss`, what is minimised; `fired` [d_sae], how often each latent fired in the batch;
-            `squared_error` [batch], each activation's error in the objective's space. With several
-            ranks all are this rank's own; what is logged is that of all ranks.
+            `loss`, a scalar; `fired` [d_sae], how often each latent fired in the batch;
+            `squared_error` [batch], of each centred and scaled activation. With several ranks these
+            are of this rank alone, while logged values are of all ranks.
 
         Raises:
             ValueError: If `batch` is not of shape [batch, d_in].
             FloatingPointError: If the loss is not finite; the message says at which step.
         """
         require_batch(batch, self.d_in)
-        if not self.is_trained:  # in a loop of the user's own, without the hooks of a trainer
+        if not self.is_trained:  # in a training loop without Lightning's hooks
             self._start_from(batch)
         x = self.scaled(batch)
         outcome = self._evaluate(x)
@@ -474,7 +477,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def on_train_end(self) -> None:
-        """Look at what the last step gave, which no further loss shows.
+        """Check the weights after the last step, which no later loss depends on.
 
         Raises:
             FloatingPointError: If weights are not finite.
@@ -483,7 +486,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     def _evaluate(self, x: Float[Tensor, "batch d_in"]) -> Outcome:
         rows = self.chunk_rows or default_chunk_rows(self.d_sae, x.device.type, dense=True)
-        # Revival is measured against the error of the whole batch.
+        # The revival loss depends on the error of the whole batch.
         apart = self.rows_are_independent and not (self.revive != "none" and self.dead.any())
         if self.layout.dense and apart and len(x) > rows:
             trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -502,7 +505,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         )
 
     def count_silence(self, fired: Int[Tensor, " d_sae"], n: int) -> None:
-        """Take note of how often each latent fired on `n` activations."""
+        """Update `silent_for` with how often each latent fired on `n` activations."""
         self.silent_for += n
         self.silent_for[fired > 0] = 0
 
@@ -523,18 +526,18 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
     # The optimizer.
 
     def length_problems(self, total: int) -> list[str]:
-        """What is wrong with warm-up and decay in a run of `trainer.max_steps`."""
+        """Error messages about warm-up and decay in a run of `trainer.max_steps`."""
         return schedule_problems(self.lr_warmup_steps, self.lr_decay_steps, total)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What is trained, in groups that may have a learning rate of their own."""
+        """Trained parameters, in groups that may have different learning rates."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Fused Adam with warm-up and decay of the learning rate.
 
-        Outside of a trainer, where callbacks are not called, its steps keep decoder rows at norm 1.
+        Without a trainer, which calls callbacks, its steps also keep decoder rows at norm 1.
         """
         trainer: Any = trainer_of(self)
         brief = trainer is not None and trainer.fast_dev_run
@@ -559,10 +562,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the trainer's own setting where it has one, else by `clip_grad_norm`.
+        """Clip by the trainer's `gradient_clip_val` if it is set, else by `clip_grad_norm`.
 
-        Done here, for Lightning refuses to clip for a fused optimiser under any mixed precision,
-        though only fp16's scaled gradients are in its way, and there Adam is not fused.
+        Lightning refuses to clip for a fused optimizer in any mixed precision, although the problem
+        is only the scaled gradients of fp16, for which Adam is not fused here.
         """
         if gradient_clip_val is None:
             clip_gradients(optimizer, self.clip_grad_norm, "norm")
@@ -571,11 +574,11 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Drop the gradients, and reuse their memory for the next ones.
+        """Remove the gradients, and reuse their memory for the next ones.
 
-        A callback that needs a gradient beyond its step has to copy it.
+        A callback that needs a gradient after its step has to copy it.
         """
-        # Only sparse steps take it, and several ranks may have it in the buckets they exchange.
+        # Only sparse steps reuse it, and with several ranks DDP's buckets may hold it.
         if not self.layout.dense and self.trainer.world_size == 1:
             self.layout.workspace.recycle(parameter.grad for parameter in self.parameters())
         optimizer.zero_grad()
@@ -584,7 +587,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def validation_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
-        """Add a batch of held-out activations to the metrics, in raw space."""
+        """Add a batch of held-out raw activations to the metrics."""
         require_batch(batch, self.d_in)
         self._held_out_not_finite += int((~torch.isfinite(batch)).any(-1).sum())
         f = self.encode(batch)
@@ -594,7 +597,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        """Count anew."""
+        """Reset the counts."""
         self.held_out_count = self._held_out_not_finite = 0
 
     @override
@@ -604,12 +607,12 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def on_test_epoch_start(self) -> None:
-        """Count anew."""
+        """Reset the counts."""
         self.held_out_count = self._held_out_not_finite = 0
 
     @override
     def test_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
-        """Add a batch of held-out activations to the metrics, in raw space."""
+        """Add a batch of held-out raw activations to the metrics."""
         self.validation_step(batch, batch_idx)
 
     @override
@@ -620,15 +623,15 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
     def _log_metrics(self, stage: str) -> None:
         if self._held_out_not_finite:
             warnings.warn(
-                f"{self._held_out_not_finite} held-out activations are not finite, and so are the "
-                "figures: look at the model and its dtype, or leave them out with "
+                f"{self._held_out_not_finite} held-out activations are not finite, so neither are "
+                "the metrics: check the model and its dtype, or leave them out with "
                 "`data.max_norm_multiple`.",
                 stacklevel=2,
             )
         values = self.metrics.compute()
         self.held_out_frequency = values.pop("frequency")
         named = {f"{stage}/{name}": value.float() for name, value in values.items()}
-        # The same on all ranks already, as Lightning cannot see.
+        # Already the same on all ranks, but Lightning warns without `sync_dist`.
         self.log_dict(named, sync_dist=True)
         self.metrics.reset()
 
@@ -642,14 +645,14 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
     # Portable folders and checkpoints.
 
     def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
-        """Change biases in a folded state so that all pre-activations change by so much."""
+        """Change biases in a folded state so that pre-activations change by `by`."""
         state["b_enc"] = state["b_enc"] + by
 
     def adopt_scaling(self, mean: Float[Tensor, " d_in"], scale: Float[Tensor, ""]) -> None:
-        """See inputs as `(x - mean) * scale`, and stay the same function of raw activations.
+        """Centre and scale inputs as `(x - mean) * scale`, without changing what the SAE computes.
 
-        So an SAE that was loaded is trained on in the space in which others are trained. Where
-        `activate` is one that a scale would change, the SAE is left as it is.
+        A loaded SAE is then trained further in the same space as a new one. If `activate` does not
+        scale with its input, nothing is changed.
         """
         portable.adopt_scaling(self, mean, scale)
 
@@ -660,9 +663,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         model_card_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,  # noqa: ARG002  `push_to_hub` gives a configuration, and the SAE has its own
     ) -> Path:
-        """Write the SAE to a new folder as safetensors and JSON, acting on raw activations.
+        """Write the SAE to a new folder as safetensors and JSON.
 
-        Centring and scaling are folded into the weights.
+        Centring and scaling are folded into the weights, which then act on raw activations.
 
         Args:
             folder: The folder.
@@ -706,7 +709,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
     def from_pretrained(  # type: ignore[override]
         cls: type[SAE], folder: str | Path, *, revision: str | None = None
     ) -> SAE:
-        """Read what `save_pretrained` wrote; for subclasses that `lightning_sae.load` cannot know.
+        """Read a folder of `save_pretrained`. Unlike `lightning_sae.load`, it reads any subclass.
 
         Args:
             folder: The folder, or the name `owner/name[/folder]` of one on the hub.
@@ -719,10 +722,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what kind of SAE the checkpoint holds, of what, and the layout of its codes.
+        """Add the architecture, the data's source and the settings of the run to the checkpoint.
 
         Raises:
-            FloatingPointError: If weights are not finite: nobody could go on from them.
+            FloatingPointError: If weights are not finite, because the run could not be resumed.
         """
         trainer = trainer_of(self)
         checkpoint["lightning_sae"] = {
@@ -730,7 +733,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
             "source": self.source,
             "dense": self.layout.dense,
             "n_trained": self.n_trained,
-            "is_trained": self.is_trained,  # not yet, where a tuner saves to undo its steps
+            "is_trained": self.is_trained,  # False if a tuner saves before its trial steps
             "ranks": 1 if trainer is None else trainer.world_size,
         }
         if trainer is not None:
@@ -741,12 +744,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture or shape before it is loaded.
-
-        When training goes on, each rank adds what it alone had.
+        """Check a checkpoint before it is loaded; on resume, add what only this rank had saved.
 
         Raises:
-            ValueError: If it does not fit this SAE, or the run cannot go on with other settings.
+            ValueError: If it has another architecture or shape, or settings that cannot change.
         """
         require_matching(self, checkpoint)
         trainer = trainer_of(self)
@@ -760,7 +761,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         self.source = self.source or source
         self.is_trained = checkpoint["lightning_sae"].get("is_trained", True)
         self.n_trained = checkpoint["lightning_sae"].get("n_trained", 0)
-        # The layouts differ by rounding: a run goes on with the one it had.
+        # Layouts differ by rounding, so an exact resume needs the same one.
         self.layout.dense = checkpoint["lightning_sae"]["dense"]
 
     def _settings(self) -> Settings:
@@ -773,15 +774,14 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
             rank_zero_warn(
                 f"The checkpoint is of a run of {saved} ranks and goes on with {present}. Weights, "
                 "moments, schedules and counts are those of the checkpoint, but batches have "
-                f"{present}/{saved} of their size and other text: the run is not the one that "
-                "would have been."
+                f"{present}/{saved} of their size and other text: the resume is not exact."
             )
         elif self.trainer.global_rank > 0:
             take_part(Path(self.trainer.ckpt_path), self.trainer.global_rank, checkpoint)  # type: ignore[arg-type]
 
     @override
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As a module's; what has a place for `b_dec`, as after `ddp_spawn`, counts as trained."""
+        """As a module's. With a `b_dec` that is not zero, as after `ddp_spawn`, it is trained."""
         found = super().load_state_dict(*args, **kwargs)
         self.is_trained |= bool(self.b_dec.any())
         return found
@@ -797,12 +797,12 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
         weights_only: bool | None = True,
         **kwargs: Any,
     ) -> SAE:
-        """As Lightning's, but unpickles nothing, and gives back penalties as objects.
+        """As Lightning's, but unpickles nothing, and restores penalties as objects.
 
-        `lightning_sae.load` does the same without being told the class.
+        `lightning_sae.load` does the same for any architecture of the package.
 
         Raises:
-            ValueError: If the penalty is none of this package's: give it as `penalty`.
+            ValueError: If the penalty is not from this package: then give it as `penalty`.
         """
         if "penalty" not in kwargs:
             kwargs |= portable.penalty_of(checkpoint_path)
@@ -812,7 +812,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def _apply(self: SAE, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
-        """As a module's (`to`, `half`, ...), but `kept_in_float32` never becomes less precise."""
+        """As a module's (`to`, `half`, ...), but keep `kept_in_float32` in float32 or more."""
         kept = {name: getattr(self, name).detach() for name in self.kept_in_float32}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -821,13 +821,13 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
                 now.data, now.grad = before.to(now.device), None
         return self
 
-    # Lightning's bookkeeping, made cheap: a step of a small SAE can be shorter than it is.
+    # Faster versions of Lightning's bookkeeping, which can take longer than a small SAE's step.
 
     @override
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but does not ask a barebones trainer, which only warns at each call.
+        """As Lightning's, but return at once for a barebones trainer, which logs nothing.
 
-        Three calls a step; each 0.3 us instead of 6.3 (timeit, one thread).
+        It is called three times a step: 0.3 us instead of 6.3 each (timeit, one thread).
         """
         trainer: Any = trainer_of(self)
         if trainer is None or not trainer.barebones:
@@ -835,10 +835,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin):
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
-        """As a module's, but quick with Lightning's note of the hook that it is in.
+        """As a module's, but faster for `_current_fx_name`, where Lightning notes the current hook.
 
-        Lightning sets it 46 times a step: 0.09 us instead of 0.95 each (timeit, one thread), which
-        saves 40 us a step.
+        It sets this 46 times a step: 0.09 us instead of 0.95 each (timeit, one thread) saves 40 us.
         """
         if name == "_current_fx_name":
             self.__dict__[name] = value

@@ -1,23 +1,22 @@
 """Unit-norm decoder rows, kept through training."""
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_sae.architectures.optimizer import AfterOptimizerSteps
 from lightning_sae.checks import refuse_second
 
 
-class DecoderNormProjection(Callback):
+class DecoderNormProjection(AfterOptimizerSteps):
     """Keep the rows of `W_dec` at norm 1: project the gradient, renormalise after each step.
 
-    The component of the gradient along each row is removed before the optimiser sees it, so that
-    Adam's moments hold no motion that is undone at once. That alone is not enough: a step along
-    the sphere's tangent, and Adam's rescaling of it, still lengthen the rows. So their norm is
-    reset after the step. Both happen once per step of the optimiser, not per micro-batch, and not
-    for steps that a gradient scaler skips.
+    The gradient's component along each row is removed before the optimizer step, so that it does
+    not enter Adam's moments. This is not enough: steps along the tangent, which Adam also rescales,
+    still lengthen the rows. So the rows are normalised again after the step. Both happen once per
+    optimizer step, not per micro-batch, and not for steps that a gradient scaler skips.
 
     Source: Bricken et al., Towards Monosemanticity (2023), "Advice for training sparse
     autoencoders".
@@ -34,12 +33,9 @@ class DecoderNormProjection(Callback):
 
     constrains_decoder_norm = True
 
-    def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before any data is touched."""
+        """Check the module and the trainer before data is loaded."""
         if stage != "fit":
             return
         _decoder(pl_module)
@@ -52,51 +48,28 @@ class DecoderNormProjection(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from unit rows, and renormalise at the end of every step of the optimiser."""
+        """Normalise the rows now and after every optimizer step."""
         w = _decoder(pl_module)
         norms = torch.linalg.vector_norm(w.detach(), dim=-1)
-        # Rows that an earlier step normalised stay bit for bit, so that a resumed run is exact.
+        # Rows that are already normalised are not changed, so a resume is exact bit for bit.
         if ((norms - 1).abs() > 8 * torch.finfo(w.dtype).eps).any():
             self.renormalise(w)
-
-        def after_step(*_: object) -> None:
-            self.renormalise(w)
-
-        # A hook of the optimiser itself: Lightning has none between a step and what follows it.
-        self._handles = [
-            optimizer.register_step_post_hook(after_step)
-            for optimizer in trainer.optimizers
-            if any(
-                parameter is w for group in optimizer.param_groups for parameter in group["params"]
-            )
-        ]
+        self.after_each_step(trainer, w, lambda: self.renormalise(w))
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Remove from each row's gradient the part along the row: unscaled, and before clipping."""
+        """Remove the gradient's component along each row, after unscaling and before clipping."""
         w = _decoder(pl_module)
         if w.grad is not None:
             self.project(w.grad, w)
 
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimiser."""
-        self._remove_hooks()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Let go of the optimiser."""
-        self._remove_hooks()
-
-    # In place: a temporary of the decoder's size costs more than the step of Adam itself.
+    # In place, because a temporary copy of the decoder costs more time than Adam's step.
 
     @torch.no_grad()
     def project(self, gradient: Tensor, w: Tensor) -> None:
-        """Remove in place from `gradient` [d_sae, d_in] what is parallel to the unit rows `w`."""
+        """Remove from `gradient` [d_sae, d_in] its component along the unit rows `w`, in place."""
         for g, rows in zip(gradient.split(1024), w.split(1024), strict=True):  # stays in cache
             g.addcmul_(rows, (g * rows).sum(-1, keepdim=True), value=-1)
 
@@ -105,14 +78,9 @@ class DecoderNormProjection(Callback):
         """Scale the rows of `w` [d_sae, d_in] in place to norm 1; rows of zeros stay zero."""
         w.div_(torch.linalg.vector_norm(w, dim=-1, keepdim=True).clamp_min(1e-12))
 
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
 
 def keep_unit_rows(optimizer: Optimizer, w: Tensor) -> None:
-    """Have each step of an optimizer do what `DecoderNormProjection` does, without a trainer."""
+    """Do in each optimizer step what `DecoderNormProjection` does, without a trainer."""
     projection = DecoderNormProjection()
 
     def before_step(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Gated SAE: one part of the encoder says which latents fire, another how strongly."""
+"""Gated SAE: a gate decides which latents are active, and magnitudes how strongly."""
 
 import warnings
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from lightning_sae.functional.squared_error import squared_errors
 
 
 class GatedSAE(SparseAutoencoder):
-    r"""A gate with an L1 penalty, and magnitudes that no penalty shrinks.
+    r"""An SAE with a gate that is penalised by L1, and magnitudes that are not.
 
     .. math::
         \pi &= (x - b_{dec}) W_{enc} + b_{enc}, \quad
@@ -26,25 +26,28 @@ class GatedSAE(SparseAutoencoder):
         L &= \|x - \hat x(f)\|^2 + \lambda \sum_j \mathrm{ReLU}(\pi_j)
         + \|x - \hat x_{frozen}(\mathrm{ReLU}(\pi))\|^2 \quad \text{(mean over the batch)}
 
-    Magnitude and gate share their weights up to a scale, so one product serves both; `b_enc` is
-    the gate's bias. The last term alone trains the gate to reconstruct: without it the gate shuts.
-    Its decoder is a constant. Source: Rajamanoharan et al., Improving dictionary learning with
-    gated sparse autoencoders (2024).
+    Magnitudes and gate have the same weights up to a scale, so the encoder needs one product for
+    both; `b_enc` is the gate's bias. The last term, the auxiliary loss, is what trains the gate to
+    reconstruct; without it the penalty closes all gates. Its decoder gets no gradient. Source:
+    Rajamanoharan et al., Improving dictionary learning with gated sparse autoencoders (2024).
 
     With `decoder_norm="free"` the penalty is :math:`\lambda \sum_j \mathrm{ReLU}(\pi_j)
-    \|W_{dec,j}\|`. Then the decoder of the last term and the norms in the penalty should both be
-    live or both be constants, for what one of them gains is what the other must be charged.
+    \|W_{dec,j}\|`. Then the decoder in the auxiliary loss and the norms in the penalty should
+    either both get gradients or both not: otherwise one loss can be lowered by decoder norms
+    without the other counting their cost.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
         l1_coefficient: Weight lambda of the penalty.
-        penalty: A function of ReLU(pi) in its place, of `lightning_sae.functional.penalties`.
-        auxiliary_decoder: `frozen` as in the paper, or `live`.
-        norms_in_penalty: With `decoder_norm="free"`, `frozen` or `live`; as `auxiliary_decoder` by
+        penalty: Another function of ReLU(pi), one of `lightning_sae.functional.penalties`; `L1` by
             default.
-        use_b_mag: Whether magnitudes have a bias of their own; without it that is 0.
-        auxiliary_coefficient: Weight of the last term, 1 in the paper.
+        auxiliary_decoder: Whether the decoder of the auxiliary loss gets gradients (`live`) or
+            not, as in the paper (`frozen`).
+        norms_in_penalty: The same of the norms in the penalty, with `decoder_norm="free"`; as
+            `auxiliary_decoder` by default.
+        use_b_mag: Whether the bias of the magnitudes, `b_mag`, is trained; otherwise it is 0.
+        auxiliary_coefficient: Weight of the auxiliary loss, 1 in the paper.
         kwargs: Arguments of `SparseAutoencoder`.
 
     Raises:
@@ -81,8 +84,8 @@ class GatedSAE(SparseAutoencoder):
         if self.decoder_norm == "free" and norms_in_penalty != auxiliary_decoder:
             warnings.warn(
                 f"`auxiliary_decoder` is {auxiliary_decoder} but `norms_in_penalty` is "
-                f"{norms_in_penalty}: with free decoder norms one alone can be played against the "
-                "other. Set both to `live` or both to `frozen`.",
+                f"{norms_in_penalty}: with free decoder norms, one loss can then be lowered at no "
+                "cost in the other. Set both to `live` or both to `frozen`.",
                 stacklevel=2,
             )
         self.l1_coefficient, self.penalty = l1_coefficient, penalty or L1()
@@ -127,11 +130,11 @@ class GatedSAE(SparseAutoencoder):
 
     @override
     def fresh_latent(self) -> dict[str, float]:
-        """Magnitudes that are those of the gate."""
+        """As in the base class, with magnitudes equal to the gate's pre-activations."""
         return {**super().fresh_latent(), "r_mag": 0.0, "b_mag": 0.0}
 
     @override
     def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
-        """Shift the gate, and the magnitudes, which do not see the gate's bias."""
+        """Shift the biases of the gate and of the magnitudes."""
         super().shift_pre_activations(state, by)
         state["b_mag"] = state["b_mag"] + self.r_mag.exp() * by

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sae.architectures.batch_topk import BatchTopKSAE
 from lightning_sae.architectures.objective import Step
-from lightning_sae.checks import require_not_negative
+from lightning_sae.checks import require_at_least, require_not_negative
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import Above
@@ -118,8 +118,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 
 def _check_prefixes(prefixes: Sequence[int] | int, d_sae: int) -> None:
     if isinstance(prefixes, int):
-        if prefixes < 1:
-            raise ValueError(f"Expected argument `prefixes` to be at least 1 but got {prefixes}.")
+        require_at_least(1, prefixes=prefixes)
         return
     widths = list(prefixes)
     if not widths or sorted(set(widths)) != widths or widths[0] < 1 or widths[-1] != d_sae:

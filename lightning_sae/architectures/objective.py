@@ -111,6 +111,6 @@ class _WithGradients(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        # Let go of, or each would be copied on its way to the weight that it belongs to.
+        # Drop the reference, or autograd would copy each gradient when it accumulates it.
         gradients, ctx.gradients = ctx.gradients, None
         return None, None, *(None if g is None else g.mul_(dloss) for g in gradients)

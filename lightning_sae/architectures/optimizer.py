@@ -1,14 +1,16 @@
 """Adam in one fused pass, and a learning rate that rises, stays and falls."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_sae.lengths import Length, two_steps_of, unknown
@@ -161,3 +163,38 @@ def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | N
         nn.utils.clip_grad_value_(weights, value)
     else:
         clip_norm(optimizer, value)
+
+
+class AfterOptimizerSteps(Callback):
+    """A callback that changes weights directly after each optimizer step, until training ends.
+
+    It uses hooks of the optimizer, because Lightning calls nothing between a step and what follows.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def after_each_step(self, trainer: Trainer, weight: Tensor, act: Callable[[], None]) -> None:
+        """Call `act` after each step of the optimizer that trains `weight`."""
+        self._handles += [
+            optimizer.register_step_post_hook(lambda *_: act())
+            for optimizer in trainer.optimizers
+            if any(weight is p for group in optimizer.param_groups for p in group["params"])
+        ]
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the optimizer hooks."""
+        self._remove_hooks()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Remove the optimizer hooks."""
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,4 +1,4 @@
-"""SAEs whose latents may be kept orthogonal to the inputs on which they fire weakly."""
+"""An auxiliary loss: encoder directions orthogonal to inputs on which latents fire weakly."""
 
 from typing import Any, Literal
 
@@ -19,38 +19,38 @@ from lightning_sae.functional.sparse.patterns import DensePattern
 
 
 class WithOrthogonality(SparseAutoencoder):
-    r"""An SAE that may have the auxiliary loss of activation orthogonality.
+    r"""Base of SAEs that can be trained with the activation orthogonality loss.
 
     .. math::
         L_{aux} = \tfrac{\lambda_{aux}}{B F} \sum_{i,j} [f_{ij} \le \tau_j]
         \cos(x_i - b_{dec}, W_{enc,j})^2
 
-    Source: Chanin et al., Broken latents (2024), where it is divided by the number of latents, as
-    here and unlike a penalty. The activations that they penalise are the low ones, which a latent
-    owes to features that are not its main one. In narrow SAEs it is the high ones, where several
-    features come together: with `orthogonality_side="high"` it is those with
-    :math:`f_{ij} > \tau_j`.
+    The mean is over both the batch and the latents, unlike in a sparsity penalty. Source: Chanin et
+    al., Broken latents (2024). It penalises low activations, which are caused by features other
+    than the latent's main one. In an SAE with fewer latents than features, the high activations
+    are the ones to penalise, because several features add up there: with
+    `orthogonality_side="high"` the loss is over :math:`f_{ij} > \tau_j`.
 
-    Their weight of 10,000 is taken over as it is. They do not say whether the squared error beside
-    it is summed or averaged over d_in; their world with a parent gives clean latents either way. It
-    belongs to the scale of these worlds, where a feature explains a squared error of about 20.
+    The weight of 10,000 in the source suits its toy data, where a feature explains a squared error
+    of about 20. The source does not say whether the squared error is summed or averaged over d_in;
+    on its data with a parent feature, both give clean latents.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
-        orthogonality_coefficient: Weight of the loss; 0 for none.
-        orthogonality_threshold_share: The threshold tau_j, as a share of the largest activation of
-            latent j.
-        orthogonality_window: Batches over which that is the largest.
+        orthogonality_coefficient: Weight of the loss; 0 turns it off.
+        orthogonality_threshold_share: The threshold tau_j, as a share of the largest recent
+            activation of latent j.
+        orthogonality_window: Number of batches that count as recent.
         orthogonality_side: Whether `low` or `high` activations are penalised.
-        orthogonality_threshold: `share` as above; or `mixture`, the crossing of the latent's two
-            peaks where its activations have two, else the share.
+        orthogonality_threshold: `share`, as above; or `mixture`, the point between the two peaks
+            of a latent's activations where it has two peaks, and the share where it has not.
         kwargs: Arguments of `SparseAutoencoder`.
 
     Attributes:
-        orthogonality_scale: Share in force of both the weight and the threshold;
-            `AuxThresholdWarmup` moves it.
-        peaks: What is known of how strongly latents fire; None without the loss.
+        orthogonality_scale: Factor of both the weight and the threshold, from 0 to 1;
+            `AuxThresholdWarmup` changes it.
+        peaks: The recent activations of the latents and their thresholds; None without the loss.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -95,12 +95,12 @@ class WithOrthogonality(SparseAutoencoder):
     def orthogonality(
         self, x: Float[Tensor, "batch d_in"], f: Code, v: Code | None = None
     ) -> dict[str, Float[Tensor, ""]]:
-        """The auxiliary loss of a batch, if one is asked for.
+        """The auxiliary loss of a batch; empty if it is turned off.
 
         Args:
             x: Centred and scaled activations.
             f: Their latents.
-            v: Pre-activations of the same entries; by default they are worked out from `f`.
+            v: Pre-activations of the same entries; by default computed from `f`.
         """
         if self.peaks is None:
             return {}
@@ -120,7 +120,7 @@ class WithOrthogonality(SparseAutoencoder):
         return {"orthogonality": self.orthogonality_coefficient * self.orthogonality_scale * cost}
 
     def _pre_of(self, x: Tensor, f: Code) -> Code:
-        """Active latents are their pre-activations, unless a subclass activates in its own way."""
+        """Pre-activations of latents: `f` itself, unless a subclass overrides `activate`."""
         own = not type(self).activate.__module__.startswith("lightning_sae.architectures.")
         if own and isinstance(f.pattern, DensePattern):
             return f.with_values(self.pre_activations(x))
@@ -128,7 +128,7 @@ class WithOrthogonality(SparseAutoencoder):
 
     @override
     def training_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> dict[str, Any]:
-        """As in `SparseAutoencoder`; takes note of how strongly latents fired."""
+        """As in `SparseAutoencoder`, and update `peaks`."""
         if self.peaks is None:
             return super().training_step(batch, batch_idx)
         self.peaks.open()

@@ -1,4 +1,4 @@
-"""How strongly each latent fired over the last batches, and the threshold that follows from it."""
+"""Thresholds of latents from their largest activations over the last batches."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,16 @@ from lightning_sae.functional.peaks import counts_by_height, maxima, two_peaks
 from lightning_sae.functional.sparse.code import Code
 
 Reduce = Callable[..., Tensor]
-"""Reduces a tensor over ranks, in place or not, as `reduce` of a trainer's strategy does."""
+"""Reduces a tensor over ranks, possibly in place, as `reduce` of a trainer's strategy does."""
 
 
 class PeakThreshold(nn.Module):
     """A fixed share of each latent's largest activation over the last batches.
 
-    A batch is what one training step sees: a micro-batch, where gradients are accumulated, and on
-    several ranks the batches of all of them. The batch in progress does not count yet, so that its
-    threshold is the same for all its chunks. All state is in buffers, the same on all ranks.
+    A batch is the input of one training step: a micro-batch if gradients are accumulated, and the
+    batches of all ranks together. The current batch counts only after its end, so that the
+    threshold is the same for all its chunks of rows. All state is in buffers and is the same on all
+    ranks.
 
     Args:
         d_sae: Number of latents.
@@ -52,32 +53,33 @@ class PeakThreshold(nn.Module):
 
     @torch.no_grad()
     def note(self, f: Code) -> None:
-        """See latents of the batch, all or some of its rows."""
+        """Add latents of the batch, for all or some of its rows."""
         torch.maximum(self.current, maxima(f), out=self.current)
 
     @torch.no_grad()
     def close(self, reduce: Reduce) -> None:
-        """End a batch on all ranks."""
+        """End a batch, on all ranks."""
         place = (self.n_batches % self.window).view(1)
-        seen = reduce(self.current.clone(), reduce_op="max")  # a copy, for it may work in place
+        seen = reduce(self.current.clone(), reduce_op="max")  # may work in place
         self.recent.index_copy_(0, place, seen.unsqueeze(0))
         self.n_batches += 1
 
     def scalars(self) -> dict[str, Float[Tensor, ""]]:
-        """What is worth logging."""
+        """Values to log, by name."""
         return {}
 
 
 class MixtureThreshold(PeakThreshold):
-    """The activation at which a latent's two peaks cross, where it has two; else the fixed share.
+    """The point between a latent's two peaks of activation; the fixed share if it has one peak.
 
-    Activations are counted in bins from 0 to the largest over the window, and what was counted
-    fades by 1 - 1 / `window` per batch. Every `window` batches `two_peaks` is fitted. The crossing
-    is kept relative to the largest activation, which may move meanwhile.
+    Activations are counted in bins from 0 to the largest over the window, and counts decay by the
+    factor 1 - 1 / `window` per batch. Every `window` batches, `two_peaks` is fitted to them. The
+    point where the two peaks cross is stored relative to the largest activation, which may change
+    until the next fit.
 
     Args:
         d_sae: Number of latents.
-        share: Share of the largest activation for latents without two peaks.
+        share: Share of the largest activation, for latents without two peaks.
         window: Number of batches.
         bins: Bins of the histogram.
     """
@@ -110,14 +112,14 @@ class MixtureThreshold(PeakThreshold):
 
     @override
     def note(self, f: Code) -> None:
-        """See latents of the batch, all or some of its rows."""
+        """Add latents of the batch, for all or some of its rows."""
         super().note(f)
         self.counted += counts_by_height(f, self.peaks(), self.bins)
 
     @override
     @torch.no_grad()
     def close(self, reduce: Reduce) -> None:
-        """End a batch on all ranks, and fit if it is time."""
+        """End a batch, on all ranks, and fit every `window` batches."""
         super().close(reduce)
         self.histogram *= 1 - 1 / self.window
         self.histogram += reduce(self.counted.clone(), reduce_op="sum")
@@ -132,5 +134,5 @@ class MixtureThreshold(PeakThreshold):
 
     @override
     def scalars(self) -> dict[str, Float[Tensor, ""]]:
-        """Mean separation of the peaks, and the share of latents with two."""
+        """Mean separation of the peaks, and the share of latents that have two."""
         return {"separation": self.separation.mean(), "two_peaks": self.has_two.float().mean()}

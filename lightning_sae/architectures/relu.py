@@ -16,21 +16,21 @@ from lightning_sae.functional.squared_error import squared_errors
 
 
 class ReLUSAE(WithOrthogonality):
-    r"""Untied autoencoder with ReLU latents and an L1 penalty, or another.
+    r"""Autoencoder with ReLU latents and an L1 penalty, or another sparsity penalty.
 
     .. math::
         f &= \mathrm{ReLU}((x - b_{dec}) W_{enc} + b_{enc}), \quad \hat x = f W_{dec} + b_{dec} \\
         L &= \|x - \hat x\|^2 + \lambda \sum_j p(f_j) \quad \text{(mean over the batch)}
 
-    With `apply_b_dec_to_input=False` the encoder sees x itself; with `decoder_norm="free"` the
-    penalty is of :math:`f_j \|W_{dec,j}\|`. Source: Bricken et al., Towards Monosemanticity
-    (2023), with p(f) = f; the squared error is summed over d_in. One binary feature of strength g
-    is then learnt as g - lambda/2.
+    The squared error is summed over d_in. With `apply_b_dec_to_input=False` the encoder's input is
+    x itself; with `decoder_norm="free"` the penalty is of :math:`f_j \|W_{dec,j}\|`. Source:
+    Bricken et al., Towards Monosemanticity (2023), where p(f) = f. This L1 penalty shrinks
+    activations: a single binary feature of strength g is learnt as g - lambda/2.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
-        l1_coefficient: Weight lambda of the penalty, against a squared error summed over d_in.
+        l1_coefficient: Weight lambda of the penalty.
         penalty: The function p, one of `lightning_sae.functional.penalties`; `L1` by default.
         kwargs: Arguments of `WithOrthogonality` and `SparseAutoencoder`.
 
@@ -61,18 +61,18 @@ class ReLUSAE(WithOrthogonality):
         return torch.relu(pre)
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
-        """The positive pre-activations; what `activate` says where a subclass says otherwise."""
+        """The positive pre-activations; the latents of `activate` where a subclass overrides it."""
         if type(self).activate is not ReLUSAE.activate:
             return super().latents(x)
         return self.code(x, Above(0.0))
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
-        """Squared error and penalty on centred and scaled activations."""
+        """Squared error and penalty, on centred and scaled activations."""
         f = self.latents(x)
         return self.step(x, f)
 
     def step(self, x: Float[Tensor, "batch d_in"], f: Code, v: Code | None = None) -> Step:
-        """The same of latents, and of their pre-activations where these are not `f` itself."""
+        """The loss of latents `f`; `v` are their pre-activations, where these differ from `f`."""
         x_hat = self.reconstruct(f)
         cost = batch_penalty(self.penalty, f, self.penalty_norms())
         errors = squared_errors(x, x_hat)

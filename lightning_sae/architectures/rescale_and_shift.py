@@ -1,4 +1,4 @@
-"""The ablations of the gated SAE: a plain ReLU encoder whose shrinkage is undone afterwards."""
+"""Ablations of the gated SAE: a ReLU encoder with a scale and shift against shrinkage."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning_sae.functional.sparse.code import Code
 
 
 class RescaleAndShiftSAE(GatedSAE):
-    r"""A ReLU encoder, and a scale and shift of what it lets through: no step function.
+    r"""A ReLU encoder whose active latents are rescaled and shifted.
 
     .. math::
         \pi &= (x - b_{dec}) W_{enc} + b_{enc}, \quad
@@ -20,10 +20,10 @@ class RescaleAndShiftSAE(GatedSAE):
         L &= \|x - \hat x(f)\|^2 + \lambda \sum_j \mathrm{ReLU}(\pi_j)
         + \|x - \hat x_{frozen}(\mathrm{ReLU}(\pi))\|^2 \quad \text{(mean over the batch)}
 
-    The loss is that of `GatedSAE`. There the strength of a latent does not know the gate's bias,
-    which the penalty pulls down; here it does. Source: Rajamanoharan et al., Improving dictionary
-    learning with gated sparse autoencoders (2024), "rescale and shift". With `use_b_mag=False` it
-    is the variant without the Heaviside step of its discussion: :math:`f = t\,\mathrm{ReLU}(\pi)`.
+    The loss is that of `GatedSAE`. Unlike there, the magnitude of a latent depends on `b_enc`,
+    which the penalty lowers. Source: Rajamanoharan et al., Improving dictionary learning with gated
+    sparse autoencoders (2024), "rescale and shift". With `use_b_mag=False` it is the paper's
+    variant without a Heaviside step, :math:`f = e^{r_{mag}}\,\mathrm{ReLU}(\pi)`.
 
     Args:
         d_in: Width of the activations.
@@ -51,10 +51,10 @@ class RescaleAndShiftSAE(GatedSAE):
 
     @override
     def magnitudes(self, gate: Code) -> Code:
-        """The same of a code."""
+        """Latents from the positive pre-activations."""
         return gate.with_values(gate.at(self.r_mag.exp()) * gate.values + gate.at(self.b_mag))
 
     @override
     def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
-        """Shift the encoder's bias; strengths are of pre-activations and follow."""
+        """Shift the encoder's bias, from which the magnitudes follow."""
         SparseAutoencoder.shift_pre_activations(self, state, by)

@@ -33,21 +33,21 @@ TRAINED: dict[str, tuple[str, ...]] = {
 """The weights that each method trains."""
 
 TAKEN_OVER = ("lr", "betas", "clip_grad_norm", "dead_after", "chunk_rows")
-"""Arguments of a trained SAE with which its copy is fine-tuned."""
+"""Arguments that a fine-tuned copy has from the trained SAE."""
 
 Rescaled = TypeVar("Rescaled", bound="RescaledSAE")
 
 
 class RescaledSAE(SparseAutoencoder):
-    r"""A trained ReLU SAE whose suppressed latents are brought back, by a scale of each.
+    r"""A trained ReLU SAE whose shrunk latents are rescaled, each by a trained scale.
 
     .. math::
         f_s = s \odot \mathrm{ReLU}((x - o) W_{enc} + b_{enc}), \quad
         \hat x = f_s W_{dec} + b_{dec}, \quad
         L = \|x - \hat x\|^2 \quad \text{(mean over the batch)}
 
-    An L1 penalty shrinks latents, by lambda/2 for one binary feature. Without a penalty and with
-    the scales s, from 1 on, a part of the weights is trained on; which part is the `method`:
+    An L1 penalty shrinks latents, by lambda/2 for a single binary feature. This SAE is trained
+    without a penalty, with scales s that start at 1. `method` says which weights are trained:
 
     - `scale`: s;
     - `decoder`: s, `W_dec`, `b_dec`;
@@ -56,26 +56,28 @@ class RescaledSAE(SparseAutoencoder):
     - `unrotated_encoder`: s, `b_enc`;
     - `unrotated_all`: s, `b_enc`, `b_dec`.
 
-    The first three leave the encoder alone: which latents fire does not change. For this the
-    encoder's origin o, `b_dec` as it was when the SAE was taken or 0 where that is not subtracted,
-    is a constant. Latents are f_s. The source says nothing of the norms of decoder rows while they
-    are trained; here they are free, for there is no penalty to escape from, and what a latent is
-    scaled by is s times the growth of its row. With `decoder_norm="unit"` and the callback
-    `DecoderNormProjection` rows turn only. Source: Wright and Sharkey, Addressing feature
-    suppression in SAEs (2024). Its seventh method, the baseline, is the plain SAE trained on.
+    The first three do not change which latents fire. For this, the encoder's origin o is a
+    constant: `b_dec` of the trained SAE, or 0 if its encoder does not subtract `b_dec`. The latents
+    are f_s. Source: Wright and Sharkey, Addressing feature suppression in SAEs (2024); its seventh
+    method, the baseline, is to continue training the SAE itself.
+
+    The source does not say whether decoder rows keep their norm. Here they are free by default,
+    because without a penalty latents gain nothing by shrinking; a latent's total scale is then s
+    times the norm of its row. With `decoder_norm="unit"` rows change in direction only.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
-        method: What is trained.
-        sae: Folder of the trained SAE, as `save_pretrained` writes it; in Python `of` takes an SAE.
-        decoder_norm: `free`, or `unit` for decoder rows that only turn.
-        kwargs: Arguments of `SparseAutoencoder`; `apply_b_dec_to_input` and `b_dec_init` have no
-            meaning here, and `revive` is refused.
+        method: Which weights are trained.
+        sae: Folder of the trained SAE, as `save_pretrained` writes it. In Python, `of` takes an SAE
+            object instead.
+        decoder_norm: `free`, or `unit` for decoder rows that keep norm 1.
+        kwargs: Arguments of `SparseAutoencoder`. `apply_b_dec_to_input` and `b_dec_init` have no
+            effect, and `revive` is refused.
 
     Raises:
-        ValueError: If an argument is out of range, or the SAE is not one of ReLU latents or of
-            other sizes; when training starts, if there is no trained SAE to begin with.
+        ValueError: If an argument is out of range, or if the trained SAE has no ReLU latents or
+            other sizes; when training starts, if no trained SAE was given.
 
     Example:
         >>> sae = RescaledSAE.of(ReLUSAE(4, 8), "scale", lr=1e-3)
@@ -99,11 +101,11 @@ class RescaledSAE(SparseAutoencoder):
     ) -> None:
         super().__init__(d_in, d_sae, decoder_norm=decoder_norm, **kwargs)
         self.save_hyperparameters()
-        self.hparams.pop("sae", None)  # whoever loads this SAE may not have that one
+        self.hparams.pop("sae", None)  # the folder may be missing where this SAE is loaded
         require_one_of(tuple(TRAINED), method=method)
         require_one_of(("none",), revive=self.revive)
         self.method = method
-        self.apply_b_dec_to_input = True  # in the form of `origin`
+        self.apply_b_dec_to_input = True  # as `origin`
         self.scale = nn.Parameter(torch.ones(self.d_sae))
         self.register_buffer("origin", torch.zeros(d_in))
         for name, weight in self.named_parameters():
@@ -118,16 +120,16 @@ class RescaledSAE(SparseAutoencoder):
         method: Method = "decoder",
         **arguments: Any,
     ) -> Rescaled:
-        """A copy of a trained SAE, to be fine-tuned; as yet the same function.
+        """A copy of a trained SAE for fine-tuning, which initially computes the same function.
 
         Args:
-            sae: A `ReLUSAE`, or a `TiedSAE` without thresholds, whose copy is not tied.
-            method: What is trained.
-            arguments: Of `SparseAutoencoder`; by default learning rate, `betas`, clipping and the
-                like are those of `sae`, without its warm-up and decay.
+            sae: A `ReLUSAE`, or a `TiedSAE` without thresholds; its copy is not tied.
+            method: Which weights are trained.
+            arguments: Arguments of `SparseAutoencoder`. By default `lr`, `betas`,
+                `clip_grad_norm`, `dead_after` and `chunk_rows` are those of `sae`.
 
         Raises:
-            ValueError: If `sae` has other latents, or an argument is out of range.
+            ValueError: If `sae` has no ReLU latents, or an argument is out of range.
         """
         kept = {name: getattr(sae, name) for name in TAKEN_OVER}
         found = cls(sae.d_in, sae.d_sae, method, **{**kept, **arguments})
@@ -151,23 +153,23 @@ class RescaledSAE(SparseAutoencoder):
 
     @override
     def encoder_origin(self) -> Float[Tensor, " d_in"]:
-        """A constant, so that `b_dec` can be trained without the encoder seeing it."""
+        """A constant, so that training `b_dec` does not change the encoder's input."""
         return self.origin
 
     @override
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
-        """The positive part, scaled."""
+        """The positive part, times the scale."""
         return pre.relu() * self.scale
 
     @override
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
-        """The positive pre-activations, scaled."""
+        """The positive pre-activations, times the scale."""
         f = self.code(x, Above(0.0))
         return f.with_values(f.values * f.at(self.scale))
 
     @override
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
-        """The squared error alone, on centred and scaled activations."""
+        """The squared error only, on centred and scaled activations."""
         f = self.latents(x)
         x_hat = self.reconstruct(f)
         errors = squared_errors(x, x_hat)
@@ -175,25 +177,25 @@ class RescaledSAE(SparseAutoencoder):
 
     @override
     def on_train_start(self) -> None:
-        """Refuse to fine-tune random weights."""
+        """Raise a ValueError if the weights are random."""
         if not self.is_trained:
             raise ValueError(
-                "Expected `RescaledSAE` to begin with a trained SAE but it has random weights: "
+                "Expected `RescaledSAE` to start from a trained SAE but it has random weights: "
                 "build it with `RescaledSAE.of(sae, method)`, or give the argument `sae`."
             )
         super().on_train_start()
 
     @torch.no_grad()
     def folded(self, into: Literal["decoder", "encoder"] = "decoder") -> ReLUSAE:
-        """A plain `ReLUSAE` with the same reconstructions, the scales worked into its weights.
+        """A plain `ReLUSAE` with the same reconstructions, with the scales folded into its weights.
 
         Args:
-            into: `decoder`: rows of `W_dec` are multiplied, and latents are those before the
-                scales, as strong as the trained SAE had them. `encoder`: columns of `W_enc` and
-                `b_enc` are, and latents are those of this SAE; all scales have to be positive.
+            into: `decoder` multiplies the rows of `W_dec`; the latents are then those without the
+                scales. `encoder` multiplies the columns of `W_enc` and `b_enc`; the latents are
+                then those of this SAE, and all scales have to be positive.
 
         Raises:
-            ValueError: If a scale is not positive that is to go into the encoder.
+            ValueError: If `into` is `encoder` and a scale is not positive.
         """
         require_one_of(("decoder", "encoder"), into=into)
         W_enc, b_enc, W_dec = self.W_enc, self.b_enc, self.W_dec
@@ -203,7 +205,7 @@ class RescaledSAE(SparseAutoencoder):
             _require_positive(self.scale)
             W_enc, b_enc = W_enc * self.scale, b_enc * self.scale
         kept = {name: getattr(self, name) for name in TAKEN_OVER}
-        centred = torch.equal(self.origin, self.b_dec)  # else the bias can stand for the origin
+        centred = torch.equal(self.origin, self.b_dec)  # else the bias stands in for the origin
         found = ReLUSAE(
             self.d_in, self.d_sae, 0.0, decoder_norm="free", apply_b_dec_to_input=centred, **kept
         ).to(self.W_dec)
@@ -234,6 +236,6 @@ def _require_positive(scale: Float[Tensor, " d_sae"]) -> None:
     n = int((scale <= 0).sum())
     if n:
         raise ValueError(
-            f"Expected all scales to be positive, to go into the encoder, but {n} of {len(scale)} "
-            "are not, and a ReLU gives no such latents: fold into the decoder."
+            f"Expected all scales to be positive, to be folded into the encoder, but {n} of "
+            f"{len(scale)} are not, and a ReLU has no such latents: fold into the decoder."
         )

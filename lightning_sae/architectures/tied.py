@@ -1,4 +1,4 @@
-"""Tied SAE: the encoder is the decoder's transpose, and has no bias."""
+"""Tied SAE: the encoder is the transpose of the decoder and has no bias."""
 
 from typing import Any
 
@@ -17,25 +17,25 @@ from lightning_sae.functional.sparse.selection import Above
 
 
 class TiedSAE(ReLUSAE):
-    r"""A ReLU SAE with one matrix: a latent's encoder and decoder are one direction.
+    r"""A ReLU SAE whose latents have one direction for encoder and decoder.
 
     .. math::
         f = \mathrm{ReLU}((x - b_{dec}) W_{dec}^T), \quad \hat x = f W_{dec} + b_{dec}, \quad
         L = \|x - \hat x\|^2 + \lambda \sum_j p(f_j) \quad \text{(mean over the batch)}
 
-    `W_enc` is a view of `W_dec`, and `b_enc` is always 0. Latents interfere with each other unless
-    their directions are orthogonal. Source: Chanin et al., Broken latents: studying SAEs and
+    `W_enc` is a view of `W_dec`, and `b_enc` is always 0. Latents whose directions are not
+    orthogonal interfere with each other. Source: Chanin et al., Broken latents: studying SAEs and
     feature co-occurrence in toy models (2024).
 
-    With `threshold_init` pre-activations are kept above a threshold of each latent instead of above
-    0; thresholds are trained as in `lightning_sae.functional.jumprelu`.
+    With `threshold_init`, a latent is active above its own trained threshold instead of above 0;
+    see `lightning_sae.functional.jumprelu`.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
         l1_coefficient: Weight lambda of the penalty.
-        threshold_init: Thresholds at the start; null for a ReLU.
-        bandwidth: Width of the window in which thresholds get a gradient.
+        threshold_init: Initial value of the thresholds; null for a ReLU.
+        bandwidth: Width of the window around a threshold in which it gets a gradient.
         kwargs: Arguments of `ReLUSAE`.
 
     Raises:
@@ -80,13 +80,13 @@ class TiedSAE(ReLUSAE):
         return pre.relu() if self.threshold is None else pre * (pre > self.threshold.relu())
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
-        """The active pre-activations; what `activate` says where a subclass says otherwise."""
+        """The active pre-activations; the latents of `activate` where a subclass overrides it."""
         if type(self).activate is not TiedSAE.activate:
             return super().latents(x)
         return self._jumped(self._candidates(x))
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
-        """Squared error and penalty on centred and scaled activations."""
+        """Squared error and penalty, on centred and scaled activations."""
         if self.threshold is None or type(self).activate is not TiedSAE.activate:
             return super().objective(x)
         v = self._candidates(x)
@@ -94,12 +94,12 @@ class TiedSAE(ReLUSAE):
 
     @override
     def fresh_latent(self) -> dict[str, float]:
-        """A threshold as at the start, where there is one."""
+        """As in `ReLUSAE`, and the initial threshold if there are thresholds."""
         start = {} if self.threshold_init is None else {"threshold": self.threshold_init}
         return {**super().fresh_latent(), **start}
 
     def _candidates(self, x: Tensor) -> Code:
-        """Pre-activations above 0, or above the window of their threshold."""
+        """Pre-activations above 0, or above the lower end of their threshold's window."""
         if self.threshold is None:
             return self.code(x, Above(0.0))
         return self.code(x, Above(self.threshold.detach().relu() - self.bandwidth / 2))
@@ -107,6 +107,6 @@ class TiedSAE(ReLUSAE):
     def _jumped(self, v: Code) -> Code:
         if self.threshold is None:
             return v
-        # Thresholds below 0 act as 0 and get its gradient, as in `JumpReLUSAE`.
+        # A threshold below 0 acts as 0 and gets the gradient at 0, as in `JumpReLUSAE`.
         theta = self.threshold + (self.threshold.relu() - self.threshold).detach()
         return v.with_values(jumprelu(v.values, v.at(theta), self.bandwidth))

@@ -1,4 +1,4 @@
-"""What every measurement of `lightning-sae bench` is made of: short fits, clocks, sizes."""
+"""Parts of the measurements of `lightning-sae bench`: short fits, clocks and sizes."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ WARM_UP = 5
 
 
 class StepClock(Callback):
-    """Times of each step's stages."""
+    """Records the time at the stages of each training step."""
 
     def __init__(self, accelerator: str) -> None:
         self.accelerator = accelerator
@@ -73,13 +73,13 @@ class StepClock(Callback):
         return [after[0] - before[0] for before, after in pairwise(self.times[WARM_UP:])]
 
     def seconds_per_batch(self) -> float:
-        """From the start of one step to the start of the next, reading included."""
+        """Mean seconds from the start of one step to that of the next, data loading included."""
         spans = self.from_start_to_start()
         return sum(spans) / len(spans)
 
 
 class Repeated:
-    """Some batches over and over."""
+    """Repeats some batches endlessly."""
 
     def __init__(self, batches: list[Rows]) -> None:
         self.batches = batches
@@ -122,7 +122,7 @@ def fit(
     datamodule: LightningDataModule | None = None,
     callbacks: list[Callback] | None = None,
 ) -> None:
-    """Train on the device of `like`, in its precision, and leave nothing behind."""
+    """Train on the device and in the precision of the trainer `like`, without writing files."""
     trainer = Trainer(
         accelerator="auto" if like.strategy.root_device.type == "cuda" else "cpu",
         devices=1,
@@ -171,10 +171,10 @@ def n_rows(batch: Rows) -> int:
 
 @torch.no_grad()
 def set_l0(sae: SparseAutoencoder, batches: list[Tensor], l0: float) -> float:
-    """Move all encoder biases so that so many latents are active on average, if biases do it.
+    """Shift all encoder biases so that `l0` latents are active on average.
 
     Returns:
-        How many are.
+        The L0 reached, which differs where an architecture fixes it.
     """
     pre = sae.pre_activations(sae.scaled(batches[0]))
     wanted = min(len(pre) * round(l0), pre.numel())
@@ -186,9 +186,9 @@ def set_l0(sae: SparseAutoencoder, batches: list[Tensor], l0: float) -> float:
 
 @torch.no_grad()
 def language_model_seconds(data: Any, passes: int = 8) -> float | None:
-    """Seconds of the language model alone for each activation that the filter lets through.
+    """Seconds of the language model per activation that passes the filter.
 
-    It runs up to the deepest hook, on tokens that are there; None if the data has no such model.
+    The model runs up to the deepest hook, on tokens already read. None without a language model.
     """
     if not isinstance(data, ActivationDataModule):
         return None
@@ -216,7 +216,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def sizes(model: nn.Module, data: Any, device: torch.device) -> dict[str, int | None]:
-    """Bytes of what a run holds and writes, and the most that this process had."""
+    """Bytes of a run's state, buffer and checkpoint, and the peak memory of this process."""
     weights, (buffer, saved) = weight_bytes(model), _buffer_bytes(data)
     return {
         "state_bytes": 4 * weights,
@@ -227,7 +227,7 @@ def sizes(model: nn.Module, data: Any, device: torch.device) -> dict[str, int | 
 
 
 def _buffer_bytes(data: Any) -> tuple[int, int]:
-    """Bytes of the buffer, and of what a checkpoint holds of it."""
+    """Bytes of the buffer in memory and in a checkpoint."""
     if not isinstance(data, ActivationDataModule):
         return 0, 0
     buffer = data.buffer_size * data.language_model.width() * data.dtype.itemsize
@@ -239,14 +239,14 @@ def _peak_bytes(device: torch.device) -> int | None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures hold for."""
+    """The machine and versions that the figures are for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {"lightning_sae": __version__, "torch": torch.__version__}
     return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
 
 
 def peak_memory() -> int | None:
-    """Largest resident size of this process so far, in bytes; None if the system does not say."""
+    """Peak resident memory of this process in bytes; None where /proc does not exist."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None

@@ -33,13 +33,13 @@ from lightning_sae.side_by_side.member import Member
 T = TypeVar("T")
 
 PARTS = ("start_batch", "forward_and_backward", "step", "end_batch")
-"""Methods of `Member` that are a step of it."""
+"""Methods of `Member` that make up its training step."""
 
 
 def measure_members(
     trainer: Trainer, model: SideBySide, data: LightningDataModule, l0: float, steps: int
 ) -> MembersReport:
-    """Measure everything of several SAEs; see `BenchTrainer.bench`."""
+    """Measure several SAEs side by side; see `BenchTrainer.bench`."""
     device = trainer.strategy.root_device
     for member in model.members:
         hold_still(member.sae)
@@ -79,7 +79,7 @@ def measure_members(
 def _steps(
     trainer: Trainer, model: SideBySide, batches: Repeated, n: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Figures of each member, and those of the step of all."""
+    """Figures of each member, and of the step of all members together."""
     accelerator = trainer.strategy.root_device.type
     clock, clocks = StepClock(accelerator), [MemberClock(m, accelerator) for m in model.members]
     fit(trainer, model, n + WARM_UP + 1, batches, callbacks=[clock])
@@ -97,7 +97,7 @@ def _steps(
 
 
 class MemberClock:
-    """What a member takes of each step, as long as the clock is there.
+    """Records the time of each step of a member until it is removed.
 
     Args:
         member: The member.
@@ -108,7 +108,7 @@ class MemberClock:
         self.member, self.accelerator = member, accelerator
         self.times: dict[str, list[float]] = {}
         for part in PARTS:
-            # Replaces the method, because members take turns within each part.
+            # Replaces the methods, because members take turns within each of them.
             vars(member)[part] = self._timed(getattr(member, part), self.times.setdefault(part, []))
 
     def _timed(self, method: Callable[..., T], times: list[float]) -> Callable[..., T]:
@@ -121,12 +121,12 @@ class MemberClock:
         return timed
 
     def remove(self) -> None:
-        """Leave the member as it was."""
+        """Restore the member's methods."""
         for part in PARTS:
             del vars(self.member)[part]
 
     def steps(self, parts: Sequence[str] = PARTS) -> list[float]:
-        """Seconds of some parts of each step after the warm-up."""
+        """Seconds of the given methods in each step after the warm-up."""
         return [sum(times) for times in zip(*(self.times[p] for p in parts), strict=True)][WARM_UP:]
 
     def figures(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class Report:
     path: Path | None = None
 
     def predict(self, max_steps: int) -> None:
-        """Add how long a run of so many steps takes."""
+        """Add the duration of a run of `max_steps` steps."""
         f = self.figures
         if max_steps > 0:
             together = f["batch_size"] / f["together_activations_per_second"]
@@ -52,7 +52,7 @@ class Report:
             yield ""
             yield (
                 f"a run of {f['planned_steps']:,} steps, {f['planned_activations']:,} activations: "
-                f"{f['planned_hours']:.2f} hours, beside validation"
+                f"{f['planned_hours']:.2f} hours, without validation"
             )
 
     def _row(self, name: str, seconds: float, whole: float) -> str:
@@ -60,14 +60,14 @@ class Report:
 
 
 class MembersReport(Report):
-    """The figures of several SAEs side by side, a line for each."""
+    """The figures of several SAEs side by side, one line each."""
 
     def lines(self) -> Iterator[str]:
         """The figures as tables."""
         f = self.figures
         members, work = f["members"], f["step_seconds"] + f["stream_seconds"]
         names = [member["name"] for member in members]
-        width = max(len(name) for name in (*names, "  of it the language model")) + 2
+        width = max(len(name) for name in (*names, *IN_COMMON)) + 2
         hooks = ", ".join(f["hook_names"]) or "one hook"
         yield f"{len(members)} SAEs at {hooks}"
         yield f"batches of {f['batch_size']}; {f['device']}, {f['threads']} threads"
@@ -86,9 +86,9 @@ class MembersReport(Report):
             if f[key] is not None:
                 seconds = f[key]
                 yield f"{name:<{width}}{1e3 * seconds:>55.2f}{seconds / work:>11.1%}"
-        yield f"{'all of it':<{width}}{1e3 * work:>55.2f}{1:>11.1%}"
+        yield f"{'total':<{width}}{1e3 * work:>55.2f}{1:>11.1%}"
         yield (
-            "MiB are those of weights, gradients and moments. In a run the stream is read beside "
+            "MiB are those of weights, gradients and moments. In a run, the stream is read during "
             f"training: a batch takes {1e3 * f['together_seconds']:.2f} ms"
         )
         yield from self._whole_run()
@@ -96,7 +96,7 @@ class MembersReport(Report):
 
 STAGES = {
     "forward": "forward_seconds",
-    "  of it the dense product": "product_seconds",
+    "  dense product alone": "product_seconds",
     "backward": "backward_seconds",
     "norms, clipping, optimizer": "optimizer_seconds",
     "callbacks, logging, Lightning": "rest_seconds",
@@ -106,7 +106,7 @@ IN_COMMON = {
     "all members": "members_seconds",
     "logging, Lightning": "rest_seconds",
     "the stream, once for all": "stream_seconds",
-    "  of it the language model": "language_model_seconds",
+    "  language model alone": "language_model_seconds",
 }
 RATES = {
     "training alone": "training_activations_per_second",

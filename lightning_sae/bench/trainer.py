@@ -34,7 +34,7 @@ from lightning_sae.side_by_side import SideBySide
 
 
 class BenchTrainer(Trainer):
-    """Lightning's trainer with one more thing to do: measure."""
+    """Lightning's trainer with a method that measures a planned run."""
 
     bench_report: Report
 
@@ -48,22 +48,21 @@ class BenchTrainer(Trainer):
     ) -> None:
         """Measure a training step by stage, its floor, memory and the stream on this machine.
 
-        Nothing is trained: the SAE has random weights, and biases that give the L0 asked for. The
-        run that is predicted is the one `fit` would do with the same arguments, of
-        `trainer.max_steps` steps. Of several SAEs side by side, the time and memory of each, and
-        the share of the stream that they have in common. Callbacks, other than what keeps decoder
-        rows at norm 1, are left out.
+        Nothing is trained: the SAE has random weights, and biases that give the requested L0. The
+        predicted duration is that of `fit` with the same arguments and `trainer.max_steps` steps.
+        For several SAEs side by side, time and memory are measured for each SAE and for the stream
+        that they share. Callbacks are left out, except `DecoderNormProjection`.
 
         Args:
             model: The SAE, or several side by side.
             datamodule: Its data.
-            l0: Active latents per activation; an SAE that fixes their number has its own.
+            l0: Active latents per activation; ignored by an SAE that fixes their number.
             steps: Steps to measure.
-            output: JSON file of the figures; `bench.json` in `trainer.default_root_dir` by
-                default. An existing file is kept, and another name found.
+            output: JSON file of the figures; by default `bench.json` in
+                `trainer.default_root_dir`. An existing file is kept, and another name is chosen.
         """
         max_steps, root = self.max_steps, self.default_root_dir
-        log = logging.getLogger("lightning.pytorch")  # it would tell of each short fit
+        log = logging.getLogger("lightning.pytorch")  # it would report each short fit
         level = log.level
         log.setLevel(logging.WARNING)
         try:
@@ -85,7 +84,7 @@ class BenchTrainer(Trainer):
 def measure(
     trainer: Trainer, sae: SparseAutoencoder, data: LightningDataModule, l0: float, steps: int
 ) -> Report:
-    """Measure everything of one SAE; see `BenchTrainer.bench`."""
+    """Measure one SAE; see `BenchTrainer.bench`."""
     device, norm = trainer.strategy.root_device, norm_callbacks(sae)
     hold_still(sae)
     cycle = batches_of_two_refills(data, steps)
@@ -124,7 +123,7 @@ def measure(
 
 @torch.no_grad()
 def _floor(sae: SparseAutoencoder, x: Tensor, n: int) -> tuple[float, float]:
-    """Seconds of the encoder's product alone, and of it with a step of fused Adam."""
+    """Seconds of the encoder's product alone, and with a step of fused Adam."""
     W_enc, W_dec = (w.detach().clone().requires_grad_() for w in (sae.W_enc, sae.W_dec))
     optimizer = MemoryOrderAdam([W_enc, W_dec], lr=1e-30, fused=True)
     W_enc.grad, W_dec.grad = torch.zeros_like(W_enc), torch.zeros_like(W_dec)

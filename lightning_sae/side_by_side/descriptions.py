@@ -115,7 +115,7 @@ def _sae(description: Any, width: int | None, seed: int | None) -> SparseAutoenc
         description = {**description, "init_args": arguments}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed() if seed is None else seed)
-        return _instantiated(SparseAutoencoder, description)
+        return _instantiated(SparseAutoencoder, description)  # type: ignore[type-abstract]
 
 
 def _callback(description: Any) -> Callback:

@@ -41,7 +41,7 @@ def test_training_and_encode_both_use_the_activate_of_a_subclass(
 def test_activate_alone_is_refused_where_training_has_another_rule(
     base: type[SparseAutoencoder],
 ) -> None:
-    with pytest.raises(TypeError, match="`Halved` gives `activate`, .* give `latents` and"):
+    with pytest.raises(TypeError, match="`Halved` defines `activate`, .* define `latents` and"):
         type("Halved", (base,), {"activate": halved})
 
 

@@ -261,7 +261,7 @@ def test_what_cannot_be_fine_tuned_is_refused(fit, unchecked):
     for other in (GatedSAE(4, 6), TiedSAE(4, 6, threshold_init=0.1)):
         with pytest.raises(ValueError, match="`sae` to have ReLU latents but got"):
             RescaledSAE.of(other)
-    with pytest.raises(ValueError, match="begin with a trained SAE.*RescaledSAE.of"):
+    with pytest.raises(ValueError, match="start from a trained SAE.*RescaledSAE.of"):
         fit(RescaledSAE(D_IN, D_SAE), batches())
     with pytest.raises(ValueError, match="`DeadFeatureResampling` needs .* all trained"):
         fit(RescaledSAE.of(trained_sae(), "scale"), batches(), DeadFeatureResampling(2))

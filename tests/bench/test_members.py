@@ -148,7 +148,7 @@ def test_the_table_has_a_line_for_each_and_shares_that_sum_to_one(measured: Any)
     parts = [rows[name] for name in ("all members", "the stream, once for all")]
     shares = [float(row[-1].rstrip("%")) for row in parts]
     assert sum(shares) <= 100.1
-    assert rows["all of it"][-1] == "100.0%"
+    assert rows["total"][-1] == "100.0%"
     assert "a run of 1,000 steps, 128,000 activations" in lines[-3]
 
 

@@ -1,4 +1,4 @@
-"""Activations made of known features."""
+"""Synthetic activations made of known features."""
 
 from lightning_sae.data.toy.datamodule import ToyDataModule as ToyDataModule
 

@@ -1,4 +1,4 @@
-"""Activations made of known features, as a LightningDataModule."""
+"""Synthetic activations made of known features, as a LightningDataModule."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sae.checks import require_between, require_positive
 from lightning_sae.data.loaders import Rows, as_asked_for, begins_anew, require_an_end
 from lightning_sae.data.scaling import Scaling, estimate_scaling
 from lightning_sae.data.source import ActivationSource
@@ -18,8 +19,6 @@ from lightning_sae.data.toy.features import (
     PerFeature,
     constant,
     per_feature,
-    require_between,
-    require_sizes,
     unit_directions,
 )
 from lightning_sae.data.toy.firing import Factors, choose_firing
@@ -35,11 +34,11 @@ from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern
 
 
 class ToySample(NamedTuple):
-    """Activations and what they are made of.
+    """Activations and the features that they are made of.
 
     Attributes:
         x: Activations, [n, d_in].
-        code: Magnitude of each feature on each sample, as a matrix or a list: [n, n_features].
+        code: Magnitude of each feature in each sample, [n, n_features], dense or sparse.
     """
 
     x: Float[Tensor, "n d_in"]
@@ -47,44 +46,47 @@ class ToySample(NamedTuple):
 
     @property
     def magnitudes(self) -> Float[Tensor, "n n_features"]:
-        """The code as a matrix; zero where a feature does not fire."""
+        """The code as a dense matrix; zero where a feature does not fire."""
         return self.code.to_dense()
 
 
 class ToyDataModule(ActivationSource):
-    r"""Batches of sums of known features, which fire with known probabilities.
+    r"""Sums of known features that fire with known probabilities.
 
     .. math::
         x = \sum_i a_i\, d_i + b + \sigma \epsilon, \qquad
         a_i = [i \text{ fires}] \cdot \max(0,\ m_i (1 + s\, \eta_i))
 
-    with unit directions :math:`d_i`, magnitudes :math:`m_i` and standard normals :math:`\epsilon`
-    and :math:`\eta_i`. A firing whose magnitude is cut to zero is none. Training is endless: its
-    length is `trainer.max_steps`. Validation and test draw the same samples each time, others than
-    training. Sources: Chanin et al., "Toy Models of Feature Absorption in SAEs" (2024), for
-    parents and children; Chanin and Garriga-Alonso, "SynthSAEBench" (2026), for large worlds.
+    with unit directions :math:`d_i`, mean magnitudes :math:`m_i` and standard normal
+    :math:`\epsilon` and :math:`\eta_i`. A feature whose magnitude is clamped to zero does not
+    count as firing. Training data is endless; `trainer.max_steps` ends it. Validation and test use
+    the same samples each time, which training does not contain. Sources: Chanin et al., "Toy Models
+    of Feature Absorption in SAEs" (2024), for parents and children; Chanin and Garriga-Alonso,
+    "SynthSAEBench" (2026), for large numbers of features.
 
-    What can differ from feature to feature is a number for all, a list, `{linear: [first, last]}`,
-    or `{zipf: [first, last]}`, a power of the feature's rank.
+    Values for each feature are one number for all, a list, `{linear: [first, last]}`, or
+    `{zipf: [first, last]}`, a power law in the feature's rank.
 
     Args:
         n_features: Number of features.
         d_in: Width of the activations.
-        directions: `orthogonal`; `nearly_orthogonal`, pushed apart until no |cos| of two exceeds
-            `max_cosine`; `random` on the sphere; or a tensor [n_features, d_in].
-        max_cosine: The bound of nearly orthogonal directions.
-        probabilities: With which each feature fires by itself; with `requires`, where that fires.
-        magnitudes: Mean magnitude of each feature's firings, before they are cut at zero.
-        magnitude_spread: Standard deviation s of magnitudes, as a share of their mean.
-        relative_spread: Whether it is such a share; otherwise it is in units of the activations.
-        parents: Feature to its children: it fires whenever one of them does, beside by itself.
-        requires: Feature to the parent without which it does not fire.
-        correlation: Correlation of the normals that have the features of a group fire together.
-        correlation_groups: Groups that features are dealt to in turn; or the groups as lists,
-            where features in none are independent.
+        directions: `orthogonal`; `nearly_orthogonal`, moved apart until no two have a |cos| above
+            `max_cosine`; `random`, uniform on the sphere; or a tensor [n_features, d_in].
+        max_cosine: Largest |cos| of nearly orthogonal directions.
+        probabilities: Probability that each feature fires, before the rules of `parents`; for a
+            feature in `requires`, given that its parent fires.
+        magnitudes: Mean magnitude of each feature when it fires, before clamping at zero.
+        magnitude_spread: Standard deviation s of the magnitudes, as a fraction of their mean.
+        relative_spread: Whether `magnitude_spread` is such a fraction; if not, it is in the units
+            of the activations.
+        parents: Maps a feature to its children: it also fires whenever one of them does.
+        requires: Maps a feature to its parent: it fires only where the parent does.
+        correlation: Correlation of the normal variables that decide about firing in a group.
+        correlation_groups: Number of groups, where feature `i` is in group `i % groups`; or the
+            groups as lists of features. Features in no list are independent.
         noise: Standard deviation of Gaussian noise on each coordinate.
-        bias: The constant b; or its norm, and it has a random direction.
-        center: Have the SAE subtract the mean activation, estimated on samples of its own.
+        bias: The constant b, as a list; or the norm of a b of random direction.
+        center: Have the SAE subtract the mean activation, estimated on separate samples.
         scale: Have the SAE scale activations to mean norm sqrt(d_in), estimated likewise.
         batch_size: Activations in a batch.
         n_validation: Held-out activations in a validation, for each rank.
@@ -93,13 +95,13 @@ class ToyDataModule(ActivationSource):
 
     Attributes:
         features: The directions, [n_features, d_in].
-        probabilities: [n_features].
-        magnitudes: [n_features].
-        bias: [d_in].
-        pairs: All pairs of a parent and a child, by either rule.
+        probabilities: Probability of each feature, [n_features].
+        magnitudes: Mean magnitude of each feature, [n_features].
+        bias: The constant b, [d_in].
+        pairs: All pairs of a parent and a child, of `parents` and `requires`.
 
     Raises:
-        ValueError: If an argument is out of range or the directions cannot be.
+        ValueError: If an argument is out of range or there are no such directions.
 
     Example:
         >>> data = ToyDataModule(3, 8, probabilities=[0.5, 0.2, 0.1], parents={0: [1]})
@@ -133,8 +135,8 @@ class ToyDataModule(ActivationSource):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        require_sizes(n_features=n_features, d_in=d_in, batch_size=batch_size)
-        require_sizes(n_validation=n_validation, n_test=n_test)
+        require_positive(n_features=n_features, d_in=d_in, batch_size=batch_size)
+        require_positive(n_validation=n_validation, n_test=n_test)
         self.n_features, self.d_in, self.batch_size = n_features, d_in, batch_size
         self.n_validation, self.n_test = n_validation, n_test
         self.center, self.scale = center, scale
@@ -171,7 +173,7 @@ class ToyDataModule(ActivationSource):
     @property
     @override
     def source(self) -> dict[str, Any]:
-        """Where the activations come from, as plain values to keep with an SAE."""
+        """Where the activations come from, as plain values that are saved with an SAE."""
         names = ("n_features", "d_in", "magnitude_spread", "relative_spread", "noise", "seed")
         own = {name: getattr(self, name) for name in names}
         return {"model": "toy", **own, **json.loads(json.dumps(self._given))}
@@ -180,11 +182,11 @@ class ToyDataModule(ActivationSource):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> ToySample:
-        """Draw independent activations, with what they are made of.
+        """Draw independent activations and their features.
 
         Args:
             n: Number of activations.
-            generator: Source of chance, on the CPU.
+            generator: Random number generator on the CPU.
         """
         pattern = self.firing.draw(n, generator)
         code = Code(pattern.only(self._strengths(pattern, generator)), pattern)
@@ -198,7 +200,7 @@ class ToyDataModule(ActivationSource):
     def _strengths(
         self, pattern: DensePattern | SparsePattern, generator: torch.Generator
     ) -> Float[Tensor, "..."]:
-        """Magnitudes of firings: a value for each entry of the list, or of the whole matrix."""
+        """Magnitudes, one for each entry of a sparse pattern or of the whole dense matrix."""
         shape = pattern.rows.shape if isinstance(pattern, SparsePattern) else pattern.shape
         mean = pattern.at(self.magnitudes).expand(shape)
         if not self.magnitude_spread:
@@ -226,18 +228,18 @@ class ToyDataModule(ActivationSource):
     # Lightning.
 
     def setup(self, stage: str) -> None:
-        """See to it that the run has an end.
+        """Check that the run ends.
 
         Raises:
-            ValueError: If it has none, or if something waits for an epoch to end.
+            ValueError: If it does not, or if something waits for the end of an epoch.
         """
         if stage == "fit":
             require_an_end(self.trainer, self.batch_size)
 
     def train_dataloader(self) -> Iterable[Rows]:
-        """The endless stream, going on where a checkpoint left off.
+        """The endless training stream, which continues from a checkpoint on resume.
 
-        With `trainer.overfit_batches` its first batches, as a list.
+        With `trainer.overfit_batches`, its first batches as a list.
         """
         present = None if self.batches is None else self.batches.blocks.batch_size
         if begins_anew(self.trainer, self.batch_size, present):
@@ -262,13 +264,13 @@ class ToyDataModule(ActivationSource):
         return self.test_dataloader()
 
     def teardown(self, stage: str) -> None:
-        """Keep the position for a checkpoint saved after the fit; a new fit starts over."""
+        """Keep the position for a checkpoint that is saved after `fit`; a new `fit` starts over."""
         if stage == "fit" and self.batches is not None:
             self._left = self.state_dict()
             self.batches = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training stream stands, for an exact resume."""
+        """The position in the training stream, for an exact resume."""
         return (self._restored or self._left) if self.batches is None else self.batches.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

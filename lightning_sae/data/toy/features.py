@@ -1,4 +1,4 @@
-"""Directions, probabilities and magnitudes of the features of a toy world."""
+"""Directions, probabilities and magnitudes of the features of toy data."""
 
 import math
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ from lightning_sae.functional.geometry import random_unit_rows, unit_rows
 Kind = Literal["orthogonal", "nearly_orthogonal", "random"]
 
 PerFeature = float | Sequence[float] | dict[Literal["linear", "zipf"], tuple[float, float]]
-"""A number for each feature: one for all, a list, or `linear` or `zipf` from first to last."""
+"""A number for each feature: one for all, a list, or `linear` or `zipf` with first and last."""
 
 
 def unit_directions(
     kind: Kind | Tensor, n: int, d: int, max_cosine: float, generator: torch.Generator
 ) -> Float[Tensor, "n d"]:
-    """Unit rows, as different from each other as asked for.
+    """Unit rows of a given kind.
 
     Args:
         kind: `orthogonal`; `nearly_orthogonal`, with all |cos| at most `max_cosine`; `random`,
             uniform on the sphere; or the rows themselves, which are scaled to unit norm.
         n: Number of rows.
         d: Width.
-        max_cosine: The bound; used by `nearly_orthogonal` alone.
-        generator: Source of chance.
+        max_cosine: The bound, only for `nearly_orthogonal`.
+        generator: Random number generator.
 
     Raises:
-        ValueError: If there is no such set of rows, or none is found.
+        ValueError: If there are no such rows, or none are found.
     """
     if isinstance(kind, Tensor):
         return _given(kind, n, d)
@@ -69,7 +69,7 @@ def _orthogonal(n: int, d: int, generator: torch.Generator) -> Tensor:
 
 
 def welch_bound(n: int, d: int) -> float:
-    """The least that the largest |cos| among `n` directions in `d` dimensions can be.
+    """Smallest possible value of the largest |cos| of `n` directions in `d` dimensions.
 
     Source: Welch, "Lower bounds on the maximum cross correlation of signals" (1974).
 
@@ -83,24 +83,24 @@ def welch_bound(n: int, d: int) -> float:
 def repelled(
     w: Float[Tensor, "n d"], max_cosine: float, patience: int = 200, chunk: int = 1024
 ) -> Float[Tensor, "n d"]:
-    r"""Push unit rows apart until no |cos| exceeds a bound.
+    r"""Move unit rows apart until no |cos| exceeds a bound.
 
     Gradient descent on the unit sphere with
 
     .. math:: \tfrac14 \sum_{i \neq j} \mathrm{ReLU}(|w_i \cdot w_j| - a)^2,
 
-    where the aim a is nine tenths of the bound, or the Welch bound if that is larger. Steps are of
-    one half, and are halved whenever the sum has grown. Each costs two products of n x n x d, on
-    `chunk` rows at a time.
+    where a is nine tenths of the bound, or the Welch bound if that is larger. The step size starts
+    at 1/2 and is halved whenever the sum grows. Each step costs two matrix products of n x n x d,
+    computed on `chunk` rows at a time.
 
     Args:
         w: Unit rows.
         max_cosine: The bound.
-        patience: Steps without any better largest |cos|, by a thousandth, before it gives up.
-        chunk: Rows whose cosines with all others exist at one time.
+        patience: Steps without a decrease of the largest |cos| by a thousandth before giving up.
+        chunk: Rows whose cosines with all others are computed at a time.
 
     Raises:
-        ValueError: If no rows can have the bound, or it is not reached.
+        ValueError: If the bound is impossible or is not reached.
     """
     least = welch_bound(*w.shape)
     if not least <= max_cosine < 1:
@@ -120,14 +120,14 @@ def repelled(
         step, before = (step / 2 if excess > before else step), excess
         w = unit_rows(w - step * push)
     raise ValueError(
-        f"Expected argument `max_cosine` to be within reach but got {max_cosine}: the smallest "
-        f"bound that repulsion reached is {math.ceil(1e4 * smallest) / 1e4}. Raise `max_cosine` or "
-        "`d_in`, or lower `n_features`."
+        f"Expected argument `max_cosine` to be reachable but got {max_cosine}: the smallest bound "
+        f"that was reached is {math.ceil(1e4 * smallest) / 1e4}. Raise `max_cosine` or `d_in`, or "
+        "lower `n_features`."
     )
 
 
 def _crowding(w: Tensor, aim: float, chunk: int) -> tuple[float, float, Tensor]:
-    """The largest |cos| of two rows, the sum of squares above, and its gradient."""
+    """The largest |cos| of two rows, the sum above, and its gradient."""
     largest, excess, push = 0.0, 0.0, torch.empty_like(w)
     for first in range(0, len(w), chunk):
         cosines = w[first : first + chunk] @ w.T
@@ -143,14 +143,14 @@ def per_feature(name: str, value: PerFeature, n: int) -> Float[Tensor, " n"]:
     r"""One number for each of `n` features.
 
     Args:
-        name: Argument that `value` was given as.
+        name: Name of the argument, for errors.
         value: A number for all; a list; `{"linear": (first, last)}`; or `{"zipf": (first, last)}`,
-            the power of the rank that leads from the first to the last,
+            the power of the rank i with these values at the ends,
             :math:`\text{first} \cdot i^{-\log(\text{first}/\text{last}) / \log n}`.
         n: Number of features.
 
     Raises:
-        ValueError: If the list has another length, or a word or number is out of place.
+        ValueError: If a list has another length, or a key or number is wrong.
 
     Example:
         >>> per_feature("magnitudes", {"linear": (20.0, 1.0)}, 3)
@@ -191,7 +191,7 @@ def _between(name: str, value: dict, n: int) -> Tensor:
 
 
 def constant(bias: float | Sequence[float], d_in: int, generator: torch.Generator) -> Tensor:
-    """The vector given, or one of random direction and the norm given."""
+    """The given vector, or one of random direction and the given norm."""
     if not isinstance(bias, Sequence):
         return bias * random_unit_rows(1, d_in, generator)[0]
     if len(bias) != d_in:
@@ -199,22 +199,3 @@ def constant(bias: float | Sequence[float], d_in: int, generator: torch.Generato
             f"Expected argument `bias` to be a norm or d_in={d_in} numbers but got {len(bias)}."
         )
     return torch.tensor(bias, dtype=torch.float32)
-
-
-def require_sizes(**values: int) -> None:
-    """Raise a ValueError if a size is not positive."""
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")
-
-
-def require_between(least: float, most: float, **values: float | Tensor) -> None:
-    """Raise a ValueError if a number is not finite or out of bounds."""
-    for name, value in values.items():
-        numbers = torch.as_tensor(value)
-        wrong = numbers[~((numbers >= least) & (numbers <= most) & numbers.isfinite())]
-        if len(wrong):
-            raise ValueError(
-                f"Expected argument `{name}` to be from {least} to {most} but got "
-                f"{wrong[0].item():g}."
-            )

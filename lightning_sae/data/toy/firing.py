@@ -1,16 +1,16 @@
-r"""Which features of a toy world fire, drawn as a matrix or, where few do, as a list.
+r"""Draws which features of toy data fire, as a dense mask or, where few do, as a sparse pattern.
 
-Feature :math:`i` fires by itself where a standard normal :math:`z_i` is at least
-:math:`-\Phi^{-1}(p_i)`, so with probability :math:`p_i`. Normals of one group share a factor,
+Before any rules, feature :math:`i` fires where a standard normal variable :math:`z_i` is at least
+:math:`-\Phi^{-1}(p_i)`, hence with probability :math:`p_i`. Variables of a group share a factor,
 
 .. math:: z_i = \sqrt\rho\, g + \sqrt{1 - \rho}\, e_i,
 
-and so have correlation :math:`\rho`: a Gaussian copula of one factor. Given the factor, features
-are independent and fire with probability
+so their correlation is :math:`\rho` (a one-factor Gaussian copula). Given the factor, features are
+independent and fire with probability
 
 .. math:: p_i(g) = \Phi\left(\frac{\Phi^{-1}(p_i) + \sqrt\rho\, g}{\sqrt{1 - \rho}}\right).
 
-Both ways of drawing are exact. Rules of parents and children come after.
+Both ways of drawing are exact. The rules of parents and children are applied afterwards.
 """
 
 from collections.abc import Sequence
@@ -27,19 +27,19 @@ from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern
 Pattern = DensePattern | SparsePattern
 
 SPARSE_BELOW = 0.05
-"""Mean probability below which many features are drawn as a list."""
+"""Mean probability below which many features are drawn as a sparse pattern."""
 MANY = 128
-"""Number of features from which on that is worth while."""
+"""Smallest number of features for which a sparse pattern is faster."""
 CERTAIN = 40.0
-"""Rate of a feature that always fires: it stays silent once in 2e17 draws."""
+"""Rate of a feature of probability 1: it does not fire once in 2e17 draws."""
 
 
 @runtime_checkable
 class Firing(Protocol):
-    """Draws where features fire."""
+    """Draws which features fire."""
 
     def draw(self, samples: int, generator: torch.Generator) -> Pattern:
-        """Where features fire in independent samples; shape [samples, n_features]."""
+        """Which features fire in independent samples; shape [samples, n_features]."""
         ...
 
 
@@ -47,10 +47,10 @@ class Factors:
     """The shared factors of correlated features.
 
     Args:
-        probabilities: With which each feature fires.
-        correlation: Correlation of two normals of one group, from 0 to below 1.
-        groups: Number of groups, feature `i` being in group `i % groups`; or the groups as lists,
-            a feature in none of which is independent.
+        probabilities: Probability of each feature.
+        correlation: Correlation of two variables of one group, at least 0 and below 1.
+        groups: Number of groups, where feature `i` is in group `i % groups`; or the groups as
+            lists of features. Features in no list are independent.
 
     Raises:
         ValueError: If the correlation or a group is out of range.
@@ -85,7 +85,7 @@ class Factors:
     def scores(
         self, factors: Float[Tensor, "..."], features: Tensor | slice = slice(None)
     ) -> Float[Tensor, "..."]:
-        """The argument of the normal distribution function in p(g); one factor per feature."""
+        """The argument of Phi in p(g), with one factor per feature."""
         across = (...,) + (None,) * (factors.ndim - 1)
         normal, loading = self.normal[features][across], self.loading[features][across]
         return (normal + loading * factors) / (1 - loading.square()).sqrt()
@@ -109,10 +109,10 @@ def _members(groups: int | Sequence[Sequence[int]], n: int) -> Sequence[Sequence
 
 
 class DenseFiring:
-    """Draws a number for each feature and sample: for few features, or such as fire often.
+    """Draws one number per feature and sample: for few features, or features that fire often.
 
     Args:
-        probabilities: With which each feature fires by itself.
+        probabilities: Probability of each feature, before any rules.
         rules: Parents and children.
         factors: Correlations.
     """
@@ -125,7 +125,7 @@ class DenseFiring:
         self.factors = factors
 
     def draw(self, samples: int, generator: torch.Generator) -> Pattern:
-        """Where features fire; the mask lies in memory feature by feature."""
+        """Which features fire; the mask is stored feature by feature."""
         chance = self.probabilities.unsqueeze(-1)
         if self.factors.active:
             factors = self.factors.draw(samples, generator)
@@ -135,21 +135,21 @@ class DenseFiring:
 
 
 class SparseFiring:
-    r"""Draws firings alone: the work grows with those, and not with features times samples.
+    r"""Draws only the firings: the cost grows with their number, not with features times samples.
 
-    Points are scattered over the samples of feature i at the rate
-    :math:`\lambda_i = -\log(1 - p_i)`; a sample with at least one point fires, which it does with
-    probability :math:`1 - e^{-\lambda_i} = p_i`, independently of all others.
+    For feature i, a Poisson process with the rate :math:`\lambda_i = -\log(1 - p_i)` per sample
+    gives each sample a number of points. The feature fires where there is at least one point, with
+    probability :math:`1 - e^{-\lambda_i} = p_i` and independently of all other samples.
 
-    With correlation the rate depends on the sample's factor. Samples are sorted by it and cut into
-    strips; points come at the rate of a strip's largest factor, and each stays with the
-    probability by which its own sample's rate is smaller.
+    With correlation, the rate depends on the sample's factor. Samples are sorted by the factor and
+    divided into strips. Points are drawn at the rate of the strip's largest factor, and each is
+    kept with the ratio of its own sample's rate to that rate as probability (thinning).
 
     Args:
-        probabilities: With which each feature fires by itself.
+        probabilities: Probability of each feature, before any rules.
         rules: Parents and children.
         factors: Correlations.
-        strips: Strips that the samples are cut into, where there is correlation.
+        strips: Number of strips for correlated features.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class SparseFiring:
         self.strips = strips
 
     def draw(self, samples: int, generator: torch.Generator) -> Pattern:
-        """Where features fire, sample by sample."""
+        """Which features fire, sample by sample."""
         points = self._correlated if self.factors.active else self._independent
         rows, features = points(samples, generator)
         keys = self.rules.settle_keys((rows * self.n + features).unique())
@@ -202,7 +202,7 @@ class SparseFiring:
 def choose_firing(
     probabilities: Float[Tensor, " n_features"], rules: Rules, factors: Factors
 ) -> Firing:
-    """The faster way to draw."""
+    """The faster of the two ways to draw."""
     few = probabilities.mean().item() < SPARSE_BELOW
     sparse = few and len(probabilities) >= MANY
     return (SparseFiring if sparse else DenseFiring)(probabilities, rules, factors)

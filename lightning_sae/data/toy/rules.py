@@ -1,4 +1,4 @@
-"""Which features of a toy world depend on which: parents and children."""
+"""Dependences between features of toy data: parents and children."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass
 class Generation:
-    """Features that can be settled at the same time.
+    """Rules that can be applied at the same time.
 
     Attributes:
-        needs: Child to the parent without which it does not fire.
-        raises: Child to a parent that it has fire; several maps, for a child may have several.
+        needs: Maps a child to the parent without which it does not fire.
+        raises: Maps a child to a parent that it makes fire. A list, as a child may have several.
     """
 
     needs: dict[int, int] = field(default_factory=dict)
     raises: list[dict[int, int]] = field(default_factory=list)
 
     def add_raise(self, child: int, parent: int) -> None:
-        """Put a pair into the first map that has room for it."""
+        """Add a pair to the first map without this child."""
         for pairs in self.raises:
             if child not in pairs:
                 pairs[child] = parent
@@ -31,19 +31,19 @@ class Generation:
 
 
 class Rules:
-    """The two kinds of dependence, applied to independent draws from roots to leaves of the graph.
+    """The two kinds of dependence, applied to independent draws in topological order.
 
     Args:
         n: Number of features.
-        parents: Parent to children: it fires whenever one of them does, beside by itself.
-        requires: Child to parent: the child fires only where the parent does.
+        parents: Maps a parent to its children: it also fires whenever one of them does.
+        requires: Maps a child to its parent: the child fires only where the parent does.
 
     Attributes:
         pairs: All pairs of a parent and a child.
 
     Raises:
-        ValueError: If an index is out of range, a feature has rules of both kinds or the rules
-            run in a circle.
+        ValueError: If an index is out of range, a feature has rules of both kinds, or the rules
+            form a cycle.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Rules:
         return fires
 
     def settle_keys(self, keys: Int[Tensor, " firings"]) -> Int[Tensor, " settled"]:
-        """Apply the rules to firings given as `sample * n + feature`, rising."""
+        """Apply the rules to sorted firings, given as `sample * n + feature`."""
         for generation, (needs, raises) in zip(self.generations, self._lookups, strict=True):
             if generation.needs:
                 parents, features = _partners(needs, keys, self.n)
@@ -90,7 +90,7 @@ def _generations(
         sorter.prepare()
     except CycleError as error:
         raise ValueError(
-            "Expected arguments `parents` and `requires` to have no circle but got "
+            "Expected arguments `parents` and `requires` to have no cycle but got "
             f"{' - '.join(map(str, error.args[1]))}: a feature cannot depend on itself."
         ) from error
     while sorter.is_active():
@@ -117,8 +117,9 @@ def _check(n: int, parents: Mapping[int, Sequence[int]], requires: Mapping[int, 
     both = sorted(parents.keys() & requires.keys())
     if both:
         raise ValueError(
-            f"Expected arguments `parents` and `requires` to be of different features but {both} "
-            "have both: a feature that its children raise may fire without what it requires."
+            f"Expected arguments `parents` and `requires` to name different features but {both} "
+            "are in both: a feature that its children make fire may fire without its own parent. "
+            "Remove them from one."
         )
 
 
@@ -135,6 +136,6 @@ def _partners(lookup: Tensor, keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _contains(rising: Int[Tensor, " n"], wanted: Int[Tensor, " m"]) -> Bool[Tensor, " m"]:
-    """Which of the wanted numbers are among rising ones."""
+    """Which of the wanted numbers are among sorted ones."""
     places = torch.searchsorted(rising, wanted).clamp_max(max(len(rising) - 1, 0))
     return rising[places] == wanted

@@ -1,4 +1,4 @@
-"""Samples of a toy world as batches: an endless stream, and held-out ones that stay the same."""
+"""Batches of toy data: an endless training stream, and fixed held-out samples."""
 
 import hashlib
 import math
@@ -12,24 +12,24 @@ from torch import Tensor
 from lightning_sae.data.loaders import ENDLESS
 
 BLOCK_BYTES = 2**22
-"""Activations drawn at one time: enough to spread the overhead, few enough for a cache."""
+"""Size of a block: large enough to make overhead small, small enough for a cache."""
 
 Draw = Callable[[int, torch.Generator], Tensor]
-"""Draws as many activations as asked for."""
+"""Draws a number of activations."""
 
 
 class Blocks:
-    """Blocks of activations in a row, each drawn by a generator of its own.
+    """Numbered blocks of activations, each drawn with a separate generator.
 
-    The seed of a block is the stream's seed plus its number. So any block can be drawn at any
-    time, on any rank, and no two of one stream have the same seed.
+    The seed of a block is the seed of the stream plus the block's number. So any block can be drawn
+    at any time on any rank, and no two blocks of a stream have the same seed.
 
     Args:
         draw: Draws activations.
         d_in: Their width.
         batch_size: Activations in a batch.
-        seed: Seed of the world.
-        stream: Name of the stream; another name or rank gives other samples.
+        seed: Seed of the data.
+        stream: Name of the stream; other names and ranks give other samples.
         rank: Rank of the process.
     """
 
@@ -47,7 +47,7 @@ class Blocks:
 
 
 def seed_of(seed: int, stream: str, rank: int = 0) -> int:
-    """A number of 32 bits, which is what torch's generators on the CPU make use of."""
+    """A 32-bit seed; torch's CPU generators use no more bits."""
     name = f"{seed} {stream} {rank}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big")
 
@@ -55,9 +55,8 @@ def seed_of(seed: int, stream: str, rank: int = 0) -> int:
 class ToyBatches(Iterator[Tensor]):
     """The endless training stream: views of blocks, in order.
 
-    Its length is never reached, for the reason that `EndlessBatches` gives. Iterating again goes
-    on where the last iteration stopped. The number of batches served is its whole state, and is the
-    same on all ranks.
+    Its length is never reached, see `EndlessBatches`. Iterating again continues where the last
+    iteration stopped. Its only state is the number of batches served, the same on all ranks.
 
     Args:
         blocks: Where batches are cut from.
@@ -81,18 +80,18 @@ class ToyBatches(Iterator[Tensor]):
         return self._block[place]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy: without the block, whose every view would carry the whole of it."""
+        """For a copy: without the current block, which each of its views would copy as a whole."""
         return {**vars(self), "_block": (), "_number": -1}
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were served, and the batch size that they had."""
+        """The number of batches served, and their size."""
         return {"served": self.served, "batch_size": self.blocks.batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there.
+        """Continue from a state.
 
         Raises:
-            ValueError: If batches had another size.
+            ValueError: If its batches had another size.
         """
         if state_dict["batch_size"] != self.blocks.batch_size:
             raise ValueError(
@@ -104,7 +103,7 @@ class ToyBatches(Iterator[Tensor]):
 
 
 class HeldOutToyBatches:
-    """The same samples each time, in batches of at most the size of training's.
+    """The same samples each time, in batches of at most the size of training batches.
 
     Args:
         blocks: Where batches are cut from.

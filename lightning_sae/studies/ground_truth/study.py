@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_sae.checks import require_at_least
 from lightning_sae.studies.ground_truth.measure import held_out, measure
 from lightning_sae.studies.ground_truth.report import report
 from lightning_sae.studies.ground_truth.settings import ARCHITECTURES, RECIPE, World
@@ -58,8 +59,8 @@ def ground_truth(
         ValueError: If an argument is out of range or `output` has something else in it.
     """
     names, targets = _names(architectures), _targets(l0, d_sae)
-    _require_at_least(2, n_features=n_features, d_in=d_in, d_sae=d_sae)
-    _require_at_least(1, samples=samples, seeds=seeds, workers=workers)
+    require_at_least(2, n_features=n_features, d_in=d_in, d_sae=d_sae)
+    require_at_least(1, samples=samples, seeds=seeds, workers=workers)
     world = World(n_features, d_in, noise)
     world.data(0)  # raises if there is no such world
     settings: dict[str, Any] = {
@@ -102,12 +103,6 @@ def _targets(l0: str, d_sae: int) -> list[int]:
             f"`d_sae`={d_sae} with commas between them but got {l0!r}."
         )
     return targets
-
-
-def _require_at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value}.")
 
 
 def one_run(run: ArchitectureRun, report: Report, folder: Path) -> Row:

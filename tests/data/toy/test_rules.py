@@ -10,7 +10,7 @@ Graph = tuple[dict[int, list[int]], dict[int, int]]
 
 
 def random_graph(seed: int, n: int) -> Graph:
-    """Rules that run in no circle: each feature depends on ones of larger number."""
+    """Rules without a cycle: each feature depends on features with larger numbers."""
     rng = random.Random(seed)
     parents: dict[int, list[int]] = {}
     requires: dict[int, int] = {}
@@ -63,13 +63,17 @@ def test_pairs_are_those_of_both_rules() -> None:
         (
             {0: [1], 1: [2], 2: [0]},
             {},
-            "no circle but got .*0.*: a feature cannot depend on itself",
+            "no cycle but got .*0.*: a feature cannot depend on itself",
         ),
-        ({0: [1]}, {1: 0}, "no circle but got .*1"),
-        ({}, {3: 3}, "no circle but got 3 - 3"),
+        ({0: [1]}, {1: 0}, "no cycle but got .*1"),
+        ({}, {3: 3}, "no cycle but got 3 - 3"),
         ({0: [4]}, {}, r"`parents` to name features from 0 to 3 .*but got \[4\]"),
         ({}, {1: -1}, r"`requires` to name features from 0 to 3 .*but got \[-1\]"),
-        ({1: [2]}, {1: 0}, r"different features but \[1\] have both: a feature that its children"),
+        (
+            {1: [2]},
+            {1: 0},
+            r"different features but \[1\] are in both: a feature that its child",
+        ),
     ],
 )
 def test_rules_that_cannot_be_are_refused(parents: Any, requires: Any, message: str) -> None:
