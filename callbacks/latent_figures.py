@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,7 +20,7 @@ from lightning_sae.callbacks.loggers import hold_figures, log_figure
 
 DECADES = (-7, 0)  # of frequencies that are told apart
 PER_DECADE = 5
-N_SHOWN = 12  # latents with a histogram of their own
+N_SHOWN = 6  # latents with a histogram of their own
 N_ROWS = 4096  # held-out activations in it
 
 
@@ -122,9 +123,9 @@ def frequency_over_training(steps: list[int], counts: list[list[int]]) -> Figure
     )
     shown = range(0, len(steps), max(1, len(steps) // 6))
     axes.set_xticks(list(shown), [f"{steps[i]:,}" for i in shown])
-    decades = range(DECADES[0], DECADES[1] + 1)
+    decades = range(DECADES[0] + 1, DECADES[1] + 1)
     places = [(decade - DECADES[0]) * PER_DECADE - 0.5 for decade in decades]
-    axes.set_yticks([-1.0, *places], ["never", *(f"$10^{{{decade}}}$" for decade in decades)])
+    axes.set_yticks([-1.0, *places], ["never", *(f"1e{decade}" for decade in decades)])
     figure.colorbar(image, ax=axes, label="latents")
     return figure
 
@@ -148,13 +149,14 @@ def activations_and_thresholds(sae: WithOrthogonality, rows: Float[Tensor, "rows
     f = sae.encode(rows)
     thresholds = sae.orthogonality_scale * sae.peaks.thresholds() / sae.input_scale
     shown = (f > 0).sum(0).topk(min(N_SHOWN, sae.d_sae)).indices.sort().values.tolist()
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    for axes, latent in zip(figure.subplots(3, 4).flat, shown, strict=False):
-        fired = f[:, latent][f[:, latent] > 0]
-        axes.hist(fired.float().cpu().numpy(), bins=40)
+    figure = Figure(figsize=(8, 4.5))
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.12, top=0.94, hspace=0.35, wspace=0.25)
+    for axes, latent in zip(figure.subplots(2, 3).flat, shown, strict=False):
+        values = f[:, latent].float().cpu().numpy()
+        axes.stairs(*np.histogram(values[values > 0], bins=40), fill=True)
         axes.axvline(float(thresholds[latent]), color="tab:red", linewidth=1)
         axes.set_title(f"latent {latent}", fontsize=8)
-        axes.set_yscale("log", nonpositive="clip")
+        axes.set_yscale("symlog", linthresh=1)
         axes.tick_params(labelsize=7)
     figure.supxlabel("activation where it fires; the line is the threshold", fontsize=9)
     figure.supylabel("held-out activations", fontsize=9)
@@ -162,7 +164,9 @@ def activations_and_thresholds(sae: WithOrthogonality, rows: Float[Tensor, "rows
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    # With fixed margins: a layout that is worked out takes a second drawing.
+    figure = Figure(figsize=(6, 4))
+    figure.subplots_adjust(left=0.13, right=0.96, bottom=0.13, top=0.96)
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
