@@ -1,5 +1,6 @@
-"""One progress bar for the whole run, with the rate in activations."""
+"""One progress bar for the whole run, with the rate in activations; some lines in a log file."""
 
+import sys
 import time
 from typing import Any
 
@@ -7,12 +8,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
+N_LINES = 10  # of a run whose output is no terminal
+HELD_OUT = ("l0", "fvu", "loss_recovered_zero", "ce_clean", "ce_spliced")
+
 
 class SAEProgressBar(TQDMProgressBar):
     """Shows optimizer steps of `trainer.max_steps`, loss, L0, dead share and activations/s.
 
+    Where the output goes to a file or a pipe there is no bar: a line is written for each tenth of
+    the run, and one for each validation.
+
     Args:
-        refresh_rate: Batches between two refreshes; 0 hides the bar.
+        refresh_rate: Batches between two refreshes; 0 hides the bar and the lines.
     """
 
     def __init__(self, refresh_rate: int = 20) -> None:
@@ -23,6 +30,17 @@ class SAEProgressBar(TQDMProgressBar):
 
     @property
     @override
+    def is_enabled(self) -> bool:
+        """Whether there is a bar."""
+        return super().is_enabled and _is_watched()
+
+    @property
+    def writes_lines(self) -> bool:
+        """Whether there are lines in its place."""
+        return super().is_enabled and not _is_watched()
+
+    @property
+    @override
     def total_train_batches(self) -> int | float:
         """Batches that `trainer.max_steps` takes, where that is set."""
         if self.trainer.max_steps > 0:
@@ -30,21 +48,48 @@ class SAEProgressBar(TQDMProgressBar):
         return super().total_train_batches
 
     @override
+    def on_train_start(self, *_: Any) -> None:
+        super().on_train_start()
+        self._activations, self._since = 0, time.perf_counter()
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         rows = next(iter(batch.values())) if isinstance(batch, dict) else batch  # by hook
         self._activations += len(rows) * trainer.world_size
-        if self.refresh_rate and (batch_idx + 1) % self.refresh_rate == 0:
+        due = self.writes_lines and self._is_due(batch_idx + 1)
+        if due or (self.refresh_rate and (batch_idx + 1) % self.refresh_rate == 0):
             now = time.perf_counter()
             self.rate = self._activations / (now - self._since)
             self._activations, self._since = 0, now
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if due:
+            self._write(self.get_metrics(trainer, pl_module))
+
+    def _is_due(self, n: int) -> bool:
+        """Whether a tenth of the run ends with its n-th batch; of an endless one, 1000 batches."""
+        total = self.total_train_batches
+        every = total / N_LINES if 0 < total < float("inf") else 1000
+        return int(n / every) > int((n - 1) / every)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         self._activations, self._since = 0, time.perf_counter()
+        if self.writes_lines and not trainer.sanity_checking:
+            metrics = trainer.callback_metrics
+            named = {name: metrics.get(f"val/{name}") for name in HELD_OUT}
+            found = {name: f"{value:.4g}" for name, value in named.items() if value is not None}
+            self._write({"held out": "", **found})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        """One line: the step, and values by name."""
+        step, total = self.trainer.global_step, self.trainer.max_steps
+        of = f"/{total}" if total > 0 else ""
+        cells = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
+        sys.stdout.write(f"step {step}{of}  " + "  ".join(map(str.rstrip, cells)) + "\n")
+        sys.stdout.flush()
 
     @override
     def get_metrics(
@@ -55,3 +100,8 @@ class SAEProgressBar(TQDMProgressBar):
         if trainer.training and self.rate > 0:
             metrics["act/s"] = f"{self.rate:,.0f}"
         return metrics
+
+
+def _is_watched() -> bool:
+    """Whether someone sees the output as it comes: in a terminal, a notebook or a Python shell."""
+    return sys.stdout.isatty() or hasattr(sys, "ps1")

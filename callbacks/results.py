@@ -90,9 +90,10 @@ def _put(made: Path, folder: Path) -> Path:
 class HeldOutEvaluation(Callback):
     """Adds to a test what the reconstruction costs the language model, and writes it all down.
 
-    Figures go to `<trainer.default_root_dir>/results.json`, or `results-2.json` and so on if there
-    is one. Needs an `ActivationDataModule`; with other data, only the test's metrics are written.
-    With several ranks each reads its share of the held-out text, and the figures are those of all.
+    Figures are logged as `test/...`, under the names that they have in validations, and go to
+    `<trainer.default_root_dir>/results.json`, or `results-2.json` and so on if there is one. Needs
+    an `ActivationDataModule`; with other data, only the test's metrics are written. With several
+    ranks each reads its share of the held-out text, and the figures are those of all.
 
     Args:
         n_tokens: Held-out tokens that the language model reads, about, on all ranks together.
@@ -103,18 +104,25 @@ class HeldOutEvaluation(Callback):
         self.n_tokens = n_tokens
         self.path: Path | None = None
         self.results: dict[str, Any] = {}
+        self._in_model: dict[str, float] = {}
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = source_of(trainer)
+        self._in_model = {}
+        if isinstance(data, ActivationDataModule):
+            self._in_model = evaluate_in_model(pl_module, data, self.n_tokens)  # type: ignore[arg-type]
+            named = {f"test/{name}": float(value) for name, value in self._in_model.items()}
+            pl_module.log_dict(named, sync_dist=True)  # the same on all ranks already
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
         results = {k.removeprefix("test/"): v.item() for k, v in metrics.items() if "test/" in k}
-        data = source_of(trainer)
-        if isinstance(data, ActivationDataModule):
-            results |= evaluate_in_model(pl_module, data, self.n_tokens)  # type: ignore[arg-type]
-        self.results = results
+        self.results = results | self._in_model  # not rounded to single precision
         if trainer.is_global_zero:
             self.path = unused(Path(trainer.default_root_dir) / "results.json")
-            text = json.dumps(results, indent=2) + "\n"
+            text = json.dumps(self.results, indent=2) + "\n"
             write_atomically(self.path, lambda path: path.write_text(text))
 
 

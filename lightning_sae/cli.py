@@ -32,10 +32,15 @@ from lightning_sae.callbacks import (
     ExportSAE,
     HeldOutEvaluation,
     Histograms,
+    LatentFigures,
     LatentWriter,
     RunCheckpoint,
+    RunOverview,
     SAEProgressBar,
+    SplicedLossMonitor,
+    StepMonitor,
     StreamMonitor,
+    TopContexts,
 )
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, remove_unfinished, require_new_run
@@ -115,6 +120,7 @@ class SAECLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SAEProgressBar, "progress_bar")
         parser.add_lightning_class_args(HeldOutEvaluation, "evaluation")
+        parser.add_lightning_class_args(SplicedLossMonitor, "spliced_loss")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/sae",
@@ -147,7 +153,10 @@ class SAECLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         root = self._get(self.config_init, "trainer.default_root_dir")
         if self._get(self.config_init, "trainer.logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(root, name="tensorboard", version="")
+            # Without a placeholder among the hyper-parameters: `RunOverview` gives them figures.
+            kwargs["logger"] = TensorBoardLogger(
+                root, name="tensorboard", version="", default_hp_metric=False
+            )
         if not self._get(self.config_init, "trainer.plugins"):
             kwargs["plugins"] = [AtomicCheckpointIO()]
         if self._get(self.config_init, "trainer.enable_progress_bar") is False:
@@ -160,12 +169,20 @@ class SAECLI(LightningCLI):
 
     def _give_each(self, model: SideBySide) -> None:
         """Give the parts of a run on one SAE to each member instead of to the run."""
-        self._parser(self.subcommand).callback_keys.remove("evaluation")
+        for key in ("evaluation", "spliced_loss"):
+            self._parser(self.subcommand).callback_keys.remove(key)
         self.trainer_defaults = {"callbacks": [StreamMonitor()]}
-        n_tokens = self._get(self.config_init, "evaluation").n_tokens
-        model.give_each(
-            lambda: [ExportSAE(), Histograms(), LatentWriter(), HeldOutEvaluation(n_tokens)]
-        )
+        evaluation = self._get(self.config_init, "evaluation")
+        spliced_loss = self._get(self.config_init, "spliced_loss")
+        known: dict[str, dict[str, float]] = {}
+
+        def parts() -> list[Callback]:
+            monitor = SplicedLossMonitor(spliced_loss.n_tokens)
+            monitor.known = known  # so that ablations are run once for all
+            watching = [Histograms(), RunOverview(), StepMonitor(), monitor]
+            return [ExportSAE(), LatentWriter(), HeldOutEvaluation(evaluation.n_tokens), *watching]
+
+        model.give_each(parts)
 
     @staticmethod
     @override
@@ -376,7 +393,16 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         trainer_class=BenchTrainer,
         seed_everything_default=0,
         trainer_defaults={
-            "callbacks": [ExportSAE(), Histograms(), LatentWriter(), StreamMonitor()]
+            "callbacks": [
+                ExportSAE(),
+                Histograms(),
+                LatentFigures(),
+                LatentWriter(),
+                RunOverview(),
+                StepMonitor(),
+                StreamMonitor(),
+                TopContexts(),
+            ]
         },
         auto_configure_optimizers=False,
         parser_kwargs={

@@ -41,11 +41,16 @@ WATCHING = {
     "ExportSAE",
     "HeldOutEvaluation",
     "Histograms",
+    "LatentFigures",
     "LatentWriter",
     "RunCheckpoint",
+    "RunOverview",
     "SAEProgressBar",
     "SaveConfig",
+    "SplicedLossMonitor",
+    "StepMonitor",
     "StreamMonitor",
+    "TopContexts",
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
@@ -48,6 +49,9 @@ class ShuffleBuffer(Iterator[Tensor]):
             batches are the same.
         look_at: Called with the rows of the first full buffer, which are not the ones to change.
 
+    Attributes:
+        seconds: Time that batches were waited for, in this process.
+
     Raises:
         ValueError: If the batch does not fit into the buffer or the fraction is not in (0, 1].
     """
@@ -76,6 +80,7 @@ class ShuffleBuffer(Iterator[Tensor]):
         self.rows_per_refill = min(wanted, capacity // batch_size * batch_size)
         self.generator = torch.Generator().manual_seed(seed)
         self.served = 0
+        self.seconds = 0.0
         self._closed = threading.Event()
         self.rows: Tensor | None = None
         self._reader = ThreadPoolExecutor(1, "activations") if prefetch else None
@@ -83,6 +88,12 @@ class ShuffleBuffer(Iterator[Tensor]):
 
     def __next__(self) -> Float[Tensor, "batch_size d"]:
         """The next batch, float32."""
+        began = time.perf_counter()
+        batch = self._next()
+        self.seconds += time.perf_counter() - began
+        return batch
+
+    def _next(self) -> Float[Tensor, "batch_size d"]:
         if self.rows is None:
             self.fill()
         assert self.rows is not None

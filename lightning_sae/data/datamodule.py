@@ -570,6 +570,15 @@ class ActivationDataModule(ActivationSource):
         source = None if self.buffer is None else self.buffer.source
         return source.statistics() if isinstance(source, ActivationStream) else {}
 
+    @override
+    def seconds(self) -> dict[str, float]:
+        """Seconds of waiting for batches and of the language model; empty before training."""
+        if self.buffer is None:
+            return {}
+        source = self.buffer.source
+        model = source.seconds if isinstance(source, ActivationStream) else 0.0
+        return {"buffer": self.buffer.seconds, "language_model": model}
+
     def state_dict(self) -> dict[str, Any]:
         """Buffer, stream and generator, for an exact resume."""
         if self.buffer is None:

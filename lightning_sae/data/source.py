@@ -48,6 +48,14 @@ class ActivationSource(LightningDataModule):
         """Counts of what was read so far, for the logs."""
         return {}
 
+    def seconds(self) -> dict[str, float]:
+        """Seconds that parts of the data have taken in this process, for the logs.
+
+        `buffer` are those in which the next batch was waited for, `language_model` those in which
+        the model ran, which may be at the same time.
+        """
+        return {}
+
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, or for another process: all but the trainer, which belongs to a run."""
         return {**vars(self), "trainer": None}

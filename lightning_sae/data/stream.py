@@ -1,5 +1,6 @@
 """Token blocks through the language model: rows of activations, less those left out."""
 
+import time
 from typing import Any, cast
 
 import torch
@@ -89,6 +90,9 @@ class ActivationStream:
         dtype: dtype of the rows.
         wanted: Rows that the run asks for; None if that is not known.
         unknown_token: Token of characters that the tokenizer does not know, if there is one.
+
+    Attributes:
+        seconds: Time that the model has taken, in this process.
     """
 
     def __init__(
@@ -110,13 +114,16 @@ class ActivationStream:
         self.wanted, self.unknown_token = wanted, unknown_token
         self.seen = self.kept = self.unknown = 0
         self.dropped = dict.fromkeys(REASONS, 0)
+        self.seconds = 0.0
         self._said_passes = self._said_unknown = False
 
     def read(self) -> Float[Tensor, "rows d_in"]:
         """Activations of the next pass that are kept."""
         epoch = self.blocks.epoch
         tokens = self.blocks.read(self.blocks_per_pass)
+        began = time.perf_counter()
         activations = self.model.activations(tokens)
+        self.seconds += time.perf_counter() - began
         left_out = self.keep.left_out(tokens, activations)
         kept = ~torch.stack(list(left_out.values())).any(0)
         for reason, mask in left_out.items():

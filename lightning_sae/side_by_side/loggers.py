@@ -1,10 +1,10 @@
 """Where each member of a run logs to."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from typing_extensions import override
+
+from lightning_sae.callbacks.loggers import NamedValues
 
 
 def loggers_of(run: Sequence[Logger], name: str) -> list[Logger]:
@@ -19,34 +19,3 @@ def loggers_of(run: Sequence[Logger], name: str) -> list[Logger]:
         else NamedValues(logger, name)
         for logger in run
     ]
-
-
-class NamedValues(Logger):
-    """Logs to another logger, each value as `member/value`.
-
-    Args:
-        logger: The other one.
-        member: The member's name.
-    """
-
-    def __init__(self, logger: Logger, member: str) -> None:
-        super().__init__()
-        self.logger, self.member = logger, member
-
-    @property
-    @override
-    def name(self) -> str | None:
-        return self.logger.name
-
-    @property
-    @override
-    def version(self) -> int | str | None:
-        return self.logger.version
-
-    @override
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.logger.log_metrics({f"{self.member}/{k}": v for k, v in metrics.items()}, step)
-
-    @override
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's configuration holds those of all members."""

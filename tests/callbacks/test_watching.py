@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from lightning_sae import ActivationSource, ReLUSAE
 from lightning_sae.callbacks import ExportSAE, HeldOutEvaluation, SAEProgressBar, StreamMonitor
+from lightning_sae.callbacks.histograms import latent_statistics
 from lightning_sae.callbacks.results import unused
-from lightning_sae.callbacks.watching import latent_statistics
 
 
 class Counted(ActivationSource):

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the losses."""
+"""One number for each latent, as histograms."""
 
 from typing import Any
 
@@ -6,16 +6,15 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from typing_extensions import override
 
-from lightning_sae.data.source import source_of
+from lightning_sae.callbacks.loggers import log_histograms
 
 
 class Histograms(Callback):
-    """Histograms of the latents for TensorBoard after each validation.
+    """Histograms of the latents after each validation, for TensorBoard and wandb.
 
     `latents/log10_frequency` on the held-out activations (a latent that never fired counts as
     half a firing, so that it has a place), `latents/encoder_decoder_cosine`,
@@ -24,12 +23,10 @@ class Histograms(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for name, values in latent_statistics(pl_module).items():
-                    logger.experiment.add_histogram(f"latents/{name}", values, trainer.global_step)
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            found = latent_statistics(pl_module)
+            named = {f"latents/{name}": values for name, values in found.items()}
+            log_histograms(trainer.loggers, named, trainer.global_step)
 
 
 @torch.no_grad()
@@ -44,16 +41,3 @@ def latent_statistics(sae: Any) -> dict[str, Float[Tensor, " d_sae"]]:
         floor = 0.5 / sae.held_out_count
         statistics["log10_frequency"] = sae.held_out_frequency.clamp_min(floor).log10()
     return {name: values.float().cpu() for name, values in statistics.items()}
-
-
-class StreamMonitor(Callback):
-    """Logs what the stream has read and left out as `data/...`, with the losses."""
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        data = source_of(trainer)
-        if data is not None:
-            statistics = data.statistics()
-            pl_module.log_dict({f"data/{name}": value for name, value in statistics.items()})

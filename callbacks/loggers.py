@@ -1,0 +1,150 @@
+"""What loggers can hold beside numbers. What one cannot hold is left out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+from typing_extensions import override
+
+
+@runtime_checkable
+class HoldsFigures(Protocol):
+    """A logger's `experiment` that takes pictures, as TensorBoard's does."""
+
+    def add_figure(self, tag: str, figure: Figure, global_step: int | None) -> Any:
+        """Keep a picture."""
+
+
+@runtime_checkable
+class HoldsHistograms(Protocol):
+    """A logger's `experiment` that takes histograms, as TensorBoard's does."""
+
+    def add_histogram(self, tag: str, values: Tensor, global_step: int | None) -> Any:
+        """Keep a histogram."""
+
+
+@runtime_checkable
+class HoldsText(Protocol):
+    """A logger's `experiment` that takes text, as TensorBoard's does."""
+
+    def add_text(self, tag: str, text_string: str, global_step: int | None) -> Any:
+        """Keep a text in Markdown."""
+
+
+class NamedValues(Logger):
+    """Logs to another logger, each value as `member/value`.
+
+    Args:
+        logger: The other one.
+        member: What stands before the names, such as that of one SAE among several.
+    """
+
+    def __init__(self, logger: Logger, member: str) -> None:
+        super().__init__()
+        self.logger, self.member = logger, member
+
+    @property
+    @override
+    def name(self) -> str | None:
+        return self.logger.name
+
+    @property
+    @override
+    def version(self) -> int | str | None:
+        return self.logger.version
+
+    @override
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.logger.log_metrics({f"{self.member}/{k}": v for k, v in metrics.items()}, step)
+
+    @override
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's configuration holds those of all members."""
+
+
+def hold_figures(loggers: Sequence[Logger]) -> bool:
+    """Whether a picture is worth drawing."""
+    return any(_holds_figures(_with_name(logger, "")[0]) for logger in loggers)
+
+
+def log_figure(loggers: Sequence[Logger], name: str, figure: Figure, step: int) -> None:
+    """Give a picture to TensorBoard and its like, to wandb, and to MLflow as a file."""
+    for logger, own in (_with_name(logger, name) for logger in loggers):
+        if isinstance(logger, WandbLogger):
+            logger.log_image(own, [figure], step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_figure(logger.run_id, figure, f"{own}/step-{step:07d}.png")
+        elif isinstance(holder := _experiment(logger), HoldsFigures):
+            holder.add_figure(own, figure, step)
+
+
+def log_histograms(loggers: Sequence[Logger], values: Mapping[str, Tensor], step: int) -> None:
+    """Give histograms of values to TensorBoard and its like, and to wandb."""
+    for logger in loggers:
+        for name, each in values.items():
+            keeper, own = _with_name(logger, name)
+            if isinstance(keeper, WandbLogger):
+                import wandb  # there where the logger is
+
+                histogram: Any = wandb.Histogram(np_histogram=np.histogram(each, bins=64))
+                keeper.log_metrics({own: histogram}, step)
+            elif isinstance(holder := _experiment(keeper), HoldsHistograms):
+                holder.add_histogram(own, each, step)
+
+
+def log_table(
+    loggers: Sequence[Logger],
+    name: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    step: int,
+) -> None:
+    """Give a table of texts to TensorBoard and its like, to wandb, and to MLflow as a file."""
+    for logger, own in (_with_name(logger, name) for logger in loggers):
+        if isinstance(logger, WandbLogger):
+            logger.log_text(own, list(columns), [list(row) for row in rows], step=step)
+        elif isinstance(logger, MLFlowLogger):
+            lines = ["\t".join(row) for row in (columns, *rows)]
+            logger.experiment.log_text(logger.run_id, "\n".join(lines) + "\n", f"{own}.tsv")
+        elif isinstance(holder := _experiment(logger), HoldsText):
+            holder.add_text(own, _in_markdown(columns, rows), step)
+
+
+def writers(loggers: Sequence[Logger]) -> list[Any]:
+    """TensorBoard's own writers, for what it alone can show."""
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _with_name(logger: Logger, name: str) -> tuple[Any, str]:
+    """The logger that keeps what is given to this one, and the name under which it does."""
+    if isinstance(logger, NamedValues):
+        return _with_name(logger.logger, f"{logger.member}/{name}")
+    return logger, name
+
+
+def _experiment(logger: Any) -> Any:
+    """Where a logger keeps things; Lightning does not ask for it, and some have none."""
+    return logger.experiment if hasattr(logger, "experiment") else None
+
+
+def _holds_figures(logger: Any) -> bool:
+    known = isinstance(logger, WandbLogger | MLFlowLogger)
+    return known or isinstance(_experiment(logger), HoldsFigures)
+
+
+def _in_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([_escaped(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that means nothing to Markdown or HTML.
+
+    Example:
+        >>> _escaped("a_b <i>")
+        'a&#95;b &#60;i&#62;'
+    """
+    return "".join(c if c.isalnum() or c == " " or ord(c) > 127 else f"&#{ord(c)};" for c in text)

@@ -1,0 +1,75 @@
+"""What one sees of a run first: its settings beside its figures, and the few curves that matter."""
+
+from numbers import Real
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.tensorboard.summary import hparams
+from typing_extensions import override
+
+from lightning_sae.callbacks.loggers import NamedValues, writers
+from lightning_sae.data.source import source_of
+from lightning_sae.functional.penalties import plain_arguments
+
+FIGURES = ("l0", "fvu", "dead_fraction", "loss_recovered_zero", "loss_recovered_mean", "ce_spliced")
+"""Held-out figures by which runs are compared, as `val/...` and, after a test, `test/...`."""
+
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "SAE": {
+        "L0, active latents per token": ["Multiline", ["train/l0$", "val/l0$"]],
+        "FVU, share of the variance left": ["Multiline", ["val/fvu$"]],
+        "Cross-entropy, nats per token": ["Multiline", ["val/ce_clean$", "val/ce_spliced$"]],
+        "Loss recovered": [
+            "Multiline",
+            ["val/loss_recovered_zero$", "val/loss_recovered_mean$"],
+        ],
+        "Dead latents, share": ["Multiline", ["train/dead$", "val/dead_fraction$"]],
+        "Loss": ["Multiline", ["train/loss$"]],
+    },
+    "Run": {
+        "Learning rate": ["Multiline", ["train/lr$"]],
+        "Gradient norm": ["Multiline", ["train/gradient_norm$"]],
+        "Activations per second": ["Multiline", ["speed/activations_per_second$"]],
+        "Share of the time": ["Multiline", ["time/.*"]],
+    },
+}
+"""Charts of TensorBoard's page "Custom Scalars": by group, title, kind and patterns of names."""
+
+
+class RunOverview(Callback):
+    """Gives loggers the settings of the run, and TensorBoard a first page of charts.
+
+    Settings are architecture, the SAE's arguments, model, hook, text, batch size and steps. In
+    TensorBoard they stand on the page "HParams" beside `FIGURES`, each with its latest value, so
+    that runs of a sweep can be sorted by what came out; other loggers get them as hyper-parameters.
+    The page "Custom Scalars" shows the charts of `LAYOUT`.
+    """
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        settings = settings_of_run(trainer, pl_module)
+        for logger in trainer.loggers:
+            if not isinstance(logger, NamedValues):  # which stands for one of several SAEs
+                logger.log_hyperparams(settings)
+        names = [f"{stage}/{figure}" for stage in ("val", "test") for figure in FIGURES]
+        for writer in writers(trainer.loggers):
+            writer.add_custom_scalars(LAYOUT)
+            for part in hparams(settings, dict.fromkeys(names, 0.0)):
+                writer.file_writer.add_summary(part)
+
+
+def settings_of_run(trainer: Trainer, sae: LightningModule) -> dict[str, Any]:
+    """Plain values by name; what was not given is left out."""
+    data = source_of(trainer)
+    source = {} if data is None else data.source
+    given = {
+        "architecture": type(sae).__name__,
+        **plain_arguments(sae.hparams),
+        **{name: source.get(name) for name in ("model", "hook_name", "text")},
+        "batch_size": None if data is None else vars(data).get("batch_size"),
+        "max_steps": trainer.max_steps,
+    }
+    shown = {name: value for name, value in given.items() if name[0] != "_" and value is not None}
+    return {name: v if isinstance(v, Real | str) else str(v) for name, v in shown.items()}
