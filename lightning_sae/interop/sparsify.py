@@ -76,10 +76,10 @@ def read(path: Path, _wanted: str | None = None) -> Found:
             "decoder_norm": free_rows(weights["W_dec"]),
         },
         weights=weights,
-        source=own_source(config) or _source(path.resolve(), guessed),
+        source=own_source(config) or _source(path.absolute(), guessed),
         units=own_units(config) or RAW,
         guessed=guessed,
-        rest={"hookpoint": path.resolve().name},
+        rest={"hookpoint": path.absolute().name},
     )
 
 
