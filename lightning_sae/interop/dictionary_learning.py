@@ -178,7 +178,7 @@ def _kind(
     if named is not None and named in NEEDED:
         return named
     if named is not None:
-        raise refusal(file, f"its `dict_class` is {named:.40}, and {', '.join(NEEDED)} are known")
+        raise refusal(file, f"its `dict_class` is {named!r:.40}, and {', '.join(NEEDED)} are known")
     names = {str(name) for name in tensors}
     fitting = [
         kind

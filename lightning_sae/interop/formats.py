@@ -10,8 +10,15 @@ from torch import Tensor
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.architectures.portable import CONFIG, WEIGHTS
 from lightning_sae.checks import require_one_of
-from lightning_sae.interop import dictionary_learning, saelens
-from lightning_sae.interop.found import Found
+from lightning_sae.interop import (
+    dictionary_learning,
+    gemma_scope,
+    llama_scope,
+    openai,
+    saelens,
+    sparsify,
+)
+from lightning_sae.interop.found import Found, of_one_dtype
 from lightning_sae.interop.outgoing import Outgoing, outgoing
 from lightning_sae.interop.writing import require_new
 
@@ -23,7 +30,7 @@ class Format(NamedTuple):
         files: Its files, in words.
         recognises: Whether a folder or file is in it, by the names of files and their contents.
         read: The SAE in a folder or file, and the class that was asked for if there was one.
-        write: Writes an SAE to a folder; None where only reading makes sense.
+        write: Writes an SAE to a folder.
     """
 
     files: str
@@ -36,7 +43,14 @@ def _of(module: Any) -> Format:
     return Format(module.FILES, module.recognises, module.read, module.write)
 
 
-FORMATS = {module.NAME: _of(module) for module in (saelens, dictionary_learning)}
+MODULES = saelens, dictionary_learning, sparsify, gemma_scope, llama_scope, openai
+FORMATS = {module.NAME: _of(module) for module in MODULES}
+FORMATS["openai_normalised"] = Format(
+    f"{openai.FILES}, of inputs that you have normalised",
+    lambda _: False,  # has to be named
+    openai.read_normalised,
+    openai.write_normalised,
+)
 """By name, in the order in which a folder is compared with them."""
 
 
@@ -75,7 +89,7 @@ def read(
     found = FORMATS[named].read(path, architecture)
     if found.guessed:
         warnings.warn(f"{path} does not say all, so it is taken {_listed(found)}.", stacklevel=3)
-    return found.described(named), found.weights
+    return found.described(named), of_one_dtype(found.weights)
 
 
 def _listed(found: Found) -> str:

@@ -1,6 +1,7 @@
 """An SAE of another library, in the terms of this one."""
 
-import math
+import functools
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,13 @@ RAW = "raw: inputs are not scaled, and latents are those of the file"
 def transposed(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns rows"]:
     """The transpose, in memory of its own."""
     return matrix.T.contiguous()
+
+
+def of_one_dtype(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All in the longest dtype that one of them has, but thresholds, which may have more digits."""
+    own = [weight.dtype for name, weight in weights.items() if not name.startswith("threshold")]
+    dtype = functools.reduce(torch.promote_types, own)
+    return {n: w if n.startswith("threshold") else w.to(dtype) for n, w in weights.items()}
 
 
 def free_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> str:
@@ -125,7 +133,7 @@ def number(config: dict[str, Any], name: str, of: Path, default: float | None = 
     """
     value = config.get(name, default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+    if not is_number or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
         raise refusal(of, f"its `{name}` is {value!r:.40} and no positive number")
     return float(value)  # type: ignore[arg-type]
 

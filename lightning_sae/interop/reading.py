@@ -19,6 +19,8 @@ from lightning_sae.files import damaged_records, first_line, read_json
 
 LARGEST_CONFIG = 2**24
 """Bytes. A description of an SAE has a few thousand."""
+BOUNDED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+"""Compressions of which Python gives a part without making all."""
 INFLATION = 8
 """How many times larger than its file an npz archive may be: random weights hardly shrink."""
 
@@ -62,12 +64,14 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            total = sum(record.file_size for record in archive.infolist())
-            if total > INFLATION * path.stat().st_size + 2**20:
-                raise ValueError(f"its {path.stat().st_size:,} bytes claim to hold {total:,}")
+            records, size = archive.infolist(), path.stat().st_size
+            total = sum(record.file_size for record in records)
+            if total > INFLATION * size + 2**20:
+                raise ValueError(f"its {size:,} bytes claim to hold {total:,}")
+            if {record.compress_type for record in records} - BOUNDED:
+                raise ValueError("it is compressed otherwise than numpy does")
             return {
-                record.filename.removesuffix(".npy"): _array(archive, record)
-                for record in archive.infolist()
+                record.filename.removesuffix(".npy"): _array(archive, record) for record in records
             }
     except Exception as error:  # what damage makes of an archive raises errors of all kinds
         raise refusal(path, f"it is damaged or no npz archive ({first_line(error)})") from error
@@ -80,7 +84,8 @@ HEADERS = {
 
 
 def _array(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> Tensor:
-    content = archive.read(record)  # no more than `file_size`, compared with its checksum
+    with archive.open(record) as member:
+        content = member.read(record.file_size)  # and no more is decompressed
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     read = {
@@ -136,10 +141,13 @@ def _require_plain(file: Any) -> None:
     Of what `weights_only` lets through, some takes memory of a size that is only claimed.
     """
     with zipfile.ZipFile(file) as archive:
-        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        if len(names) != 1 or len(set(archive.namelist())) != len(archive.namelist()):
+        names = archive.namelist()
+        records = [r for r in archive.infolist() if r.filename.endswith("data.pkl")]
+        if len(records) != 1 or len(set(names)) != len(names):
             raise ValueError("its table of contents is wrong")
-        pickle = archive.read(names[0])
+        if records[0].compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its structure is compressed, as torch does not")
+        pickle = archive.read(records[0])
     for opcode, named, _ in pickletools.genops(pickle):
         if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4") or (
             opcode.name == "GLOBAL" and not _is_plain(str(named))

@@ -100,7 +100,7 @@ def read(path: Path, _wanted: str | None = None) -> Found:
     return Found(
         architecture=CLASSES[architecture],
         arguments={
-            **_arguments(architecture, config, of),
+            **_arguments(architecture, config, of, len(weights["W_dec"])),
             "apply_b_dec_to_input": _subtracts(config, of),
             "decoder_norm": free_rows(weights["W_dec"]),
         },
@@ -113,12 +113,12 @@ def read(path: Path, _wanted: str | None = None) -> Found:
 
 
 def _architecture(config: dict[str, Any], of: Path) -> str:
-    found = config.get("architecture", "standard")
+    found = str(config.get("architecture", "standard"))
     activation = config.get("activation_fn", "relu")
     if found == "standard" and activation == "topk":  # before there was an architecture of it
         found = "topk"
     if found not in CLASSES or (found == "standard" and activation != "relu"):
-        what = f"`{found}`" if found not in CLASSES else f"`{found}` with `{activation}`"
+        what = repr(found) if found not in CLASSES else f"{found} with {activation!r}"
         raise refusal(
             of,
             f"it is of architecture {what:.60}, and this package has SAEs for "
@@ -153,7 +153,7 @@ def _weights(architecture: str, of: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _arguments(architecture: str, config: dict[str, Any], of: Path) -> dict[str, Any]:
+def _arguments(architecture: str, config: dict[str, Any], of: Path, d_sae: int) -> dict[str, Any]:
     if architecture == "topk":
         old = part(config, "activation_fn_kwargs", of)
         return {"k": whole(config if config.get("k") is not None else old, "k", of)}
@@ -161,7 +161,7 @@ def _arguments(architecture: str, config: dict[str, Any], of: Path) -> dict[str,
         return {}
     found: dict[str, Any] = {"k": number(config, "k", of)}
     if architecture == "matryoshka_batchtopk":
-        widths, d_sae = config.get("matryoshka_widths"), config.get("d_sae")
+        widths = config.get("matryoshka_widths")
         if not isinstance(widths, list) or not all(type(width) is int for width in widths):
             raise refusal(of, f"its `matryoshka_widths` are {widths!r:.40}")
         found["prefixes"] = [*(width for width in widths if width != d_sae), d_sae]
