@@ -90,7 +90,8 @@ class HeldOutEvaluation(Callback):
     """Adds to a test what the reconstruction costs the language model, and writes it all down.
 
     Figures go to `<trainer.default_root_dir>/results.json`, or `results-2.json` and so on if there
-    is one. Needs an `ActivationDataModule`; with other data, only the test's metrics are written.
+    is one. Needs data that names its language model and text, as an `ActivationDataModule` and a
+    cache do; with other data, or where they cannot be opened, only the test's metrics are written.
     With several ranks each reads its share of the held-out text, and the figures are those of all.
 
     Args:
@@ -103,15 +104,21 @@ class HeldOutEvaluation(Callback):
         self.n_tokens = n_tokens
         self.path: Path | None = None
         self.results: dict[str, Any] = {}
+        self._data: ActivationDataModule | None = None
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the language model now, so that what is wrong with it is said before the test."""
+        data = source_of(trainer)
+        self._data = None if data is None else data.text_data()
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
         results = {k.removeprefix("test/"): v.item() for k, v in metrics.items() if "test/" in k}
-        data = source_of(trainer)
-        if isinstance(data, ActivationDataModule):
-            results |= evaluate_in_model(pl_module, data, self.n_tokens)  # type: ignore[arg-type]
-        self.results = results
+        if self._data is not None:
+            results |= evaluate_in_model(pl_module, self._data, self.n_tokens)  # type: ignore[arg-type]
+        self._data, self.results = None, results
         if trainer.is_global_zero:
             self.path = unused(Path(trainer.default_root_dir) / "results.json")
             text = json.dumps(results, indent=2) + "\n"

@@ -6,4 +6,10 @@ from lightning_sae.data.datamodule import ActivationDataModule as ActivationData
 from lightning_sae.data.source import ActivationSource as ActivationSource
 from lightning_sae.data.toy import ToyDataModule as ToyDataModule
 
-__all__ = ["ActivationDataModule", "ActivationSource", "CachedDataModule", "ToyDataModule", "write_cache"]
+__all__ = [
+    "ActivationDataModule",
+    "ActivationSource",
+    "CachedDataModule",
+    "ToyDataModule",
+    "write_cache",
+]

@@ -14,9 +14,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.checks import expect, require_integers, require_positive
-from lightning_sae.data.cache.description import probe, require_same_model
+from lightning_sae.data.cache.description import SCALED_ON, probe, require_same_model
 from lightning_sae.data.cache.foreign import NAMELESS, open_foreign
 from lightning_sae.data.cache.manifest import (
+    SPLITS,
     Manifest,
     Split,
     is_cache,
@@ -81,8 +82,8 @@ class CachedDataModule(ActivationSource):
     text by its manifest, for what the language model loses.
 
     Args:
-        activations: Folder of a cache; a .npy or .safetensors file, a folder or a list of these; or,
-            from Python, a tensor or array [..., d] or a dictionary of them by hook. Files are
+        activations: Folder of a cache; a .npy or .safetensors file, a folder or a list of these; or
+            from Python a tensor or array [..., d], or a dictionary of them by hook. Files are
             mapped, not loaded.
         hook_name: Hook to train on, or several, for `SideBySide`; by default all that are there. Of
             activations without a name, how to call them.
@@ -99,9 +100,9 @@ class CachedDataModule(ActivationSource):
         n_test: Held-out activations in a test, at most, for each rank.
         seed: Seed of the order.
         verify: Compare each file of a cache with its hash before a run.
-        model: Language model for what needs one, where the cache does not name it or it lies
-            elsewhere now: as for `ActivationDataModule`.
-        text: Its text, likewise.
+        evaluation_model: Language model for what needs one, as loss recovered does, where the cache
+            does not name it or it lies elsewhere now: as for `ActivationDataModule`.
+        evaluation_text: Its text, likewise.
 
     Raises:
         ValueError: If there is no such cache, it is not complete, a file is missing or cut short,
@@ -129,8 +130,8 @@ class CachedDataModule(ActivationSource):
         n_test: int = 131072,
         seed: int = 0,
         verify: bool = True,
-        model: str | Path | LoadedModel | None = None,
-        text: Text | None = None,
+        evaluation_model: str | Path | LoadedModel | None = None,
+        evaluation_text: Text | None = None,
     ) -> None:
         super().__init__()
         require_integers(batch_size=batch_size, buffer_size=buffer_size)
@@ -147,7 +148,7 @@ class CachedDataModule(ActivationSource):
         self.center, self.scale = center, scale
         self.n_validation, self.n_test = n_validation, n_test
         self.seed, self.verify = seed, verify
-        self.model, self.text = model, text
+        self.evaluation_model, self.evaluation_text = evaluation_model, evaluation_text
         self.folder = self._cache_folder()
         self.manifest: Manifest | None = None
         if self.folder is not None:
@@ -198,8 +199,8 @@ class CachedDataModule(ActivationSource):
     @cached_property
     def _rows(self) -> dict[Split, CachedRows]:
         if self.manifest is not None and self.folder is not None:
-            opened = {s: open_rows(self.folder, self.manifest, s) for s in ("training", "held_out")}
-            return {split: rows.only(self._names) for split, rows in opened.items()}
+            folder, manifest = self.folder, self.manifest
+            return {s: open_rows(folder, manifest, s).only(self._names) for s in SPLITS}
         rows = open_foreign(self.activations, self._names)
         n = len(rows) - round(self.validation_fraction * len(rows))
         return {"training": rows.between(0, n), "held_out": rows.between(n, len(rows))}
@@ -244,7 +245,7 @@ class CachedDataModule(ActivationSource):
         )
         listed = [given] if isinstance(given, str | Path) else given
         where = [str(each) for each in listed] if named else f"a Python {type(given).__name__}"
-        own = {"model": self.model, "text": self.text}
+        own = {"model": self.evaluation_model, "text": self.evaluation_text}
         plain = {name: str(v) for name, v in own.items() if isinstance(v, str | Path)}
         return {"activations": where, **hooks, **plain}
 
@@ -254,17 +255,15 @@ class CachedDataModule(ActivationSource):
 
         Of other activations, by those of rows spread over all.
         """
-        if not (self.center or self.scale) or len(self._names_of_rows()) > 1:
+        name, *others = self.rows("training").widths
+        if others or not (self.center or self.scale):
             return None
         if self.manifest is None:
-            return estimate_scaling(self._spread(2**16)[self._names_of_rows()[0]], self.center, self.scale)
-        found = self.manifest.statistics[self._names_of_rows()[0]]
+            return estimate_scaling(self._spread(SCALED_ON)[name], self.center, self.scale)
+        found = self.manifest.statistics[name]
         mean = torch.tensor(found["mean"])
         scale = found["centered_scale" if self.center else "scale"] if self.scale else 1.0
         return Scaling(mean if self.center else torch.zeros_like(mean), torch.tensor(scale))
-
-    def _names_of_rows(self) -> list[str]:
-        return [*self.rows("training").widths]
 
     def _spread(self, n: int) -> ByHook:
         """Rows to train on, spread evenly over all."""
@@ -273,10 +272,12 @@ class CachedDataModule(ActivationSource):
 
     @override
     def text_data(self) -> ActivationDataModule | None:
-        """The same activations read from text by their model, which is loaded when needed.
+        """The same activations read from text by their model, which is loaded for it.
+
+        None, and a warning, where model or text cannot be opened.
 
         Raises:
-            ValueError: If the model at hand is not the one of the cache.
+            ValueError: If the model is not the cache's, or what was given cannot be opened.
         """
         if self._text_data is not None and self.trainer is not None:
             self._text_data.trainer = self.trainer
@@ -285,7 +286,7 @@ class CachedDataModule(ActivationSource):
 
     @cached_property
     def _text_data(self) -> ActivationDataModule | None:
-        given = {"model": self.model, "text": self.text}
+        given = {"model": self.evaluation_model, "text": self.evaluation_text}
         own = {name: value for name, value in given.items() if value is not None}
         noted = {} if self.manifest is None else self.manifest.data
         known = {**{k: v for k, v in noted.items() if v is not None}, **own}
@@ -296,8 +297,19 @@ class CachedDataModule(ActivationSource):
             known["positions"] = tuple(known["positions"])
         known["hook_name"] = names[0] if len(names) == 1 else [*names]
         data = ActivationDataModule(**known, n_validation=self.n_validation, n_test=self.n_test)
-        if self.manifest is not None:
+        try:
             identity = data.language_model.identity
+            _ = data.held_out_corpus
+        except (ValueError, OSError) as error:
+            if own:
+                raise
+            log.warning(
+                "What needs the language model is left out, for what the cache names cannot be "
+                "opened: %s Give `evaluation_model` and `evaluation_text`, as they are now.",
+                error,
+            )
+            return None
+        if self.manifest is not None:
             require_same_model(
                 self.manifest.probe, probe(data), identity["model_dtype"], identity["model"]
             )

@@ -17,7 +17,6 @@ from lightning_sae.data.cache.shards import open_rows
 from lightning_sae.data.cache.writer import by_hook
 from lightning_sae.data.datamodule import ActivationDataModule
 from lightning_sae.data.embedded import EMBEDDED_MODEL
-from lightning_sae.data.scaling import estimate_scaling
 from lightning_sae.data.trial import trial_tokens
 
 ARGUMENTS = (
@@ -40,7 +39,7 @@ ARGUMENTS = (
     "max_norm_multiple",
     "seed",
 )
-"""Arguments of `ActivationDataModule` that say which activations it reads, beside model and text."""
+"""Arguments of `ActivationDataModule` that say, with model and text, what it reads."""
 
 SCALED_ON = 2**16
 """Rows, spread over all, whose mean norm about the mean is taken for that of all."""
@@ -144,11 +143,10 @@ def require_same_model(
 def require_same_data(folder: Path, saved: Manifest, present: Manifest) -> None:
     """Raise a ValueError if a cache cannot be gone on with, for its rows would be others."""
     one, other = _compared(saved), _compared(present)
-    differing = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
+    names = sorted(one.keys() | other.keys())
+    differing = [name for name in names if one.get(name) != other.get(name)]
     if differing:
-        pairs = "; ".join(
-            f"`{name}` to be {one.get(name)} but got {other.get(name)}" for name in sorted(differing)
-        )
+        pairs = "; ".join(f"`{n}` to be {one.get(n)} but got {other.get(n)}" for n in differing)
         raise ValueError(
             f"Expected, as in the cache {folder}, {pairs}: it can only be gone on with as it was "
             "begun. Give the same arguments, or another folder."

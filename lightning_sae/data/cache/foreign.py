@@ -82,12 +82,10 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _chosen(
-    found: Mapping[str, Any], hook_names: Sequence[str], where: str
-) -> dict[str, Tensor]:
+def _chosen(found: Mapping[str, Any], hook_names: Sequence[str], where: str) -> dict[str, Tensor]:
     """The tensors that are asked for, as rows."""
     if len(found) == 1 and len(hook_names) <= 1 and not set(hook_names) & found.keys():
-        (name, only), = found.items()
+        ((name, only),) = found.items()
         if not name or not hook_names:
             own = hook_names[0] if hook_names else name or NAMELESS
             return {own: _rows(only, where)}

@@ -1,4 +1,4 @@
-"""What a cache says of itself: what its rows are, which files hold them, and what each hashes to."""
+"""What a cache says of itself: what its rows are, which files hold them, and their hashes."""
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -57,10 +57,10 @@ class Manifest(NamedTuple):
     dtype: str
     probe: dict[str, list[float]]
     complete: bool = False
-    tokens: Mapping[str, int] = {}
-    left_out: Mapping[str, Mapping[str, int]] = {}
+    tokens: Mapping[Split, int] = {}
+    left_out: Mapping[Split, Mapping[str, int]] = {}
     statistics: Mapping[str, Mapping[str, Any]] = {}
-    shards: Mapping[str, Sequence[Shard]] = {}
+    shards: Mapping[Split, Sequence[Shard]] = {}
 
     def rows(self, split: Split) -> int:
         """Rows of a split."""

@@ -138,8 +138,8 @@ def require_room(plan: Plan) -> None:
     raise OSError(
         f"The disk has no room for the cache: about {size(plan.nbytes)} are needed and "
         f"{size(plan.free)} may be written, which leaves a little of the disk free. About "
-        f"{fitting:,} rows would fit: give fewer `--tokens`, a shorter `--dtype`, fewer hooks, or "
-        "another disk."
+        f"{fitting:,} rows fit: give fewer `--tokens`, a shorter `--data.dtype`, fewer hooks, "
+        "or another disk."
     )
 
 

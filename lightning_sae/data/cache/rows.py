@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ByHook = dict[str, Float[Tensor, "rows _"]]
+ByHook = dict[str, Float[Tensor, "_ _"]]
 """The same rows at one hook or several."""
 
 
@@ -17,7 +17,7 @@ class Rows:
         shards: Of each, a tensor [rows, width] by hook; widths and dtypes are the same in all.
     """
 
-    def __init__(self, shards: Sequence[Mapping[str, Float[Tensor, "rows _"]]]) -> None:
+    def __init__(self, shards: Sequence[Mapping[str, Float[Tensor, "_ _"]]]) -> None:
         self.shards = shards
         self._starts = torch.tensor([0, *(_length(shard) for shard in shards)]).cumsum(0)
 

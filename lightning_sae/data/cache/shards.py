@@ -98,9 +98,8 @@ def open_rows(folder: Path, manifest: Manifest, split: Split) -> Rows:
 def _opened(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Tensor]:
     path = folder / shard.file
     found = mapped(path, lambda name: name in manifest.widths)
-    expected = {name: ((shard.rows, width), manifest.dtype) for name, width in manifest.widths.items()}
-    for name, (shape, dtype) in expected.items():
-        part = found.get(name)
+    for name, width in manifest.widths.items():
+        part, shape, dtype = found.get(name), (shard.rows, width), manifest.dtype
         if part is None or tuple(part.shape) != shape or str(part.dtype) != f"torch.{dtype}":
             kind = "nothing" if part is None else f"{part.dtype} of shape {tuple(part.shape)}"
             raise ValueError(

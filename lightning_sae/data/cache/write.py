@@ -94,11 +94,13 @@ def write_cache(
     wanted: dict[Split, int | None] = {"held_out": _held_out(data, held_out), "training": tokens}
     data.language_model.to(fabric.device)
     with _held(folder) if fabric.is_global_zero and not plan_only else nullcontext():
-        ranks = fabric.world_size
-        work = _of_first(fabric, lambda: _begin(data, folder, wanted, shard_bytes, plan_only, ranks))
+        n_ranks = fabric.world_size
+        work = _of_first(
+            fabric, lambda: _begin(data, folder, wanted, shard_bytes, plan_only, n_ranks)
+        )
         if plan_only:
             return folder
-        own = range(fabric.global_rank, work.n_parts, ranks)
+        own = range(fabric.global_rank, work.n_parts, n_ranks)
         with _bar(folder, work, own, fabric) as bar:
             for part in own:
                 place = (part, work.n_parts)

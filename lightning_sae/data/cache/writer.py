@@ -170,7 +170,9 @@ def write_part(
                 if written is not None:
                     written.result()
                 name = f"{split}-{place[0]}-{number:05d}.safetensors"
-                written = writer.submit(_keep, folder / name, place[0], read, record, records, split)
+                written = writer.submit(
+                    _keep, folder / name, place[0], read, record, records, split
+                )
             if written is not None:
                 written.result()
 
@@ -198,8 +200,10 @@ def _keep(
 
 def _sum(rows: Float[Tensor, "rows d"], before: list[float] | None) -> list[float]:
     """Sum of rows and of what was there before, in double precision."""
-    total = sum(part.double().sum(0) for part in rows.split(2**13))
-    return total.tolist() if before is None else (total + torch.tensor(before, dtype=torch.float64)).tolist()
+    total = torch.tensor(before or [0.0] * rows.shape[1], dtype=torch.float64)
+    for part in rows.split(2**13):
+        total += part.double().sum(0)
+    return total.tolist()
 
 
 def _norms(rows: Float[Tensor, "rows d"]) -> float:
