@@ -92,7 +92,8 @@ class HeldOutEvaluation(Callback):
 
     Figures are logged as `test/...`, under the names that they have in validations, and go to
     `<trainer.default_root_dir>/results.json`, or `results-2.json` and so on if there is one. Needs
-    an `ActivationDataModule`; with other data, only the test's metrics are written. With several
+    data that names its language model and text, as an `ActivationDataModule` and a cache do; with
+    other data, or where they cannot be opened, only the test's metrics are written. With several
     ranks each reads its share of the held-out text, and the figures are those of all.
 
     Args:
@@ -104,16 +105,23 @@ class HeldOutEvaluation(Callback):
         self.n_tokens = n_tokens
         self.path: Path | None = None
         self.results: dict[str, Any] = {}
+        self._data: ActivationDataModule | None = None
         self._in_model: dict[str, float] = {}
 
     @override
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the language model now, so that what is wrong with it is said before the test."""
         data = source_of(trainer)
+        self._data = None if data is None else data.text_data()
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._in_model = {}
-        if isinstance(data, ActivationDataModule):
-            self._in_model = evaluate_in_model(pl_module, data, self.n_tokens)  # type: ignore[arg-type]
+        if self._data is not None:
+            self._in_model = evaluate_in_model(pl_module, self._data, self.n_tokens)  # type: ignore[arg-type]
             named = {f"test/{name}": float(value) for name, value in self._in_model.items()}
             pl_module.log_dict(named, sync_dist=True)  # the same on all ranks already
+        self._data = None
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,7 +13,13 @@ from lightning_sae.architectures import (
     TiedSAE,
     TopKSAE,
 )
-from lightning_sae.data import ActivationDataModule, ActivationSource, ToyDataModule
+from lightning_sae.data import (
+    ActivationDataModule,
+    ActivationSource,
+    CachedDataModule,
+    ToyDataModule,
+    write_cache,
+)
 from lightning_sae.loading import load
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.version import __version__
@@ -22,6 +28,7 @@ __all__ = [
     "ActivationDataModule",
     "ActivationSource",
     "BatchTopKSAE",
+    "CachedDataModule",
     "FeatureStore",
     "GatedSAE",
     "JumpReLUSAE",
@@ -36,4 +43,5 @@ __all__ = [
     "ToyDataModule",
     "__version__",
     "load",
+    "write_cache",
 ]

@@ -44,6 +44,7 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, remove_unfinished, require_new_run
+from lightning_sae.data.cache import command as cache
 from lightning_sae.distributed import require_agreement
 from lightning_sae.files import AtomicCheckpointIO, write_atomically
 from lightning_sae.side_by_side import SideBySide
@@ -53,6 +54,7 @@ C = TypeVar("C", bound=Callback)
 
 BESIDE: dict[str, Callable[[list[str]], None]] = {
     "analyze": analyze.main,
+    "cache": cache.main,
     "compare": compare.main,
     "configs": configurations.main,
     "export": exchange.export_main,
@@ -407,11 +409,11 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         auto_configure_optimizers=False,
         parser_kwargs={
             "description": "Train, measure and study sparse autoencoders. Beside the subcommands "
-            "below there are `analyze SAE`, what each latent fires on; `compare SAE SAE`, how many "
-            "latents they share; `steer SAE`, what editing a latent changes; `import X` and "
-            "`export SAE`, other libraries' SAEs in and ours out; `push RUN NAME`, SAEs onto the "
-            "Hugging Face hub; `study NAME`, the source documents' experiments; and `configs`, "
-            "those that come with the package."
+            "below there are `cache`, activations written to the disk; `analyze SAE`, what each "
+            "latent fires on; `compare SAE SAE`, how many latents they share; `steer SAE`, what "
+            "editing a latent changes; `import X` and `export SAE`, other libraries' SAEs in and ours "
+            "out; `push RUN NAME`, SAEs onto the Hugging Face hub; `study NAME`, the source "
+            "documents' experiments; and `configs`, those that come with the package."
         },
         args=configurations.with_files(args) if isinstance(args, list) else args,
         run=run,

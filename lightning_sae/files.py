@@ -67,6 +67,12 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"Could not read {path}: it is no JSON ({first_line(error)}).") from error
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Put plain values into the place of an earlier JSON file."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def _constant(name: str) -> float:
     if name == "NaN":
         raise ValueError("it has the value NaN")

@@ -24,7 +24,9 @@ from lightning_sae.lengths import HasLengths, is_share, steps_of
 FIXED_IN_MODEL = {"apply_b_dec_to_input", "decoder_norm", "b_dec_init", "threshold_init"}
 # Of the package's data: what may change. The text, model and hook are compared as the SAE's
 # `source`, see `compare_sources`. All else is fixed, for the buffer would be another one.
-FREE_IN_DATA = {"prefetch", "n_validation", "n_test", "largest_saved_buffer"}
+FREE_IN_DATA = {"prefetch", "n_validation", "n_test", "largest_saved_buffer", "verify"}
+# Of the same data in another place; whether it is the same, `source` says.
+FREE_IN_DATA |= {"activations", "evaluation_model", "evaluation_text"}
 SOURCE = {
     "model",
     "hook_name",

@@ -248,6 +248,11 @@ class ActivationDataModule(ActivationSource):
         model = self.language_model
         return model.widths if isinstance(model, SeveralHooks) else model.width()
 
+    @override
+    def text_data(self) -> "ActivationDataModule":
+        """Itself."""
+        return self
+
     def by_hook(self, rows: Float[Tensor, "rows d"]) -> Rows:
         """Rows as a batch has them: by hook if there are several."""
         model = self.language_model
@@ -373,17 +378,23 @@ class ActivationDataModule(ActivationSource):
     def _open(self, text: Text) -> Corpus:
         return open_text(text, self.text_column, self.text_split, self.streaming, self.seed)
 
-    def training_blocks(self) -> TokenBlocks:
-        """Blocks of this rank's share of the training documents, from the start."""
-        return self._blocks(self.corpus, self.validation_fraction, held_out=False)
+    def training_blocks(self, place: tuple[int, int] | None = None) -> TokenBlocks:
+        """Blocks of a share of the training documents, from the start.
 
-    def held_out_blocks(self) -> TokenBlocks:
-        """Blocks of this rank's share of the held-out documents, from the start."""
+        Args:
+            place: Number of the share, and of all shares; by default this rank's.
+        """
+        return self._blocks(self.corpus, self.validation_fraction, False, place)
+
+    def held_out_blocks(self, place: tuple[int, int] | None = None) -> TokenBlocks:
+        """Blocks of a share of the held-out documents, from the start; see `training_blocks`."""
         fraction = self.validation_fraction if self.validation_text is None else 1.0
-        return self._blocks(self.held_out_corpus, fraction, held_out=True)
+        return self._blocks(self.held_out_corpus, fraction, True, place)
 
-    def _blocks(self, corpus: Corpus, fraction: float, held_out: bool) -> TokenBlocks:
-        rank, world_size = self._place()
+    def _blocks(
+        self, corpus: Corpus, fraction: float, held_out: bool, place: tuple[int, int] | None
+    ) -> TokenBlocks:
+        rank, world_size = place or self._place()
         return TokenBlocks(
             corpus,
             self.encoder,

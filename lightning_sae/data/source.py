@@ -44,6 +44,16 @@ class ActivationSource(LightningDataModule):
             raise NotImplementedError(f"{type(self).__name__} has no `at` for hook {hook_name}.")
         return self
 
+    def text_data(self) -> Any:
+        """An `ActivationDataModule` that reads these activations from text, for what needs a model.
+
+        None where there is no language model.
+
+        Raises:
+            ValueError: If the model or the text that the data names cannot be opened.
+        """
+        return None
+
     def statistics(self) -> dict[str, float]:
         """Counts of what was read so far, for the logs."""
         return {}

@@ -181,6 +181,7 @@ def _open_rows(rows: Any, column: str, split: str, seed: int, name: str | None =
 def _open_local(source: str, column: str, split: str) -> Documents | None:
     """Documents of a file, folder or glob pattern; None if there is nothing of that name."""
     path = Path(source)
+    _require_no_cache(path)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _not_empty(Rows(_saved(path, split), column, source), source)
     if path.is_dir():
@@ -195,6 +196,15 @@ def _open_local(source: str, column: str, split: str) -> Documents | None:
             f"({', '.join(SUFFIXES)} files are read)."
         )
     return _joined([open_file(file, column) for file in files], source) if files else None
+
+
+def _require_no_cache(path: Path) -> None:
+    if (path / "manifest.json").is_file():
+        raise ValueError(
+            f"Expected argument `text` to name text but {path} is a cache of activations: train on "
+            f"it by `CachedDataModule({str(path)!r})`, `--data CachedDataModule` on the command "
+            "line."
+        )
 
 
 def _joined(parts: Sequence[Documents], source: str) -> Documents:

@@ -1,0 +1,442 @@
+"""Activations from the disk or from memory as a LightningDataModule: no model, no text."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sae.checks import expect, require_integers, require_positive
+from lightning_sae.data.cache.description import SCALED_ON, probe, require_same_model
+from lightning_sae.data.cache.foreign import NAMELESS, open_foreign
+from lightning_sae.data.cache.manifest import (
+    SPLITS,
+    Manifest,
+    Split,
+    is_cache,
+    read_manifest,
+    require_complete,
+)
+from lightning_sae.data.cache.rows import ByHook
+from lightning_sae.data.cache.rows import Rows as CachedRows
+from lightning_sae.data.cache.shards import open_rows, require_hashes
+from lightning_sae.data.cache.shuffled import ShuffledRows
+from lightning_sae.data.datamodule import ActivationDataModule, LoadedModel
+from lightning_sae.data.loaders import Rows, as_asked_for, begins_anew, require_an_end
+from lightning_sae.data.notices import OFTEN, activations_asked_for
+from lightning_sae.data.scaling import Scaling, estimate_scaling, require_usable
+from lightning_sae.data.several_hooks import checked_names
+from lightning_sae.data.source import ActivationSource
+from lightning_sae.data.text import Text
+
+log = logging.getLogger("lightning.pytorch")
+
+Activations = str | Path | Sequence[str | Path] | Mapping[str, Any] | Tensor | np.ndarray
+Data = TypeVar("Data", bound="CachedDataModule")
+
+LOOKED_AT = 2**13
+"""Rows, spread over all, that are looked at before a run begins."""
+
+OPEN = ("_rows", "_text_data")
+"""Attributes that hold files or models."""
+
+
+class HeldOutRows:
+    """This rank's share of the held-out rows, in order; all ranks have equally many.
+
+    Args:
+        data: The data module.
+        n: Rows, at most.
+    """
+
+    def __init__(self, data: "CachedDataModule", n: int) -> None:
+        rows, (rank, n_ranks) = data.rows("held_out"), data.place()
+        self.n = min(n, len(rows) // n_ranks)
+        first = len(rows) // n_ranks * rank
+        self.rows, self.data = rows.between(first, first + self.n), data
+
+    def __len__(self) -> int:
+        return math.ceil(self.n / self.data.batch_size)
+
+    def __iter__(self) -> Iterator[Rows]:
+        size = self.data.batch_size
+        for start in range(0, self.n, size):
+            batch = self.rows.between(start, start + size).all()
+            yield self.data.by_hook({name: rows.float() for name, rows in batch.items()})
+
+
+class CachedDataModule(ActivationSource):
+    """Batches of activations that are there: a cache, files, or a tensor.
+
+    A cache is what `lightning-sae cache` wrote. It is read without its model or text, in random
+    order over all of it, in bounded memory. Training is endless: its length is `trainer.max_steps`;
+    each pass over the rows has an order of its own. Validation and test read the cache's held-out
+    documents; of other activations, the last rows. `test` and the like find the cache's model and
+    text by its manifest, for what the language model loses.
+
+    Args:
+        activations: Folder of a cache; a .npy or .safetensors file, a folder or a list of these; or
+            from Python a tensor or array [..., d], or a dictionary of them by hook. Files are
+            mapped, not loaded.
+        hook_name: Hook to train on, or several, for `SideBySide`; by default all that are there. Of
+            activations without a name, how to call them.
+        batch_size: Activations in a batch.
+        buffer_size: Activations read and shuffled at a time; about three times as many are held.
+        rows_together: Neighbouring rows that are read in one piece from anywhere. 1 makes all
+            orders of the rows equally likely; null takes 1 up to 4 GiB, and else pieces of 64 KiB,
+            which a disk reads quickly.
+        prefetch: Read ahead in a thread while batches are trained on.
+        validation_fraction: Of activations that are no cache, the share held out: the last rows.
+        center: Have the SAE subtract the mean activation.
+        scale: Have the SAE scale activations to mean norm sqrt(d_in).
+        n_validation: Held-out activations in a validation, at most, for each rank.
+        n_test: Held-out activations in a test, at most, for each rank.
+        seed: Seed of the order.
+        verify: Compare each file of a cache with its hash before a run.
+        evaluation_model: Language model for what needs one, as loss recovered does, where the cache
+            does not name it or it lies elsewhere now: as for `ActivationDataModule`.
+        evaluation_text: Its text, likewise.
+
+    Raises:
+        ValueError: If there is no such cache, it is not complete, a file is missing or cut short,
+            or it has no such hook; from `setup`, if a file is altered.
+
+    Example:
+        >>> data = CachedDataModule(torch.randn(1000, 8), batch_size=100)
+        >>> data.d_in, next(iter(data.train_dataloader())).shape
+        (8, torch.Size([100, 8]))
+    """
+
+    def __init__(
+        self,
+        activations: Activations,
+        hook_name: str | Sequence[str] | None = None,
+        *,
+        batch_size: int = 2048,
+        buffer_size: int = 65536,
+        rows_together: int | None = None,
+        prefetch: bool = True,
+        validation_fraction: float = 0.1,
+        center: bool = False,
+        scale: bool = False,
+        n_validation: int = 32768,
+        n_test: int = 131072,
+        seed: int = 0,
+        verify: bool = True,
+        evaluation_model: str | Path | LoadedModel | None = None,
+        evaluation_text: Text | None = None,
+    ) -> None:
+        super().__init__()
+        require_integers(batch_size=batch_size, buffer_size=buffer_size)
+        require_positive(batch_size=batch_size, n_validation=n_validation, n_test=n_test)
+        require_positive(**({} if rows_together is None else {"rows_together": rows_together}))
+        within = 0 <= validation_fraction < 1
+        expect(within, "validation_fraction", "from 0 to below 1", validation_fraction)
+        size = f"at least `batch_size`={batch_size}"
+        expect(buffer_size >= batch_size, "buffer_size", size, buffer_size)
+        self.activations, self.hook_name = activations, hook_name
+        self.batch_size, self.buffer_size = batch_size, buffer_size
+        self.rows_together, self.prefetch = rows_together, prefetch
+        self.validation_fraction = validation_fraction
+        self.center, self.scale = center, scale
+        self.n_validation, self.n_test = n_validation, n_test
+        self.seed, self.verify = seed, verify
+        self.evaluation_model, self.evaluation_text = evaluation_model, evaluation_text
+        self.folder = self._cache_folder()
+        self.manifest: Manifest | None = None
+        if self.folder is not None:
+            self.manifest = read_manifest(self.folder)
+            require_complete(self.folder, self.manifest)
+        names = [] if hook_name is None else checked_names(hook_name)
+        self._names = self._checked(names)
+        present = self.rows("training").widths
+        self.hook_names = () if [*present] == [NAMELESS] else [*present]
+        self.d_in: Any = present if len(present) > 1 else next(iter(present.values()))
+        self.batches: ShuffledRows | None = None
+        self._restored: dict[str, Any] = {}
+        self._left: dict[str, Any] = {}
+        self._verified: set[Split] = set()
+        if len(self.rows("training")) < batch_size:
+            raise ValueError(
+                f"Expected argument `batch_size` to be at most {len(self.rows('training')):,}, the "
+                f"rows that there are to train on, but got {batch_size}: make it smaller."
+            )
+
+    def _cache_folder(self) -> Path | None:
+        """The folder of the cache; None for other activations."""
+        if not isinstance(self.activations, str | Path):
+            return None
+        folder = Path(self.activations).expanduser()
+        files = folder.is_dir() and any(folder.glob("*.npy"))
+        return folder if is_cache(folder) or (folder.is_dir() and not files) else None
+
+    def _checked(self, names: list[str]) -> list[str]:
+        """Hooks to read; those of the cache if none are named."""
+        if self.manifest is None:
+            return names
+        missing = [name for name in names if name not in self.manifest.widths]
+        if missing:
+            raise ValueError(
+                f"Expected argument `hook_name` to be one of {', '.join(self.manifest.widths)}, "
+                f"which the cache {self.folder} has, but got {', '.join(missing)}: choose one of "
+                "these, or write a cache of that hook."
+            )
+        return names or [*self.manifest.widths]
+
+    # Rows.
+
+    def rows(self, split: Split) -> CachedRows:
+        """All rows to train on, or all that are held out."""
+        return self._rows[split]
+
+    @cached_property
+    def _rows(self) -> dict[Split, CachedRows]:
+        if self.manifest is not None and self.folder is not None:
+            folder, manifest = self.folder, self.manifest
+            return {s: open_rows(folder, manifest, s).only(self._names) for s in SPLITS}
+        rows = open_foreign(self.activations, self._names)
+        n = len(rows) - round(self.validation_fraction * len(rows))
+        return {"training": rows.between(0, n), "held_out": rows.between(n, len(rows))}
+
+    def by_hook(self, rows: ByHook) -> Rows:
+        """Rows as a batch has them: a tensor, or several by hook."""
+        return rows if len(rows) > 1 else next(iter(rows.values()))
+
+    @override
+    def at(self: Data, hook_name: str) -> Data:
+        """The same data with one of its hooks alone."""
+        if len(self.hook_names) <= 1:
+            return self
+        one = type(self).__new__(type(self))
+        vars(one).update(vars(self))
+        one.hook_names = one._names = [hook_name]
+        one.d_in = self.d_in[hook_name]
+        rows = {split: rows.only([hook_name]) for split, rows in self._rows.items()}
+        text_data = self.text_data()
+        vars(one).update(_rows=rows, _text_data=text_data and text_data.at(hook_name))
+        return one
+
+    def place(self) -> tuple[int, int]:
+        """This process's rank, and the number of ranks."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    # What the rows are.
+
+    @property
+    @override
+    def source(self) -> dict[str, Any]:
+        """Where the activations come from, as plain values to keep with an SAE."""
+        names = self.hook_names
+        hooks = {"hook_name": names[0] if len(names) == 1 else [*names]} if names else {}
+        if self.manifest is not None:
+            return {**self.manifest.source, **hooks, "cache": self.manifest.digest()}
+        given = self.activations
+        named = isinstance(given, str | Path) or (
+            isinstance(given, list | tuple) and all(isinstance(each, str | Path) for each in given)
+        )
+        listed = [given] if isinstance(given, str | Path) else given
+        where = [str(each) for each in listed] if named else f"a Python {type(given).__name__}"
+        own = {"model": self.evaluation_model, "text": self.evaluation_text}
+        plain = {name: str(v) for name, v in own.items() if isinstance(v, str | Path)}
+        return {"activations": where, **hooks, **plain}
+
+    @override
+    def scaling(self) -> Scaling | None:
+        """Centring and scaling, by the statistics of all rows of a cache; None if not asked for.
+
+        Of other activations, by those of rows spread over all.
+        """
+        name, *others = self.rows("training").widths
+        if others or not (self.center or self.scale):
+            return None
+        if self.manifest is None:
+            return estimate_scaling(self._spread(SCALED_ON)[name], self.center, self.scale)
+        found = self.manifest.statistics[name]
+        mean = torch.tensor(found["mean"])
+        scale = found["centered_scale" if self.center else "scale"] if self.scale else 1.0
+        return Scaling(mean if self.center else torch.zeros_like(mean), torch.tensor(scale))
+
+    def _spread(self, n: int) -> ByHook:
+        """Rows to train on, spread evenly over all."""
+        rows = self.rows("training")
+        return rows.take(torch.linspace(0, len(rows) - 1, min(n, len(rows))).long())
+
+    @override
+    def text_data(self) -> ActivationDataModule | None:
+        """The same activations read from text by their model, which is loaded for it.
+
+        None, and a warning, where model or text cannot be opened.
+
+        Raises:
+            ValueError: If the model is not the cache's, or what was given cannot be opened.
+        """
+        if self._text_data is not None and self.trainer is not None:
+            self._text_data.trainer = self.trainer
+            self._text_data.language_model.to(self.trainer.strategy.root_device)
+        return self._text_data
+
+    @cached_property
+    def _text_data(self) -> ActivationDataModule | None:
+        given = {"model": self.evaluation_model, "text": self.evaluation_text}
+        own = {name: value for name, value in given.items() if value is not None}
+        noted = {} if self.manifest is None else self.manifest.data
+        known = {**{k: v for k, v in noted.items() if v is not None}, **own}
+        names = self.hook_names
+        if not names or "model" not in known or "text" not in known:
+            return None
+        if isinstance(known.get("positions"), list):
+            known["positions"] = tuple(known["positions"])
+        known["hook_name"] = names[0] if len(names) == 1 else [*names]
+        data = ActivationDataModule(**known, n_validation=self.n_validation, n_test=self.n_test)
+        try:
+            identity = data.language_model.identity
+            _ = data.held_out_corpus
+        except (ValueError, OSError) as error:
+            if own:
+                raise
+            log.warning(
+                "What needs the language model is left out, for what the cache names cannot be "
+                "opened: %s Give `evaluation_model` and `evaluation_text`, as they are now.",
+                error,
+            )
+            return None
+        if self.manifest is not None:
+            require_same_model(
+                self.manifest.probe, probe(data), identity["model_dtype"], identity["model"]
+            )
+        return data
+
+    # Lightning.
+
+    def setup(self, stage: str) -> None:
+        """See to it that the run has an end and the rows are what was written.
+
+        Raises:
+            ValueError: If it has none, something waits for an epoch to end, a file is altered, or
+                there are no held-out rows where some are needed.
+        """
+        splits: list[Split] = ["training"] if stage == "fit" else []
+        if stage == "fit":
+            require_an_end(self.trainer, self.batch_size)
+        if stage != "fit" or self.trainer.limit_val_batches:  # type: ignore[union-attr]
+            splits.append("held_out")
+        for split in splits:
+            self._verify(split)
+        if stage == "fit":
+            for name, rows in self._spread(LOOKED_AT).items():
+                require_usable(rows, name)
+            self._say_passes()
+        if stage != "fit" and not len(self.rows("held_out")):
+            raise ValueError(
+                "Expected held-out activations to evaluate on but there are none: raise "
+                "`validation_fraction`, or write a cache with some `--held_out`."
+            )
+
+    def _verify(self, split: Split) -> None:
+        if self.manifest is None or self.folder is None or split in self._verified:
+            return
+        if self.verify:
+            rank, n_ranks = self.place()
+            require_hashes(self.folder, self.manifest.shards[split][rank::n_ranks])
+        self._verified.add(split)
+
+    @rank_zero_only
+    def _say_passes(self) -> None:
+        wanted, n = activations_asked_for(self.trainer, self.batch_size), len(self.rows("training"))
+        times = (wanted or 0) * self.place()[1] / n
+        if times > OFTEN:
+            log.warning(
+                "The run reads its activations about %.3g times: there are %s, and `max_steps` "
+                "asks for %s. Give more, or a smaller `max_steps`.",
+                times,
+                f"{n:,}",
+                f"{times * n:,.0f}",
+            )
+
+    def train_dataloader(self) -> Iterable[Rows]:
+        """The endless rows in random order, going on where a checkpoint left off.
+
+        With `trainer.overfit_batches` the first batches, as a list.
+        """
+        present = None if self.batches is None else self.batches.batch_size
+        if begins_anew(self.trainer, self.batch_size, present):
+            self._close()
+            self._restored = {}
+        if self.batches is None:
+            self.batches = self._new_batches()
+            state, self._restored = self._restored, {}
+            if state:
+                self.batches.load_state_dict(state)
+        return as_asked_for(self.batches, self.trainer)
+
+    def _new_batches(self) -> ShuffledRows:
+        rank, n_ranks = self.place()
+        return ShuffledRows(
+            self.rows("training"),
+            self.batch_size,
+            self.buffer_size,
+            self.rows_together,
+            self.seed,
+            rank=rank,
+            n_ranks=n_ranks,
+            prefetch=self.prefetch,
+            given_as=self.by_hook,
+        )
+
+    def _close(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
+
+    def val_dataloader(self) -> Iterable[Rows]:
+        """Held-out activations in order."""
+        return HeldOutRows(self, self.n_validation)
+
+    def test_dataloader(self) -> Iterable[Rows]:
+        """Held-out activations in order."""
+        return HeldOutRows(self, self.n_test)
+
+    def predict_dataloader(self) -> Iterable[Rows]:
+        """Held-out activations in order."""
+        return HeldOutRows(self, self.n_test)
+
+    def teardown(self, stage: str) -> None:
+        """Keep the place for a checkpoint saved after the fit; a new fit starts over."""
+        if stage == "fit" and self.batches is not None:
+            self._left = self.state_dict()
+            self._close()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop reading ahead, lest the process wait for it."""
+        if self.batches is not None:
+            self.batches.close()
+
+    @override
+    def statistics(self) -> dict[str, float]:
+        """Passes over the rows so far; empty before training."""
+        return {} if self.batches is None else {"passes": self.batches.passes}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in the rows, for an exact resume."""
+        return (self._restored or self._left) if self.batches is None else self.batches.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for the batches that `train_dataloader` makes."""
+        self._restored = state_dict
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, or for another process: all but the trainer and what is open."""
+        kept = {name: value for name, value in super().__getstate__().items() if name not in OPEN}
+        stands = self._restored if self.batches is None else self.state_dict()
+        return {**kept, "batches": None, "_restored": {**stands}}

@@ -1,0 +1,80 @@
+"""Rows of activations that lie in several tensors, most of them mapped from files."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+ByHook = dict[str, Float[Tensor, "_ _"]]
+"""The same rows at one hook or several."""
+
+
+class Rows:
+    """The rows of several shards, one shard after the other.
+
+    Args:
+        shards: Of each, a tensor [rows, width] by hook; widths and dtypes are the same in all.
+    """
+
+    def __init__(self, shards: Sequence[Mapping[str, Float[Tensor, "_ _"]]]) -> None:
+        self.shards = shards
+        self._starts = torch.tensor([0, *(_length(shard) for shard in shards)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width at each hook."""
+        return {name: part.shape[1] for name, part in self.shards[0].items()} if self.shards else {}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row at all hooks."""
+        parts = self.shards[0].values() if self.shards else ()
+        return sum(part.shape[1] * part.element_size() for part in parts)
+
+    def only(self, hook_names: Sequence[str]) -> "Rows":
+        """The same rows at some of the hooks, in the order asked for."""
+        return Rows([{name: shard[name] for name in hook_names} for shard in self.shards])
+
+    def take(self, index: Int[Tensor, " n"]) -> ByHook:
+        """Copies of some rows, in the order of `index`.
+
+        They are read in the order in which they lie, shard by shard.
+        """
+        ordered, places = index.sort()
+        bounds = torch.searchsorted(ordered, self._starts).tolist()
+        back = torch.empty_like(places)
+        back[places] = torch.arange(len(places))
+        read: dict[str, list[Tensor]] = {name: [] for name in self.widths}
+        for shard, start, first, end in zip(
+            self.shards, self._starts.tolist(), bounds[:-1], bounds[1:], strict=False
+        ):
+            if first < end:
+                for name, part in shard.items():
+                    read[name].append(part.index_select(0, ordered[first:end] - start))
+        return {name: _joined(parts).index_select(0, back) for name, parts in read.items()}
+
+    def between(self, start: int, stop: int) -> "Rows":
+        """The rows from `start` on, up to but without `stop`; nothing is copied."""
+        firsts = self._starts.tolist()
+        parts = []
+        for shard, first in zip(self.shards, firsts, strict=False):
+            low, high = max(start - first, 0), min(stop - first, _length(shard))
+            if low < high:
+                parts.append({name: rows[low:high] for name, rows in shard.items()})
+        return Rows(parts)
+
+    def all(self) -> ByHook:
+        """All rows in one tensor for each hook."""
+        return {name: _joined([shard[name] for shard in self.shards]) for name in self.widths}
+
+
+def _length(shard: Mapping[str, Tensor]) -> int:
+    return len(next(iter(shard.values())))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

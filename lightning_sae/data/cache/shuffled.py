@@ -1,0 +1,192 @@
+"""Rows of a cache in random order, without end, in bounded memory and with exact resume."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lightning_sae.data.cache.rows import ByHook
+from lightning_sae.data.cache.rows import Rows as CachedRows
+from lightning_sae.data.loaders import ENDLESS, Rows
+from lightning_sae.data.toy.stream import seed_of
+
+PIECE_BYTES = 2**16
+"""Bytes read in one piece where rows are not shuffled one by one."""
+
+SHUFFLED_SINGLY_BYTES, SHUFFLED_SINGLY_ROWS = 4 * 2**30, 2**24
+"""Up to this size rows are shuffled one by one: a page cache holds them."""
+
+
+class Order:
+    """All rows in an order of their own for each pass over them.
+
+    Pieces of `together` neighbouring rows come in random order. With 1 all orders of the rows are
+    equally likely.
+
+    Args:
+        n: Rows.
+        together: Rows of a piece; the last one may be shorter.
+        seed: Fixes the order of each pass.
+    """
+
+    def __init__(self, n: int, together: int, seed: int) -> None:
+        self.n, self.together, self.seed = n, together, seed
+        self._number = -1
+
+    def between(self, start: int, stop: int) -> Int[Tensor, " rows"]:
+        """Numbers of the rows from place `start` on in the passes that follow one another.
+
+        Of each pass, those that are asked for are shuffled.
+        """
+        found = []
+        while start < stop:
+            number, first = divmod(start, self.n)
+            end = min(first + stop - start, self.n)
+            rows = self._of_pass(number, first, end)
+            generator = torch.Generator().manual_seed(seed_of(self.seed, f"places {start}"))
+            found.append(rows[torch.randperm(len(rows), generator=generator)])
+            start += end - first
+        return torch.cat(found)
+
+    def _of_pass(self, number: int, first: int, end: int) -> Int[Tensor, " rows"]:
+        if number != self._number:
+            n_pieces = -(-self.n // self.together)
+            generator = torch.Generator().manual_seed(seed_of(self.seed, f"pass {number}"))
+            self._starts = torch.randperm(n_pieces, generator=generator) * self.together
+            lengths = (self.n - self._starts).clamp_max(self.together)
+            self._ends = lengths.cumsum(0)
+            self._number = number
+        if self.together == 1:
+            return self._starts[first:end]
+        low, high = torch.searchsorted(self._ends, torch.tensor([first, end - 1]), right=True)
+        own = slice(int(low), int(high) + 1)
+        starts, ends = self._starts[own], self._ends[own]
+        lengths = (self.n - starts).clamp_max(self.together)
+        before = ends[0] - lengths[0]  # place of the first row of these pieces
+        shift = torch.repeat_interleave(starts - (ends - lengths), lengths)
+        return (shift + before + torch.arange(len(shift)))[first - before : end - before]
+
+
+class ShuffledRows(Iterator[Any]):
+    """Batches of rows in random order, as long as they are asked for.
+
+    A window of rows is read at a time, in pieces from anywhere, shuffled, and served; a thread
+    reads the next one meanwhile. In one pass each row is served once. Several ranks take turns:
+    window k of rank r is window k * n_ranks + r of all. Memory: about three windows.
+
+    The number of batches served is the whole state: every window can be read at any time.
+
+    Args:
+        rows: The rows.
+        batch_size: Rows in a batch.
+        window: Rows of a window, about: whole batches, and no more than a pass has for each rank.
+        together: Neighbouring rows read in one piece; None chooses by the size of the whole.
+        seed: Fixes the order.
+        rank: This process.
+        n_ranks: Processes that share the rows.
+        prefetch: Whether a thread reads ahead.
+        given_as: What is made of the rows of a batch before it is given away.
+
+    Attributes:
+        served: Batches served.
+    """
+
+    def __init__(
+        self,
+        rows: CachedRows,
+        batch_size: int,
+        window: int,
+        together: int | None,
+        seed: int,
+        *,
+        rank: int = 0,
+        n_ranks: int = 1,
+        prefetch: bool = True,
+        given_as: Callable[[ByHook], Rows] = lambda rows: rows,
+    ) -> None:
+        self.rows, self.batch_size, self.given_as = rows, batch_size, given_as
+        self.rank, self.n_ranks = rank, n_ranks
+        most = max(min(window, len(rows) // n_ranks), batch_size)
+        self.batches_per_window = most // batch_size
+        self.window = self.batches_per_window * batch_size
+        self.together = rows_together(rows) if together is None else together
+        self.order = Order(len(rows), self.together, seed)
+        self.served = 0
+        self._reader = ThreadPoolExecutor(1, "cache") if prefetch else None
+        self._number, self._ahead_number = -1, -1
+        self._present: ByHook = {}
+        self._ahead: Future[ByHook] | None = None
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    @property
+    def passes(self) -> float:
+        """Passes over all rows that were served, by all ranks together."""
+        return self.served * self.batch_size * self.n_ranks / len(self.rows)
+
+    def __next__(self) -> Rows:
+        number, place = divmod(self.served, self.batches_per_window)
+        if number != self._number:
+            self._open(number)
+        own = slice(place * self.batch_size, (place + 1) * self.batch_size)
+        self.served += 1
+        return self.given_as({name: rows[own].float() for name, rows in self._present.items()})
+
+    def _open(self, number: int) -> None:
+        ahead = None if self._ahead is None else self._ahead.result()
+        fits = ahead is not None and self._ahead_number == number
+        self._present = ahead if ahead is not None and fits else self._read(number)
+        self._number = number
+        if self._reader is not None:
+            self._ahead_number = number + 1
+            self._ahead = self._reader.submit(self._read, number + 1)
+
+    def _read(self, number: int) -> ByHook:
+        start = (number * self.n_ranks + self.rank) * self.window
+        return self.rows.take(self.order.between(start, start + self.window))
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much was served, and of what."""
+        return {"served": self.served, **self._settings()}
+
+    def _settings(self) -> dict[str, int]:
+        return {
+            "batch_size": self.batch_size,
+            "window": self.window,
+            "together": self.together,
+            "n_rows": len(self.rows),
+            "ranks": self.n_ranks,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; where the rows or the ranks are others, from about there."""
+        self.served = state["served"]
+        saved = {name: state[name] for name in self._settings()}
+        if saved == self._settings():
+            return
+        rows = self.served * saved["batch_size"] * saved["ranks"]
+        windows = -(-rows // (self.window * self.n_ranks))
+        self.served = windows * self.batches_per_window
+        warnings.warn(
+            f"The checkpoint has served rows in another order ({saved}, now {self._settings()}): "
+            f"the run goes on behind as many rows; some may come twice, and some not at all.",
+            stacklevel=2,
+        )
+
+
+def rows_together(rows: CachedRows) -> int:
+    """Neighbouring rows to read in one piece: one, or as many as make reading from a disk quick."""
+    singly = len(rows) * rows.row_bytes <= SHUFFLED_SINGLY_BYTES
+    if singly and len(rows) <= SHUFFLED_SINGLY_ROWS:
+        return 1
+    return max(1, PIECE_BYTES // rows.row_bytes)

@@ -1,0 +1,236 @@
+"""A cache from beginning to end: planned, written by one or several ranks, and described."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.fabric import Fabric
+from tqdm import tqdm
+
+from lightning_sae.checks import require_integers, require_not_negative, require_positive
+from lightning_sae.data.cache.description import completed, describe, require_same_data
+from lightning_sae.data.cache.manifest import (
+    SPLITS,
+    Split,
+    is_cache,
+    read_manifest,
+    write_manifest,
+)
+from lightning_sae.data.cache.plan import make_plan, require_room, tell, tokens_of_text
+from lightning_sae.data.cache.writer import read_records, write_part
+from lightning_sae.data.datamodule import ActivationDataModule
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+SHARD_BYTES = 2**27
+
+
+class Work(NamedTuple):
+    """What the ranks are to do.
+
+    Attributes:
+        n_parts: Parts of the cache.
+        shard_bytes: Bytes of a shard, about.
+        passes: Passes of the model for each part, by split; None for all of the text.
+        tokens: Tokens of all parts together, about.
+    """
+
+    n_parts: int
+    shard_bytes: int
+    passes: dict[Split, int | None]
+    tokens: int
+
+
+def write_cache(
+    data: ActivationDataModule,
+    output: str | Path,
+    *,
+    tokens: int | None = None,
+    held_out: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    plan_only: bool = False,
+    fabric: Fabric | None = None,
+) -> Path:
+    """Write the activations of a text to the disk, to train on them often, or elsewhere.
+
+    The rows are those that the stream gives, bit for bit, in its order; the dtype is that of
+    `data`. Stopped in any way, it goes on when called again with the same arguments, from its last
+    whole shard. With more `tokens` a complete cache is prolonged.
+
+    Args:
+        data: The language model, its hooks, text and filter.
+        output: Folder of the cache: new, or one that is to be gone on with.
+        tokens: Tokens of the training text to read, about; None for the whole text, once.
+        held_out: Tokens of the held-out documents to read, about; None for `data.n_test`.
+        shard_bytes: Bytes of a shard, about.
+        plan_only: Print what it will take, and write nothing.
+        fabric: Lightning's, launched, if several ranks shall write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the folder holds something else, or a cache of another model, hook, dtype or
+            text.
+        OSError: If the disk has no room.
+
+    Example:
+        .. code-block:: python
+
+            write_cache(ActivationDataModule("blocks.2.hook_resid_post"), "cache", tokens=10**6)
+            data = CachedDataModule("cache")
+    """
+    require_integers(shard_bytes=shard_bytes)
+    require_positive(shard_bytes=shard_bytes, **({} if tokens is None else {"tokens": tokens}))
+    require_not_negative(held_out=held_out or 0)
+    fabric = fabric or Fabric(accelerator="auto", devices=1)
+    folder = Path(output)
+    wanted: dict[Split, int | None] = {"held_out": _held_out(data, held_out), "training": tokens}
+    data.language_model.to(fabric.device)
+    with _held(folder) if fabric.is_global_zero and not plan_only else nullcontext():
+        n_ranks = fabric.world_size
+        work = _of_first(
+            fabric, lambda: _begin(data, folder, wanted, shard_bytes, plan_only, n_ranks)
+        )
+        if plan_only:
+            return folder
+        own = range(fabric.global_rank, work.n_parts, n_ranks)
+        with _bar(folder, work, own, fabric) as bar:
+            for part in own:
+                place = (part, work.n_parts)
+                write_part(data, folder, place, work.passes, work.shard_bytes, bar.update)
+        fabric.barrier()
+        _of_first(fabric, lambda: _finish(folder, work))
+    return folder
+
+
+def _held_out(data: ActivationDataModule, held_out: int | None) -> int:
+    has_any = data.validation_fraction > 0 or data.validation_text is not None
+    return (data.n_test if held_out is None else held_out) if has_any else 0
+
+
+def _of_first(fabric: Fabric, find: Callable[[], Any]) -> Any:
+    """What rank 0 finds, for all ranks; if it fails, all fail."""
+    found, failure = None, None
+    if fabric.is_global_zero:
+        try:
+            found = find()
+        except (ValueError, OSError) as error:
+            if fabric.world_size == 1:
+                raise
+            failure = error
+    found, failure = fabric.broadcast((found, failure))
+    if failure is not None:
+        raise failure
+    return found
+
+
+def _begin(
+    data: ActivationDataModule,
+    folder: Path,
+    wanted: dict[Split, int | None],
+    shard_bytes: int,
+    plan_only: bool,
+    n_ranks: int,
+) -> Work:
+    """Plan the work, refuse what cannot be, and note that it has begun."""
+    _require_new_or_cache(folder)
+    manifest = describe(data, n_ranks, shard_bytes)
+    if is_cache(folder):
+        saved = read_manifest(folder)
+        require_same_data(folder, saved, manifest)
+        manifest = saved
+    n_parts = manifest.settings["parts"]
+    records = [read_records(folder, part) for part in range(n_parts)]
+    per_pass = n_parts * data.blocks_per_pass * data.context_length
+    passes = {split: None if n is None else -(-n // per_pass) for split, n in wanted.items()}
+    tokens = {split: tokens_of_text(data) if n is None else n for split, n in wanted.items()}
+    left = {
+        split: max(0, tokens[split] - sum(record[split]["tokens"] for record in records))
+        for split in wanted
+        if not all(_is_done(record[split], passes[split]) for record in records)
+    }
+    work = Work(n_parts, manifest.settings["shard_bytes"], passes, sum(tokens.values()))
+    if left:
+        done = sum(s.rows for r in records for split in SPLITS for s in r[split]["shards"])
+        left = {split: left.get(split, 0) for split in SPLITS}
+        plan = make_plan(data, folder, left, done, n_ranks)
+        tell(plan, data, folder, n_ranks)
+        require_room(plan)
+        if not plan_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in folder.glob(".*.safetensors.*"):
+                unfinished.unlink()
+            write_manifest(folder, manifest._replace(complete=False, shards={}))
+    return work
+
+
+def _is_done(record: dict[str, Any], passes: int | None) -> bool:
+    return record["ended"] or (passes is not None and record["passes"] >= passes)
+
+
+def _finish(folder: Path, work: Work) -> None:
+    parts = [read_records(folder, part) for part in range(work.n_parts)]
+    write_manifest(folder, completed(folder, read_manifest(folder), parts))
+
+
+def _require_new_or_cache(folder: Path) -> None:
+    if folder.is_file() or (folder.is_dir() and not is_cache(folder) and any(folder.iterdir())):
+        raise ValueError(
+            f"Expected argument `output` to be a new or empty folder, or one of a cache to go on "
+            f"with, but {folder} holds other files: choose another folder."
+        )
+
+
+def _bar(folder: Path, work: Work, own: range, fabric: Fabric) -> Any:
+    """Progress in tokens of this rank's parts; rank 0 shows it."""
+    records = [read_records(folder, part) for part in own]
+    return tqdm(
+        total=work.tokens * len(own) // work.n_parts,
+        initial=sum(record[split]["tokens"] for record in records for split in SPLITS),
+        unit=" tokens",
+        unit_scale=True,
+        desc="Caching" if fabric.world_size == 1 else f"Caching, rank 0 of {fabric.world_size}",
+        disable=not fabric.is_global_zero,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into `folder`; left empty, it is removed if it was made.
+
+    Raises:
+        ValueError: If another process writes there.
+    """
+    if fcntl is None or folder.is_file():
+        yield
+        return
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+        if made and not any(folder.iterdir()):  # refused before it began
+            folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"Expected argument `output` to be a folder of its own but another process writes a "
+            f"cache into {folder}: choose another folder, or wait for its end."
+        ) from error
+    except OSError:  # a file system without locks
+        return

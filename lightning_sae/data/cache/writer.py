@@ -1,0 +1,257 @@
+"""Activations of a text into shards: in parts, stopped at any time, and gone on with exactly.
+
+The text is dealt to parts as it is to the ranks of a run: part r of n reads every n-th document. A
+rank writes one part or several, so a cache that two ranks began can be finished by one. Each part
+has a record, which is replaced after each shard: its shards, sums for the statistics, and where the
+reading of the text stands. What is not on record is written again, bit for bit the same.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_sae.data.cache.manifest import Shard, Split, require_size
+from lightning_sae.data.cache.shards import POSITIONS, TOKENS, write_shard
+from lightning_sae.data.datamodule import ActivationDataModule
+from lightning_sae.data.scaling import require_precision
+from lightning_sae.data.stream import REASONS
+from lightning_sae.data.tokens import TokenBlocks
+from lightning_sae.files import read_json, write_json
+
+Told = Callable[[int], Any]
+"""Called with the number of tokens of each pass that was read."""
+
+
+class Pass(NamedTuple):
+    """What a forward pass gives to a cache.
+
+    Attributes:
+        rows: Activations that the filter keeps, by hook.
+        tokens: Their tokens.
+        positions: Their places in their blocks.
+        left_out: How many each reason of the filter left out.
+        n_tokens: Tokens read.
+    """
+
+    rows: dict[str, Float[Tensor, "rows _"]]
+    tokens: Int[Tensor, " rows"]
+    positions: Int[Tensor, " rows"]
+    left_out: dict[str, int]
+    n_tokens: int
+
+
+def read_pass(data: ActivationDataModule, tokens: Int[Tensor, "blocks context_length"]) -> Pass:
+    """Run the model on blocks of tokens; rows are of `data.dtype`, on the CPU.
+
+    Raises:
+        ValueError: If activations that the filter keeps are not finite.
+    """
+    activations = data.language_model.activations(tokens)
+    left_out = data.filter.left_out(tokens, activations)
+    kept = ~torch.stack(list(left_out.values())).any(0)
+    rows = by_hook(data, activations[kept.to(activations.device)])
+    stored = {name: part.to(data.dtype).cpu() for name, part in rows.items()}
+    for name, part in stored.items():
+        _require_finite(part, rows[name], name)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    counts = {reason: int(mask.sum()) for reason, mask in left_out.items()}
+    return Pass(stored, tokens[kept].int(), positions[kept].int(), counts, tokens.numel())
+
+
+def by_hook(data: ActivationDataModule, rows: Float[Tensor, "rows d"]) -> dict[str, Tensor]:
+    """Rows as a dictionary, also of one hook."""
+    found = data.by_hook(rows)
+    return found if isinstance(found, dict) else {data.hook_names[0]: found}
+
+
+def _require_finite(
+    stored: Float[Tensor, "rows d"], rows: Float[Tensor, "rows d"], name: str
+) -> None:
+    if stored.isfinite().all():
+        return
+    if stored.dtype.itemsize < rows.dtype.itemsize:
+        require_precision(rows, stored.dtype)  # too large for it?
+    n = int((~stored.isfinite()).any(-1).sum())
+    raise ValueError(
+        f"{n} of {len(stored)} activations at {name} are not finite: look at the model and its "
+        "dtype, or drop outliers by `max_norm_multiple`. The shards so far are kept."
+    )
+
+
+# Records.
+
+
+def new_record() -> dict[str, Any]:
+    """The record of a split of which nothing is written."""
+    return {
+        "shards": [],
+        "passes": 0,
+        "tokens": 0,
+        "ended": False,
+        "left_out": dict.fromkeys(REASONS, 0),
+        "sums": {},
+        "norms": {},
+        "state": None,
+    }
+
+
+def record_path(folder: Path, part: int) -> Path:
+    """Where the record of a part lies."""
+    return folder / f"part-{part}.json"
+
+
+def read_records(folder: Path, part: int) -> dict[Split, dict[str, Any]]:
+    """What a part has written so far, by split.
+
+    Raises:
+        ValueError: If a shard on record is not there.
+    """
+    path = record_path(folder, part)
+    records = read_json(path) if path.is_file() else {}
+    found: dict[Split, dict[str, Any]] = {"held_out": new_record(), "training": new_record()}
+    for split in found:
+        found[split] |= records.get(split, {})
+        found[split]["shards"] = [Shard(**shard) for shard in found[split]["shards"]]
+        for shard in found[split]["shards"]:
+            require_size(folder, shard)
+    return found
+
+
+def _write_records(folder: Path, part: int, records: dict[Split, dict[str, Any]]) -> None:
+    plain = {
+        split: {**record, "shards": [shard._asdict() for shard in record["shards"]]}
+        for split, record in records.items()
+    }
+    write_json(record_path(folder, part), plain)
+
+
+# Writing.
+
+
+def blocks_of(data: ActivationDataModule, split: Split, place: tuple[int, int]) -> TokenBlocks:
+    """The blocks of a part's share of the documents, from the start."""
+    return data.training_blocks(place) if split == "training" else data.held_out_blocks(place)
+
+
+def write_part(
+    data: ActivationDataModule,
+    folder: Path,
+    place: tuple[int, int],
+    passes: dict[Split, int | None],
+    shard_bytes: int,
+    told: Told,
+) -> None:
+    """Write a part of a cache, from where its record stands, shard by shard.
+
+    A thread writes each shard while the model reads the next one. Whatever happens, the record has
+    each shard that is there as a whole.
+
+    Args:
+        data: The model, its text and filter.
+        folder: The cache.
+        place: Number of the part, and of all parts.
+        passes: Passes of the model, for each split; None for all of the text.
+        shard_bytes: Bytes of a shard, about.
+        told: Hears how many tokens each pass has read.
+    """
+    records = read_records(folder, place[0])
+    for split, wanted in passes.items():
+        with ThreadPoolExecutor(1) as writer:
+            written: Future[None] | None = None
+            for number, read, record in _shards(
+                data, split, place, records[split], wanted, shard_bytes, told
+            ):
+                if written is not None:
+                    written.result()
+                name = f"{split}-{place[0]}-{number:05d}.safetensors"
+                written = writer.submit(
+                    _keep, folder / name, place[0], read, record, records, split
+                )
+            if written is not None:
+                written.result()
+
+
+def _keep(
+    path: Path,
+    part: int,
+    read: list[Pass],
+    record: dict[str, Any],
+    records: dict[Split, dict[str, Any]],
+    split: Split,
+) -> None:
+    """Write a shard, unless it has no rows, and then the record that has it."""
+    tensors = {name: torch.cat([p.rows[name] for p in read]) for name in read[0].rows}
+    tokens = torch.cat([p.tokens for p in read])
+    shards, sums, norms = (records[split][name] for name in ("shards", "sums", "norms"))
+    if len(tokens):
+        positions = torch.cat([p.positions for p in read])
+        shards = [*shards, write_shard(path, {**tensors, TOKENS: tokens, POSITIONS: positions})]
+        sums = {name: _sum(rows, sums.get(name)) for name, rows in tensors.items()}
+        norms = {name: norms.get(name, 0.0) + _norms(rows) for name, rows in tensors.items()}
+    records[split] = {**record, "shards": shards, "sums": sums, "norms": norms}
+    _write_records(path.parent, part, records)
+
+
+def _sum(rows: Float[Tensor, "rows d"], before: list[float] | None) -> list[float]:
+    """Sum of rows and of what was there before, in double precision."""
+    total = torch.tensor(before or [0.0] * rows.shape[1], dtype=torch.float64)
+    for part in rows.split(2**13):
+        total += part.double().sum(0)
+    return total.tolist()
+
+
+def _norms(rows: Float[Tensor, "rows d"]) -> float:
+    return sum(float(part.double().norm(dim=-1).sum()) for part in rows.split(2**13))
+
+
+def _shards(
+    data: ActivationDataModule,
+    split: Split,
+    place: tuple[int, int],
+    begun: dict[str, Any],
+    wanted: int | None,
+    shard_bytes: int,
+    told: Told,
+) -> Iterator[tuple[int, list[Pass], dict[str, Any]]]:
+    """The passes of each further shard, its number, and the record as it is after them."""
+    if begun["ended"] or (wanted is not None and begun["passes"] >= wanted):
+        return
+    blocks = blocks_of(data, split, place)
+    if begun["state"] is not None:
+        rest = torch.tensor(begun["state"]["rest"], dtype=torch.int32)
+        blocks.load_state_dict({**begun["state"], "rest": rest})
+    number = len(begun["shards"])
+    record = {**begun, "left_out": {**begun["left_out"]}}
+    read: list[Pass] = []
+    for done in count(begun["passes"] + 1):
+        tokens = blocks.read_first_epoch(data.blocks_per_pass)
+        if len(tokens):
+            read.append(read_pass(data, tokens))
+            _count(record, read[-1])
+            told(read[-1].n_tokens)
+        record |= {"passes": done, "ended": len(tokens) < data.blocks_per_pass}
+        ends = record["ended"] or done == wanted
+        if read and (ends or _nbytes(read) >= shard_bytes):
+            state = blocks.state_dict()
+            record["state"] = {**state, "rest": state["rest"].tolist()}
+            yield number, read, record
+            number, read = number + 1, []
+            record = {**record, "left_out": {**record["left_out"]}}
+        if ends:
+            return
+
+
+def _count(record: dict[str, Any], read: Pass) -> None:
+    record["tokens"] += read.n_tokens
+    for reason, n in read.left_out.items():
+        record["left_out"][reason] += n
+
+
+def _nbytes(read: list[Pass]) -> int:
+    return sum(rows.nbytes for each in read for rows in each.rows.values())
