@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_sae.analysis.analyze import data_of
 from lightning_sae.analysis.evaluation import table
-from lightning_sae.analysis.evaluation.compute import EMBEDDED_CURVE, Curve, read_curve
+from lightning_sae.analysis.evaluation.compute import read_curve
 from lightning_sae.analysis.evaluation.evaluate import Questions, evaluate_saes, questions_of
 from lightning_sae.analysis.evaluation.passages import read_passages
 from lightning_sae.analysis.evaluation.properties import Question
@@ -107,9 +107,14 @@ def evaluate(
     paths = dict(zip(loaded, saes, strict=True))
     for group, of_group in zip(groups, asked, strict=True):
         group.data.language_model.to(place)
-        its_curve = known_curve or curve_of(group.data.source)
         figures, reference = evaluate_saes(
-            group.saes, group.data, of_group, n_tokens=tokens, curve=its_curve, seed=seed, say=_say
+            group.saes,
+            group.data,
+            of_group,
+            n_tokens=tokens,
+            curve=known_curve,
+            seed=seed,
+            say=_say,
         )
         results += [_result(n, paths[n], loaded[n], group.data, f) for n, f in figures.items()]
         references.append({**reference, "left_out": of_group.left_out})
@@ -166,11 +171,6 @@ def _groups(
         key = repr([given.get(entry, sae.source.get(entry)) for entry in SAME])
         found.setdefault(key, {})[name] = sae
     return list(found.values())
-
-
-def curve_of(source: Mapping[str, Any]) -> Curve | None:
-    """The curve of compute that comes with the package for a model, if one does."""
-    return read_curve(EMBEDDED_CURVE) if source.get("model") == "embedded" else None
 
 
 def names_of(paths: Sequence[str]) -> list[str]:

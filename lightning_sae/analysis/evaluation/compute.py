@@ -1,10 +1,10 @@
 r"""The compute-efficiency hit: how much less compute makes a model as bad as the spliced one.
 
 A language model into which an SAE is spliced is as good as a smaller model. Gao et al., *Scaling
-and evaluating sparse autoencoders* (2024, section 4.1), and Rajamanoharan et al., *Improving
-dictionary learning with gated sparse autoencoders* (2024, discussion), ask how much compute that
-one would have been trained with. From models by one recipe, of which each was trained with compute
-:math:`C_i` to a loss of :math:`L_i`, a curve is fitted by least squares,
+and evaluating sparse autoencoders* (2024, section 4.1), and the discussion of Rajamanoharan et al.,
+*Improving dictionary learning with gated sparse autoencoders* (LessWrong, 2024), ask with how much
+compute that one would have been trained. From models by one recipe, of which each was trained with
+compute :math:`C_i` to a loss of :math:`L_i`, a curve is fitted by least squares,
 
 .. math:: \ln C = \beta_0 + \beta_1 \ln L + \beta_2 \ln^2 L = \beta \cdot \varphi(L),
 
@@ -14,8 +14,9 @@ and read at the loss :math:`L_0` of the model itself and at :math:`L_0` plus wha
     s^2 = d^\top \mathrm{Cov}(\beta)\, d.
 
 The interval is :math:`\beta \cdot d \pm t_{.975} s`, with the quantile of n - 3 degrees of freedom.
-It tells how well the points fix the curve; that other recipes give other curves it does not tell.
-Beyond the losses of the points nothing is said.
+Several models of one compute count as one, of their mean loss. The interval tells how well the
+points fix the curve; that other recipes give other curves it does not tell. Beyond the losses of
+the points nothing is said.
 """
 
 from pathlib import Path
@@ -27,7 +28,7 @@ from scipy.stats import t
 from lightning_sae.files import read_json
 
 EMBEDDED_CURVE = Path(__file__).parent / "embedded_curve.json"
-"""Points of the embedded model, by `python -m lightning_sae.data.embedded.family`."""
+"""Points of the embedded model, by `python -m lightning_sae.analysis.evaluation.family`."""
 FORM = (
     '{"own_compute": C, "points": [{"compute": C, "loss": L}, ...]}, five points or more, with '
     "`own_compute`, that of the model itself, one of them"
@@ -103,10 +104,19 @@ def read_curve(path: str | Path) -> Curve:
     return Curve(own, compute, loss)
 
 
+def curve_of(model: str | None) -> Curve | None:
+    """The curve that comes with the package for a model, if one does."""
+    return read_curve(EMBEDDED_CURVE) if model == "embedded" else None
+
+
 def fit_curve(curve: Curve) -> Fit:
-    """Fit the curve by least squares."""
-    design = _features(curve.loss)
-    y = np.log(curve.compute)
+    """Fit the curve by least squares, to the mean loss of the models of each compute.
+
+    Models of one compute that differ by their seeds would not tell how well the form fits.
+    """
+    computes = np.unique(curve.compute)
+    design = _features(np.array([curve.loss[curve.compute == c].mean() for c in computes]))
+    y = np.log(computes)
     coefficients, _, _, _ = np.linalg.lstsq(design, y, rcond=None)
     degrees = len(y) - design.shape[1]
     variance = float(((y - design @ coefficients) ** 2).sum()) / degrees

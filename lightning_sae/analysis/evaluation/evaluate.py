@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sae.analysis.compare import compare_weights
 from lightning_sae.analysis.evaluation import absorption, probing, properties
-from lightning_sae.analysis.evaluation.compute import Curve, compute_hit
+from lightning_sae.analysis.evaluation.compute import Curve, compute_hit, curve_of
 from lightning_sae.analysis.evaluation.held_out import held_out_figures
 from lightning_sae.analysis.evaluation.passages import Blocks, Passage, blocks_of, halves
 from lightning_sae.analysis.evaluation.redundancy import duplicate_share, together_share
@@ -126,7 +126,7 @@ def evaluate_saes(
         data: Gives the language model and its held-out text.
         questions: What is asked of latents.
         n_tokens: Held-out tokens for the figures of a test.
-        curve: Compute and loss of models like this one.
+        curve: Compute and loss of models like this one; for the embedded model there is one.
         seed: Draws the tokens of probes, and random rows to compare with.
         say: Told what is being done.
 
@@ -134,6 +134,7 @@ def evaluate_saes(
         By name of the SAE its figures, and those of the activation and of neurons to compare with.
     """
     say(f"reading {n_tokens:,} held-out tokens for the figures of `test`")
+    curve = curve or curve_of(data.source.get("model"))
     figures: dict[str, Figures] = {
         name: {"held_out": found} for name, found in held_out_figures(saes, data, n_tokens).items()
     }

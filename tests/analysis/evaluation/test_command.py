@@ -14,7 +14,7 @@ from lightning_sae.analysis.evaluation import command
 from lightning_sae.analysis.evaluation.command import evaluate, function_of, names_of
 from lightning_sae.analysis.evaluation.table import flat
 
-HOOK, LENGTH, TOKENS = "blocks.1.hook_resid_post", 32, 4096
+HOOK, LENGTH, TOKENS = "blocks.1.hook_resid_post", 32, 2048
 OWN = """
 def has_underscore(passage):
     return ["_" in piece for piece in passage.pieces]
@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("evaluation")
     torch.manual_seed(0)
     names = ("relu-0", "relu-1", "topk")
-    saes = (ReLUSAE(128, 48), ReLUSAE(128, 48), TopKSAE(128, 64, k=8))
+    saes = (ReLUSAE(128, 24), ReLUSAE(128, 24), TopKSAE(128, 32, k=8))
     with torch.no_grad():
         for sae in saes[:2]:
             sae.b_enc.fill_(-1.0)
@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = [saved(sae, root / n / "sae") for n, sae in zip(names, saes, strict=True)]
     (root / "own.py").write_text(OWN)
     own = json.dumps([f"{root / 'own.py'}:has_underscore"])
-    sizes = ["--tokens", str(TOKENS), "--probe_tokens", "12000", "--device", "cpu"]
+    sizes = ["--tokens", str(TOKENS), "--probe_tokens", "8000", "--device", "cpu"]
     output = ["--output", str(root / "out"), "--properties", own]
     command.main([*paths, *output, *sizes])
     return root
@@ -113,8 +113,8 @@ def test_all_forms_hold_the_same_figures(root: Path, evaluation: dict) -> None:
         ({"hook_name": None}, {}, "give `hook_name`"),
         ({}, {"hook_name": "blocks.1.mlp.hook_post"}, "a hook of width 128"),
         ({}, {"probe_tokens": 0}, "`probe_tokens` to be positive"),
-        ({}, {"validation_fraction": 0.001}, "at least 4 held-out documents"),
-        ({}, {"label_column": "topic"}, "`label_column`"),
+        ({}, {"validation_fraction": 1e-9}, "at least 4 held-out documents"),
+        ({}, {"label_column": "topic", "probe_tokens": 4000}, "`label_column`"),
         ({}, {"properties": ["own.py:missing"]}, "`module:function`"),
         ({}, {"properties": ["own.py:always"], "probe_tokens": 4000}, "`always` with"),
         ({}, {"curve": "none.json"}, "there is no none.json"),

@@ -1,24 +1,25 @@
 """Smaller models by the recipe of the embedded one: loss against compute.
 
-    python -m lightning_sae.data.embedded.family --output curve.json
+    python -m lightning_sae.analysis.evaluation.family --output curve.json
 
-Each is about a third of the compute of the one above it, with the tokenizer, text, context, batch
-and learning rates of the embedded model. What they score is kept in `curve.json`, for
-`lightning_sae.analysis.compute_efficiency`.
+Each has a third of the compute of the one above it, with the tokenizer, text, context, batch and
+learning rate of the embedded model. The package keeps what they scored as `embedded_curve.json`.
 """
 
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import seed_everything
 
+from lightning_sae.analysis.evaluation.compute import Curve, fit_curve
 from lightning_sae.data.embedded import EMBEDDED_MODEL, standard_library_documents
 from lightning_sae.data.embedded.recipe import Settings, build_network, evaluate, fit, pack, split
 from lightning_sae.data.pretrained import load_network, load_tokenizer
@@ -41,7 +42,7 @@ SIZES = (
     Size(32, 1, 243, 2),
     Size(32, 2, 81, 2),
     Size(64, 1, 27, 2),
-    Size(64, 3, 9, 2),
+    Size(64, 3, 9, 1),
     Size(96, 3, 3, 1),
 )
 
@@ -62,7 +63,7 @@ def settings_of(size: Size, seed: int, own: Settings, parameters: int) -> Settin
 
 
 def points() -> list[dict[str, Any]]:
-    """Train the smaller models and score them and the embedded one, the smallest compute first."""
+    """Train the smaller models and score them and the embedded one, which comes last."""
     own = Settings()
     train, rest = split(standard_library_documents())
     tokenizer = load_tokenizer(str(EMBEDDED_MODEL), {})
@@ -97,6 +98,32 @@ def _point(
     }
 
 
+def with_fit(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Points, the curve through them and its error, and how they were made.
+
+    Args:
+        found: The points, that of the model itself last.
+    """
+    own = found[-1]["compute"]
+    compute, loss = (np.array([point[key] for point in found]) for key in ("compute", "loss"))
+    fit = fit_curve(Curve(own, compute, loss))
+    return {
+        "model": "embedded",
+        "made_by": "python -m lightning_sae.analysis.evaluation.family --output curve.json",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "unit": "FLOP; losses in nats per token",
+        "context_length": CONTEXT,
+        "own_compute": own,
+        "fit": {
+            "form": "ln compute = c0 + c1 ln loss + c2 (ln loss)^2",
+            "coefficients": fit.coefficients.tolist(),
+            "covariance": fit.covariance.tolist(),
+            "residual": fit.residual,
+        },
+        "points": [*found],
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the family and write its points.
 
@@ -106,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: If the file exists.
     """
-    parser = ArgumentParser(prog="python -m lightning_sae.data.embedded.family")
+    parser = ArgumentParser(prog="python -m lightning_sae.analysis.evaluation.family")
     parser.add_argument("--output", type=Path, required=True, help="new file for the points")
     options = parser.parse_args(arguments)
     if options.output.exists():
@@ -114,18 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"Expected argument `output` to be a new file but {options.output} exists: choose "
             "another."
         )
-    found = points()
-    curve = {
-        "model": "embedded",
-        "own_compute": found[-1]["compute"],
-        "unit": "FLOP",
-        "context_length": CONTEXT,
-        "points": found,
-        "made_by": "python -m lightning_sae.data.embedded.family --output curve.json",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    text = json.dumps(curve, indent=1) + "\n"
+    text = json.dumps(with_fit(points()), indent=1) + "\n"
     write_atomically(options.output, lambda path: path.write_text(text))
     print(f"Made: {options.output}")  # noqa: T201
 
