@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from lightning_sae import configurations, exchange, publishing
 from lightning_sae.analysis import analyze, compare, steering
+from lightning_sae.analysis.evaluation import command as evaluation
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
@@ -57,6 +58,7 @@ BESIDE: dict[str, Callable[[list[str]], None]] = {
     "cache": cache.main,
     "compare": compare.main,
     "configs": configurations.main,
+    "evaluate": evaluation.main,
     "export": exchange.export_main,
     "import": exchange.import_main,
     "push": publishing.main,
@@ -410,10 +412,11 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
         parser_kwargs={
             "description": "Train, measure and study sparse autoencoders. Beside the subcommands "
             "below there are `cache`, activations written to the disk; `analyze SAE`, what each "
-            "latent fires on; `compare SAE SAE`, how many latents they share; `steer SAE`, what "
-            "editing a latent changes; `import X` and `export SAE`, other libraries' SAEs in and ours "
-            "out; `push RUN NAME`, SAEs onto the Hugging Face hub; `study NAME`, the source "
-            "documents' experiments; and `configs`, those that come with the package."
+            "latent fires on; `evaluate SAE`, whether latents are features; `compare SAE SAE`, how "
+            "many latents they share; `steer SAE`, what editing a latent changes; `import X` and "
+            "`export SAE`, other libraries' SAEs in and ours out; `push RUN NAME`, SAEs onto the "
+            "Hugging Face hub; `study NAME`, the source documents' experiments; and `configs`, "
+            "those that come with the package."
         },
         args=configurations.with_files(args) if isinstance(args, list) else args,
         run=run,

@@ -133,9 +133,13 @@ def analyze(
 
 
 def data_of(
-    sae: SparseAutoencoder, given: dict[str, Any], text_column: str, streaming: bool
+    sae: SparseAutoencoder,
+    given: dict[str, Any],
+    text_column: str,
+    streaming: bool,
+    validation_fraction: float = 0.0,
 ) -> ActivationDataModule:
-    """The data that an SAE was trained on, all of its documents, with other settings if given.
+    """The data that an SAE was trained on, with other settings if given; by default none held out.
 
     Raises:
         ValueError: If neither the SAE nor the arguments name the model, the hook or the text.
@@ -154,7 +158,7 @@ def data_of(
         **known,
         text_column=text_column,
         streaming=streaming,
-        validation_fraction=0.0,
+        validation_fraction=validation_fraction,
     )
 
 

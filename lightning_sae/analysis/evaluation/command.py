@@ -1,0 +1,243 @@
+"""`lightning-sae evaluate`: whether latents are features, in figures, for several SAEs at once."""
+
+import importlib
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+
+from lightning_sae.analysis.analyze import data_of
+from lightning_sae.analysis.evaluation import table
+from lightning_sae.analysis.evaluation.compute import read_curve
+from lightning_sae.analysis.evaluation.evaluate import Questions, evaluate_saes, questions_of
+from lightning_sae.analysis.evaluation.passages import read_passages
+from lightning_sae.analysis.evaluation.properties import Question
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.checks import expect, require_integers, require_positive
+from lightning_sae.data import ActivationDataModule
+from lightning_sae.files import read_json
+from lightning_sae.loading import load
+
+SHORT = """Evaluate SAEs: the figures of a test, sparse probing, absorption and splitting, the
+compute that splicing costs, redundancy and stability, in one table."""
+SAME = ("model", "hook_name", "text", "text_column", "context_length", "head", "positions")
+"""What SAEs have in common that are evaluated on one reading of the text."""
+
+
+def evaluate(
+    saes: list[str],
+    output: str = "runs/evaluation",
+    *,
+    tokens: int = 131072,
+    probe_tokens: int = 65536,
+    properties: list[str] | None = None,
+    label_column: str | None = None,
+    curve: str | None = None,
+    model: str | None = None,
+    hook_name: str | None = None,
+    text: str | list[str] | None = None,
+    text_column: str | None = None,
+    streaming: bool = False,
+    validation_fraction: float = 0.1,
+    device: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Evaluate SAEs on held-out text: how well they copy, and whether latents are features.
+
+    Model, hook, text, context and filter are those that each SAE was trained with unless they are
+    given. SAEs of one model and hook are evaluated on the same text.
+
+    Args:
+        saes: Folders that `save_pretrained` wrote, or checkpoints.
+        output: New folder for `evaluation.json`, `.csv`, `.md` and `.png`.
+        tokens: Held-out tokens for the figures of `test`.
+        probe_tokens: Held-out tokens for probes and what follows from them.
+        properties: Properties of your own, as `module:function` or `file.py:function`: the
+            function takes a `Passage` and gives True, False or None for each of its `pieces`, or
+            for the passage as a whole.
+        label_column: A column of the text with words, of which each value is a property of
+            contexts.
+        curve: Losses of models like this one by compute, as JSON; for the embedded model it comes
+            with the package.
+        model: Folder or hub name of the language model.
+        hook_name: Its hook.
+        text: Text to read.
+        text_column: Name of the text column, where there are columns.
+        streaming: Read a hub data set as a stream.
+        validation_fraction: Share of the documents that were held out in training.
+        device: Where to run; a GPU if there is one.
+        seed: Draws the tokens of probes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If an SAE's model is not known, the text is too short, a property has no
+            examples, or `output` holds files; all before any model runs.
+    """
+    folder = Path(output)
+    expect(
+        not folder.is_file() and not (folder.is_dir() and any(folder.iterdir())),
+        "output",
+        "a new or empty folder",
+        f"{folder}, which holds files: choose another",
+    )
+    expect(len(saes) > 0, "saes", "one SAE or more", "none")
+    require_integers(tokens=tokens, probe_tokens=probe_tokens)
+    require_positive(tokens=tokens, probe_tokens=probe_tokens)
+    questions = {name.rpartition(":")[2]: function_of(name) for name in properties or ()}
+    known_curve = None if curve is None else read_curve(curve)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = {name: load(p, device=place) for name, p in zip(names_of(saes), saes, strict=True)}
+    given = {"model": model, "hook_name": hook_name, "text": text, "text_column": text_column}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    groups = [
+        _Group(members, chosen, streaming, validation_fraction)
+        for members in _groups(loaded, chosen)
+    ]
+    asked = [group.questions(probe_tokens, questions, label_column) for group in groups]
+
+    started = time.perf_counter()
+    results, references = [], []
+    paths = dict(zip(loaded, saes, strict=True))
+    for group, of_group in zip(groups, asked, strict=True):
+        group.data.language_model.to(place)
+        figures, reference = evaluate_saes(
+            group.saes,
+            group.data,
+            of_group,
+            n_tokens=tokens,
+            curve=known_curve,
+            seed=seed,
+            say=_say,
+        )
+        results += [_result(n, paths[n], loaded[n], group.data, f) for n, f in figures.items()]
+        references.append({**reference, "left_out": of_group.left_out})
+    settings = {
+        "tokens": tokens,
+        "probe_tokens": probe_tokens,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+    }
+    table.write(folder, {"settings": settings, "saes": results, "references": references})
+    return folder
+
+
+class _Group:
+    """SAEs of one model and hook, and their data."""
+
+    def __init__(
+        self,
+        saes: Mapping[str, SparseAutoencoder],
+        given: Mapping[str, Any],
+        streaming: bool,
+        validation_fraction: float,
+    ) -> None:
+        self.saes = saes
+        first = next(iter(saes.values()))
+        known = {"text_column": first.source.get("text_column", "text"), **given}
+        column = known.pop("text_column")
+        self.data = data_of(first, known, column, streaming, validation_fraction)
+        for name, sae in saes.items():
+            expect(
+                self.data.d_in == sae.d_in,
+                "hook_name",
+                f"a hook of width {sae.d_in}, for which {name} was made,",
+                f"{self.data.hook_name} of width {self.data.d_in}",
+            )
+
+    def questions(
+        self, probe_tokens: int, own: Mapping[str, Question], label_column: str | None
+    ) -> Questions:
+        """What to ask; found without running the model."""
+        longest = max(self.data.context_length, probe_tokens // 32)
+        passages = read_passages(self.data, probe_tokens, longest, label_column)
+        needed = () if label_column is None else ("label=",)
+        return questions_of(passages, self.data.context_length, own, needed)
+
+
+def _groups(
+    saes: Mapping[str, SparseAutoencoder], given: Mapping[str, Any]
+) -> list[dict[str, SparseAutoencoder]]:
+    """SAEs by what they were trained on, as far as that is not given for all."""
+    found: dict[str, dict[str, SparseAutoencoder]] = {}
+    for name, sae in saes.items():
+        key = repr([given.get(entry, sae.source.get(entry)) for entry in SAME])
+        found.setdefault(key, {})[name] = sae
+    return list(found.values())
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """Short names of SAEs: their folders, or those above `sae`; whole paths where two are alike."""
+    parts = [Path(path) for path in paths]
+    short = [p.parent.name if p.name.startswith("sae") and p.parent.name else p.name for p in parts]
+    chosen = [s if short.count(s) == 1 else str(p) for s, p in zip(short, parts, strict=True)]
+    expect(len(set(chosen)) == len(chosen), "saes", "different SAEs", f"{[*paths]}: name each once")
+    return chosen
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """A function by `module:function` or `file.py:function`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    where, _, function = name.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert spec is not None
+            module = importlib.util.module_from_spec(spec)
+            assert spec.loader is not None
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+        found = getattr(module, function)
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        raise ValueError(
+            "Expected argument `properties` to name functions as `module:function` or "
+            f"`file.py:function` but got {name}: {error}."
+        ) from error
+    expect(callable(found), "properties", "names of functions", f"{name}, a {type(found).__name__}")
+    return found
+
+
+def _result(
+    name: str, path: str, sae: SparseAutoencoder, data: ActivationDataModule, figures: Any
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "path": path,
+        "architecture": type(sae).__name__,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "model": data.source["model"],
+        "hook_name": data.hook_name,
+        "figures": figures,
+    }
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"evaluate: {text}\n")
+
+
+def main(args: list[str]) -> None:
+    """Run `lightning-sae evaluate`."""
+    parser = ArgumentParser(prog="lightning-sae evaluate", description=SHORT)
+    parser.add_argument("saes", nargs="+", help="folders or checkpoints of SAEs")
+    parser.add_function_arguments(evaluate, skip={"saes"})
+    folder = evaluate(**parser.parse_args(args).as_dict())
+    seconds = read_json(folder / "evaluation.json")["settings"]["seconds"]
+    sys.stdout.write(
+        f"\n{(folder / 'evaluation.md').read_text()}\nIn {seconds:.0f} s. Made:\n"
+        f"  {folder / 'evaluation.md'}  this table\n"
+        f"  {folder / 'evaluation.png'}  the same as a picture\n"
+        f"  {folder / 'evaluation.csv'}  a row for each SAE, with all figures\n"
+        f"  {folder / 'evaluation.json'}  those of each property, and the settings\n"
+    )

@@ -1,0 +1,149 @@
+r"""The compute-efficiency hit: how much less compute makes a model as bad as the spliced one.
+
+A language model into which an SAE is spliced is as good as a smaller model. Gao et al., *Scaling
+and evaluating sparse autoencoders* (2024, section 4.1), and the discussion of Rajamanoharan et al.,
+*Improving dictionary learning with gated sparse autoencoders* (LessWrong, 2024), ask with how much
+compute that one would have been trained. From models by one recipe, of which each was trained with
+compute :math:`C_i` to a loss of :math:`L_i`, a curve is fitted by least squares,
+
+.. math:: \ln C = \beta_0 + \beta_1 \ln L + \beta_2 \ln^2 L = \beta \cdot \varphi(L),
+
+and read at the loss :math:`L_0` of the model itself and at :math:`L_0` plus what splicing adds:
+
+.. math:: \ln \frac{C}{C_0} = \beta \cdot d, \quad d = \varphi(L_0 + \Delta) - \varphi(L_0), \quad
+    s^2 = d^\top \mathrm{Cov}(\beta)\, d.
+
+The interval is :math:`\beta \cdot d \pm t_{.975} s`, with the quantile of n - 3 degrees of freedom.
+Several models of one compute count as one, of their mean loss. The interval tells how well the
+points fix the curve; that other recipes give other curves it does not tell. Beyond the losses of
+the points nothing is said.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import t
+
+from lightning_sae.files import read_json
+
+EMBEDDED_CURVE = Path(__file__).parent / "embedded_curve.json"
+"""Points of the embedded model, by `python -m lightning_sae.analysis.evaluation.family`."""
+FORM = (
+    '{"own_compute": C, "points": [{"compute": C, "loss": L}, ...]}, five points or more, with '
+    "`own_compute`, that of the model itself, one of them"
+)
+
+
+class Curve(NamedTuple):
+    """Losses of models by the compute that they were trained with.
+
+    Attributes:
+        own_compute: That of the model of which SAEs are evaluated, in the unit of `compute`.
+        compute: Of each point.
+        loss: Of each point, in nats per token.
+    """
+
+    own_compute: float
+    compute: Any
+    loss: Any
+
+
+class Hit(NamedTuple):
+    """Share of the model's compute that a model as bad as the spliced one needs.
+
+    Attributes:
+        share: The estimate.
+        low: Lower end of its interval of 95 %.
+        high: Upper end.
+    """
+
+    share: float
+    low: float
+    high: float
+
+
+class Fit(NamedTuple):
+    """Coefficients of the curve, their covariance, and the standard deviation left in ln C."""
+
+    coefficients: Any
+    covariance: Any
+    residual: float
+    degrees: int
+
+
+def read_curve(path: str | Path) -> Curve:
+    """Read a curve from JSON; other entries than those of `FORM` are left alone.
+
+    Raises:
+        ValueError: If the file is not of this form, or there are too few points.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"Expected argument `curve` to be a file but there is no {path}: {FORM}.")
+    content = read_json(path)
+    try:
+        own = float(content["own_compute"])
+        points = [(float(p["compute"]), float(p["loss"])) for p in content["points"]]
+        compute, loss = np.array(points, dtype=float).reshape(-1, 2).T
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected argument `curve` to hold {FORM}, but {path} lacks {error}."
+        ) from error
+    finite = np.isfinite(compute).all() and np.isfinite(loss).all()
+    if (
+        len(set(compute)) < 5
+        or not finite
+        or min(compute.min(), loss.min()) <= 0
+        or own not in compute
+    ):
+        raise ValueError(
+            f"Expected argument `curve` to hold {FORM}, of positive numbers, but {path} has "
+            f"{len(set(compute))} different computes and own_compute {own:g}."
+        )
+    return Curve(own, compute, loss)
+
+
+def curve_of(model: str | None) -> Curve | None:
+    """The curve that comes with the package for a model, if one does."""
+    return read_curve(EMBEDDED_CURVE) if model == "embedded" else None
+
+
+def fit_curve(curve: Curve) -> Fit:
+    """Fit the curve by least squares, to the mean loss of the models of each compute.
+
+    Models of one compute that differ by their seeds would not tell how well the form fits.
+    """
+    computes = np.unique(curve.compute)
+    design = _features(np.array([curve.loss[curve.compute == c].mean() for c in computes]))
+    y = np.log(computes)
+    coefficients, _, _, _ = np.linalg.lstsq(design, y, rcond=None)
+    degrees = len(y) - design.shape[1]
+    variance = float(((y - design @ coefficients) ** 2).sum()) / degrees
+    covariance = variance * np.linalg.inv(design.T @ design)
+    return Fit(coefficients, covariance, float(np.sqrt(variance)), degrees)
+
+
+def compute_hit(curve: Curve, added: float) -> Hit | None:
+    """Read the curve where the loss is by `added` higher than that of the model itself.
+
+    Args:
+        curve: The points.
+        added: Nats per token that splicing adds; 0 gives a share of exactly 1.
+
+    Returns:
+        None where the loss lies beyond those of the points.
+    """
+    own = float(curve.loss[curve.compute == curve.own_compute].mean())
+    if not curve.loss.min() <= own + added <= curve.loss.max():
+        return None
+    fit = fit_curve(curve)
+    d = _features(np.array([own + added]))[0] - _features(np.array([own]))[0]
+    mean = float(fit.coefficients @ d)
+    half = float(t.ppf(0.975, fit.degrees) * np.sqrt(max(d @ fit.covariance @ d, 0.0)))
+    return Hit(*(float(np.exp(mean + off)) for off in (0.0, -half, half)))
+
+
+def _features(loss: Any) -> Any:
+    logs = np.log(loss)
+    return np.stack([np.ones_like(logs), logs, logs**2], axis=1)

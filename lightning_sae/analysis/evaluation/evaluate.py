@@ -1,0 +1,287 @@
+"""All figures of SAEs at one hook: as in a test, probing, absorption, compute, redundancy."""
+
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lightning_sae.analysis.compare import compare_weights
+from lightning_sae.analysis.evaluation import absorption, probing, properties
+from lightning_sae.analysis.evaluation.compute import Curve, compute_hit, curve_of
+from lightning_sae.analysis.evaluation.held_out import held_out_figures
+from lightning_sae.analysis.evaluation.passages import Blocks, Passage, blocks_of, halves
+from lightning_sae.analysis.evaluation.redundancy import duplicate_share, together_share
+from lightning_sae.analysis.evaluation.sample import (
+    Sample,
+    latents_of,
+    means_of_blocks,
+    read_sample,
+)
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.checks import expect
+from lightning_sae.data import ActivationDataModule
+
+Figures = dict[str, Any]
+FIRST_LETTER = "first_letter="
+NOWHERE: Mapping[str, properties.Question] = {}
+
+
+def say_nothing(text: str) -> None:
+    """Progress that nobody asked for."""
+
+
+class Questions(NamedTuple):
+    """What is asked of the latents, known before any model has run.
+
+    Attributes:
+        blocks: The text.
+        of_tokens: By property, labels of all tokens.
+        of_blocks: By property, labels of all blocks.
+        tested_tokens: Which tokens are of the half that is tested on.
+        tested_blocks: Which blocks are.
+        left_out: By property that is not asked for, how many examples it has.
+    """
+
+    blocks: Blocks
+    of_tokens: dict[str, Int[Tensor, " tokens"]]
+    of_blocks: dict[str, Int[Tensor, " blocks"]]
+    tested_tokens: Bool[Tensor, " tokens"]
+    tested_blocks: Bool[Tensor, " blocks"]
+    left_out: dict[str, dict[str, int]]
+
+
+def questions_of(
+    passages: list[Passage],
+    context_length: int,
+    own: Mapping[str, properties.Question] = NOWHERE,
+    needed: tuple[str, ...] = (),
+) -> Questions:
+    """Labels of a text, of properties of which both halves have examples of both classes.
+
+    Args:
+        passages: The text.
+        context_length: Tokens in a block.
+        own: By name, properties of the user.
+        needed: Beginnings of the names of further properties that may not all be left out.
+
+    Raises:
+        ValueError: If a property of the user does not have both classes.
+    """
+    tested = halves(passages)
+    blocks = blocks_of(passages, context_length)
+    labels = properties.labels_of(passages, own)
+    lengths = torch.tensor([len(passage.tokens) for passage in passages])
+    tested_tokens, tested_blocks = tested.repeat_interleave(lengths), tested[blocks.passage]
+    of_blocks = {name: of[blocks.passage] for name, of in labels.of_passages.items()}
+    left_out: dict[str, dict[str, int]] = {}
+
+    def asked(found: dict[str, Tensor], tested: Tensor, fewest: int) -> dict[str, Tensor]:
+        kept = {}
+        for name, values in found.items():
+            fits, counts = properties.usable(values, tested, fewest)
+            if fits:
+                kept[name] = values
+                continue
+            expect(
+                name not in own,
+                "properties",
+                f"of properties with {fewest} examples of both classes in both halves of the text",
+                f"`{name}` with {counts}: give more `probe_tokens` or text, or leave it out",
+            )
+            left_out[name] = counts
+        return kept
+
+    of_tokens = asked(labels.of_tokens, tested_tokens, properties.FEWEST)
+    of_blocks = asked(of_blocks, tested_blocks, properties.FEWEST // 2)
+    for beginning in needed:
+        some = any(name.startswith(beginning) for name in of_blocks)
+        missing = {n: c for n, c in left_out.items() if n.startswith(beginning)}
+        expect(
+            some,
+            "label_column",
+            "a column with a value that many, but not all, held-out documents have",
+            f"{missing or 'no value that occurs four times'}: give more `probe_tokens` or text",
+        )
+    return Questions(blocks, of_tokens, of_blocks, tested_tokens, tested_blocks, left_out)
+
+
+def evaluate_saes(
+    saes: Mapping[str, SparseAutoencoder],
+    data: ActivationDataModule,
+    questions: Questions,
+    *,
+    n_tokens: int = 131072,
+    curve: Curve | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = say_nothing,
+) -> tuple[dict[str, Figures], Figures]:
+    """Evaluate SAEs of one model and hook on the same text.
+
+    Args:
+        saes: By name; on the device on which activations are given.
+        data: Gives the language model and its held-out text.
+        questions: What is asked of latents.
+        n_tokens: Held-out tokens for the figures of a test.
+        curve: Compute and loss of models like this one; for the embedded model there is one.
+        seed: Draws the tokens of probes, and random rows to compare with.
+        say: Told what is being done.
+
+    Returns:
+        By name of the SAE its figures, and those of the activation and of neurons to compare with.
+    """
+    say(f"reading {n_tokens:,} held-out tokens for the figures of `test`")
+    curve = curve or curve_of(data.source.get("model"))
+    figures: dict[str, Figures] = {
+        name: {"held_out": found} for name, found in held_out_figures(saes, data, n_tokens).items()
+    }
+    say(f"reading {int((questions.blocks.tokens >= 0).sum()):,} tokens for probes")
+    sample = read_sample(data, questions.blocks)
+    tasks = _tasks(sample, questions, seed)
+    say(f"probing activations and neurons for {len(tasks)} properties")
+    reference = _reference(sample, tasks)
+    probes = _probes(sample, questions, seed)
+    for name, sae in saes.items():
+        say(f"probing the latents of {name}")
+        own, cpu = figures[name], sae.W_dec.detach().float().cpu()
+        latents = latents_of(sae, sample.x)
+        own["compute"] = _compute(curve, own["held_out"])
+        own["probing"] = _probed(latents, sample, tasks)
+        own["absorption"] = _absorption(sae, latents, sample, probes)
+        alive = torch.from_numpy(np.asarray((latents > 0).sum(0)).ravel() > 0)
+        own["duplicates"] = duplicate_share(cpu, alive)
+        own["together"] = together_share(latents)
+    for name, found in _stability(saes, seed).items():
+        figures[name]["stability"] = found
+    return figures, reference
+
+
+class _Task(NamedTuple):
+    """A task, and the rows that it speaks of: tokens, or means over blocks."""
+
+    of: str
+    task: probing.Task
+
+
+def _tasks(sample: Sample, questions: Questions, seed: int) -> dict[str, _Task]:
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, labels in questions.of_tokens.items():
+        tested = questions.tested_tokens[sample.token]
+        task = probing.balanced_task(labels[sample.token], tested, generator)
+        found[name] = _Task("token", task)
+    blocks = sample.block.unique()
+    for name, labels in questions.of_blocks.items():
+        tested = questions.tested_blocks[blocks]
+        found[name] = _Task("context", probing.balanced_task(labels[blocks], tested, generator))
+    return {name: task for name, task in found.items() if len(task.task.test_labels)}
+
+
+def _rows(matrix: Any, sample: Sample) -> dict[str, Any]:
+    """A matrix of tokens, and its means over blocks."""
+    return {
+        "token": matrix,
+        "context": means_of_blocks(matrix, sample.block, sample.block.unique()),
+    }
+
+
+def _reference(sample: Sample, tasks: Mapping[str, _Task]) -> Figures:
+    """What probes reach on the whole activation, and on few neurons."""
+    x, neurons = _rows(sample.x.numpy(), sample), _rows(sample.neurons.numpy(), sample)
+    found = {}
+    for name, (of, task) in tasks.items():
+        few = probing.sparse_probes(neurons[of], task)
+        found[name] = {
+            "of": of,
+            "activation": probing.full_probe(x[of], task),
+            **{f"neurons_{k}": accuracy for k, accuracy in few.items()},
+            "rows": len(task.train_labels),
+        }
+    return {"neurons_at": sample.neurons_at, "probing": found}
+
+
+def _probed(latents: Any, sample: Sample, tasks: Mapping[str, _Task]) -> Figures:
+    rows = _rows(latents, sample)
+    return {
+        name: {"of": of, **{f"latents_{k}": a for k, a in _few(rows[of], task).items()}}
+        for name, (of, task) in tasks.items()
+    }
+
+
+def _few(rows: Any, task: probing.Task) -> dict[int, float]:
+    return probing.sparse_probes(rows, task)
+
+
+def _compute(curve: Curve | None, held_out: Mapping[str, float]) -> Figures | None:
+    if curve is None:
+        return None
+    hit = compute_hit(curve, held_out["ce_spliced"] - held_out["ce_clean"])
+    return None if hit is None else hit._asdict()
+
+
+class _Probed(NamedTuple):
+    rows: absorption.Rows
+    probe: absorption.Probe
+
+
+def _probes(sample: Sample, questions: Questions, seed: int) -> dict[str, _Probed]:
+    """Probes on the activation for properties of tokens, of those that it has by a clear F1."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, labels in questions.of_tokens.items():
+        per_type = properties.PER_TYPE if name.startswith(FIRST_LETTER) else None
+        rows = absorption.natural_rows(
+            labels[sample.token],
+            questions.tested_tokens[sample.token],
+            sample.ids,
+            per_type,
+            generator,
+        )
+        if any(len(rows.labels[half].unique()) < 2 for half in (rows.train, rows.test)):
+            continue
+        probe = absorption.train_probe(sample.x, rows)
+        if probe.f1 >= absorption.LEAST_F1 and len(probe.found) >= absorption.FEWEST:
+            found[name] = _Probed(rows, probe)
+    return found
+
+
+@torch.no_grad()
+def _absorption(
+    sae: SparseAutoencoder, latents: Any, sample: Sample, probes: Mapping[str, _Probed]
+) -> Figures:
+    W_dec = sae.W_dec.detach().float().cpu()
+    nothing = torch.zeros(1, sae.d_sae, device=sae.W_dec.device)
+    origin = sae.decode(nothing)[0].float().cpu()
+    found = {}
+    for name, (rows, probe) in probes.items():
+        own, f1 = absorption.own_latents(latents, rows)
+        projection = (sample.x[probe.found] - origin) @ probe.direction
+        f = torch.from_numpy(probing.dense(latents[probe.found.numpy()]))
+        fraction, full = absorption.absorbed(projection, f, W_dec, probe.direction, own)
+        found[name] = {
+            "fraction": float(fraction.mean()),
+            "full": float(full.float().mean()),
+            "latents": own,
+            "f1": f1,
+            "probe_f1": probe.f1,
+            "tokens": len(probe.found),
+        }
+    return found
+
+
+def _stability(saes: Mapping[str, SparseAutoencoder], seed: int) -> dict[str, Figures]:
+    """Matched cosines of SAEs that are of one kind, and so may differ by their seeds alone."""
+    pairs: dict[str, list[Figures]] = {name: [] for name in saes}
+    for a, b in combinations(saes, 2):
+        if _is_of_one_kind(saes[a], saes[b]):
+            found = compare_weights(saes[a], saes[b], seed)["figures"]
+            for one, other in ((a, b), (b, a)):
+                pairs[one].append({"with": other, **found})
+    return {name: {"pairs": found} for name, found in pairs.items()}
+
+
+def _is_of_one_kind(a: SparseAutoencoder, b: SparseAutoencoder) -> bool:
+    return type(a) is type(b) and dict(a.hparams) == dict(b.hparams)

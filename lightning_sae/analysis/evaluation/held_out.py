@@ -1,0 +1,39 @@
+"""The figures of `lightning-sae test`, of several SAEs in one reading of the held-out text."""
+
+from collections.abc import Mapping
+
+import torch
+
+from lightning_sae.analysis.in_model import evaluate_all_in_model
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.data import ActivationDataModule
+from lightning_sae.data.datamodule import HeldOutBatches
+from lightning_sae.metrics import held_out_metrics
+
+
+@torch.no_grad()
+def held_out_figures(
+    saes: Mapping[str, SparseAutoencoder], data: ActivationDataModule, n_tokens: int
+) -> dict[str, dict[str, float]]:
+    """By name of the SAE: its metrics on held-out activations, and its costs in the model.
+
+    Args:
+        saes: By name; on one device.
+        data: Gives the held-out text and the language model.
+        n_tokens: Tokens to read, about.
+    """
+    metrics = {name: held_out_metrics(sae.d_in, sae.d_sae) for name, sae in saes.items()}
+    for batch in HeldOutBatches(data, n_tokens):
+        for name, sae in saes.items():
+            x = batch.to(sae.W_dec.device)
+            f = sae.encode(x)
+            metrics[name].to(x.device).update(x=x, x_hat=sae.decode(f), f=f)
+    in_model = evaluate_all_in_model(
+        {name: sae.forward for name, sae in saes.items()}, data, n_tokens
+    )
+    found = {}
+    for name in saes:
+        values = metrics[name].compute()
+        del values["frequency"]
+        found[name] = {key: float(value) for key, value in values.items()} | in_model[name]
+    return found

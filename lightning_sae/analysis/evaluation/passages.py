@@ -1,0 +1,173 @@
+"""Held-out documents as blocks of tokens, with the text of every token."""
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lightning_sae.data import ActivationDataModule
+from lightning_sae.data.documents import Document, held_out
+from lightning_sae.data.encoding import PADDING, Unreadable, ids_of
+from lightning_sae.data.local_files import FileSpan
+
+CHARACTERS_PER_TOKEN = 16
+"""More than a token has on average: of a file, no more text is read than may be needed."""
+
+
+class Passage(NamedTuple):
+    """The beginning of a document, and what stands on each of its tokens.
+
+    Attributes:
+        name: Name of the document.
+        kind: First folder of its name, or else the file that it is from.
+        text: Its text; tokens may cover less.
+        tokens: Token ids, the mark that begins the document included.
+        pieces: Text of each token with the white space before it; empty for a mark. Together they
+            are the beginning of `text`.
+        label: Value of the column that was asked for, if one was.
+    """
+
+    name: str
+    kind: str
+    text: str
+    tokens: list[int]
+    pieces: list[str]
+    label: str | None = None
+
+    def ends(self) -> list[int]:
+        """Where in the text each token ends."""
+        return torch.tensor([len(piece) for piece in self.pieces]).cumsum(0).tolist()
+
+
+def read_passages(
+    data: ActivationDataModule, n_tokens: int, per_document: int, label_column: str | None = None
+) -> list[Passage]:
+    """Beginnings of held-out documents, in the order in which a test reads them.
+
+    Args:
+        data: Gives the documents, and the tokenizer.
+        n_tokens: Tokens of all of them, about; fewer if the text has no more.
+        per_document: Tokens of one document at most.
+        label_column: A column of the text whose values become labels.
+
+    Raises:
+        ValueError: If the held-out text is too short to be probed.
+    """
+    found: list[Passage] = []
+    total = 0
+    for document, label in _documents(data, label_column):
+        try:
+            passage = _passage(data, document, per_document, label)
+        except Unreadable:
+            continue
+        found.append(passage)
+        total += len(passage.tokens)
+        if total >= n_tokens:
+            break
+    if len(found) < 4 or total < 4 * data.context_length:
+        raise ValueError(
+            "Expected argument `text` to have at least 4 held-out documents and "
+            f"{4 * data.context_length} tokens (4 times `context_length`) but it has {len(found)} "
+            f"and {total}: give more text, or raise `validation_fraction`."
+        )
+    return found
+
+
+def _documents(
+    data: ActivationDataModule, label_column: str | None
+) -> Iterator[tuple[Document, str | None]]:
+    fraction = data.validation_fraction if data.validation_text is None else 1.0
+    documents = data.held_out_corpus.epoch(0)
+    labels: Iterator[Any] = iter(lambda: None, 0)
+    if label_column is not None:
+        # The same rows in the same order, for the order follows from the seed.
+        labels = (d.text for d in _labels(data, label_column).epoch(0))
+    for document, label in zip(documents, labels, strict=False):
+        if held_out(document.name, fraction):
+            yield document, None if label is None else str(label)
+
+
+def _labels(data: ActivationDataModule, column: str) -> Any:
+    from lightning_sae.data.text import open_text
+
+    text = data.text if data.validation_text is None else data.validation_text
+    try:
+        return open_text(text, column, data.text_split, data.streaming, data.seed)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected argument `label_column` to name a column of words beside `text_column` but "
+            f"got {column}: {error}"
+        ) from error
+
+
+def _passage(
+    data: ActivationDataModule, document: Document, most: int, label: str | None
+) -> Passage:
+    tokenizer, content = data.language_model.tokenizer, document.text
+    start = data.encoder.marks(document).start
+    if isinstance(content, str | FileSpan) and tokenizer is not None and tokenizer.is_fast:
+        text = content if isinstance(content, str) else content[: CHARACTERS_PER_TOKEN * most]
+        ids, pieces = _with_offsets(tokenizer, text, most)
+    else:
+        ids = list(islice(chain.from_iterable(data.encoder.pieces(document)), most))
+        known = ids_of(torch.tensor(ids)).tolist()
+        pieces = ["" if tokenizer is None else tokenizer.decode([token]) for token in known]
+        text = "".join(pieces)
+    return Passage(
+        document.name, _kind(document), text, start + ids, [""] * len(start) + pieces, label
+    )
+
+
+def _with_offsets(tokenizer: Any, text: str, most: int) -> tuple[list[int], list[str]]:
+    """Tokens of the beginning of a text, and the pieces into which they cut it."""
+    found = tokenizer(
+        text[: CHARACTERS_PER_TOKEN * most],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    pieces, at = [], 0
+    for _, end in found["offset_mapping"][:most]:
+        pieces.append(text[at : max(at, end)])  # of a character in several tokens: the first's
+        at = max(at, end)
+    return found["input_ids"][:most], pieces
+
+
+def _kind(document: Document) -> str:
+    if "/" in document.name:
+        return PurePosixPath(document.name).parts[0]
+    return document.where.rsplit(" of ", 1)[-1] or "no folder"
+
+
+def halves(passages: list[Passage]) -> Bool[Tensor, " passages"]:
+    """Which passages are tested on: of each kind and label every second, beginning with one."""
+    seen: dict[tuple[str, str | None], int] = {}
+    tested = []
+    for passage in passages:
+        group = passage.kind, passage.label
+        seen[group] = seen.get(group, 0) + 1
+        tested.append(seen[group] % 2 == 0)
+    return torch.tensor(tested)
+
+
+class Blocks(NamedTuple):
+    """Passages cut into blocks, none of which holds two of them; the last of each is padded."""
+
+    tokens: Int[Tensor, "blocks context_length"]
+    passage: Int[Tensor, " blocks"]
+
+
+def blocks_of(passages: list[Passage], context_length: int) -> Blocks:
+    """Cut passages into blocks."""
+    rows, owners = [], []
+    for number, passage in enumerate(passages):
+        tokens = torch.tensor(passage.tokens)
+        short = -len(tokens) % context_length
+        padded = torch.cat([tokens, torch.full((short,), PADDING)])
+        rows.append(padded.view(-1, context_length))
+        owners += [number] * len(rows[-1])
+    return Blocks(torch.cat(rows), torch.tensor(owners))

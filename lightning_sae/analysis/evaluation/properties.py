@@ -1,0 +1,171 @@
+"""Properties of tokens and of whole contexts that a corpus itself gives.
+
+A label is 1 where the property holds, 0 where it does not and -1 where the question makes no sense.
+"""
+
+import ast
+import string
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lightning_sae.analysis.evaluation.passages import Passage
+from lightning_sae.analysis.evaluation.python_source import python_masks
+
+Question = Callable[[Passage], Any]
+"""A property: for each token of a passage whether it has it, or for the passage as a whole.
+
+True, False, or None where the question makes no sense.
+"""
+FEWEST = 20
+"""Examples of either class that a half of the text needs."""
+PER_TYPE = 8
+"""Occurrences of one token that count for its first letter, in either half of the text."""
+
+
+class Labels(NamedTuple):
+    """Labels of all tokens of all passages, one after the other, and of the passages.
+
+    Attributes:
+        of_tokens: By property, of each token.
+        of_passages: By property, of each passage.
+    """
+
+    of_tokens: dict[str, Int[Tensor, " tokens"]]
+    of_passages: dict[str, Int[Tensor, " passages"]]
+
+
+def labels_of(passages: Sequence[Passage], own: Mapping[str, Question] | None = None) -> Labels:
+    """Labels by the properties that come with the package, and by those of a user.
+
+    Args:
+        passages: The text.
+        own: By name, further properties.
+
+    Raises:
+        ValueError: If a user's property gives something else than labels.
+    """
+    per_passage = [{**word_labels(p.pieces), **python_labels(p)} for p in passages]
+    names = dict.fromkeys(name for labels in per_passage for name in labels)
+    of_tokens = {
+        name: torch.cat(
+            [
+                labels.get(name, torch.full((len(p.tokens),), -1, dtype=torch.int8))
+                for p, labels in zip(passages, per_passage, strict=True)
+            ]
+        )
+        for name in names
+    }
+    of_passages = {
+        **_one_of_several("kind", [p.kind for p in passages]),
+        **_one_of_several("label", [p.label for p in passages]),
+    }
+    for name, question in (own or {}).items():
+        answers = [question(passage) for passage in passages]
+        if all(_is_label(answer) for answer in answers):
+            of_passages[name] = _as_labels(answers)
+        else:
+            for passage, answer in zip(passages, answers, strict=True):
+                _require_labels(name, answer, passage)
+            of_tokens[name] = torch.cat([_as_labels(answer) for answer in answers])
+    return Labels(of_tokens, of_passages)
+
+
+def word_labels(pieces: Sequence[str]) -> dict[str, Int[Tensor, " tokens"]]:
+    """First letter and capital of tokens that are words of ASCII letters; numbers of all tokens.
+
+    Example:
+        >>> labels = word_labels(["The", " end", " 12", "."])
+        >>> labels["first_letter=e"].tolist(), labels["capital"].tolist()
+        ([0, 1, -1, -1], [1, 0, -1, -1])
+        >>> labels["number"].tolist()
+        [0, 0, 1, 0]
+    """
+    words = [piece.strip() for piece in pieces]
+    first = np.array([w[0] if w.isascii() and w.isalpha() else "" for w in words], dtype="U1")
+    lower = np.char.lower(first)
+    found = {f"first_letter={c}": _masked(lower == c, first != "") for c in string.ascii_lowercase}
+    found["capital"] = _masked(np.char.isupper(first), first != "")
+    numbers = np.array([word.isdecimal() for word in words], dtype=bool)
+    found["number"] = _masked(numbers, np.array([w != "" for w in words], dtype=bool))
+    return found
+
+
+def python_labels(passage: Passage) -> dict[str, Int[Tensor, " tokens"]]:
+    """Of Python source: keyword, identifier, indentation, inside a string or a comment.
+
+    A token is what its first character is that is no white space. Empty where Python cannot parse
+    the text.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that are none
+            ast.parse(passage.text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    if not passage.text.strip():
+        return {}
+    ends = passage.ends()
+    masks = python_masks(passage.text, ends[-1])
+    at = np.array([_first_character(p, e) for p, e in zip(passage.pieces, ends, strict=True)])
+    last = np.array(ends) - 1
+    asked = np.array([piece != "" for piece in passage.pieces])
+    blank = np.array([piece.strip() == "" for piece in passage.pieces])
+    found = {name: _masked(mask[at] & ~blank, asked) for name, mask in masks.code.items()}
+    found |= {name: _masked(mask[at], asked) for name, mask in masks.inside.items()}
+    found["indentation"] = _masked(masks.indentation[last] & blank, asked)
+    return found
+
+
+def usable(
+    labels: Int[Tensor, " n"], tested: Bool[Tensor, " n"], fewest: int = FEWEST
+) -> tuple[bool, dict[str, int]]:
+    """Whether both halves of the text have enough of both classes, and how many they have."""
+    counts = {
+        f"{half}_{name}": int((labels[mask] == value).sum())
+        for half, mask in (("train", ~tested), ("test", tested))
+        for name, value in (("with", 1), ("without", 0))
+    }
+    return min(counts.values()) >= fewest, counts
+
+
+def _one_of_several(name: str, values: Sequence[str | None]) -> dict[str, Int[Tensor, " passages"]]:
+    """A property for each value that occurs at least four times, but for a value that all have."""
+    counts = {v: values.count(v) for v in dict.fromkeys(values) if v is not None}
+    return {
+        f"{name}={value}": torch.tensor([v == value for v in values], dtype=torch.int8)
+        for value, count in counts.items()
+        if 4 <= count < len(values)
+    }
+
+
+def _first_character(piece: str, end: int) -> int:
+    white = len(piece) - len(piece.lstrip())
+    return max(end - len(piece) + (white if white < len(piece) else 0), 0)
+
+
+def _masked(holds: Any, asked: Any) -> Int[Tensor, " tokens"]:
+    return torch.from_numpy(np.where(asked, holds, -1).astype(np.int8))
+
+
+def _is_label(value: Any) -> bool:
+    return value is None or isinstance(value, bool | np.bool_)
+
+
+def _as_labels(values: Iterable[Any]) -> Int[Tensor, " n"]:
+    return torch.tensor([-1 if v is None else int(v) for v in values], dtype=torch.int8)
+
+
+def _require_labels(name: str, answer: Any, passage: Passage) -> None:
+    fits = not isinstance(answer, str) and hasattr(answer, "__len__")
+    if not fits or len(answer) != len(passage.pieces) or not all(map(_is_label, answer)):
+        raise ValueError(
+            f"Expected property `{name}` to give True, False or None for each of the "
+            f"{len(passage.pieces)} tokens of a passage, or for the passage as a whole in all "
+            f"passages, but got {answer!r:.80}: return a list as long as `passage.pieces`."
+        )

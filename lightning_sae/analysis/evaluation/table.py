@@ -1,0 +1,204 @@
+"""Figures of several SAEs as one flat row each, as a table, and as a picture."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lightning_sae.analysis.evaluation.probing import WIDTHS
+from lightning_sae.files import write_atomically
+
+COLUMNS = {
+    "L0": "l0",
+    "FVU": "fvu",
+    "loss recovered": "loss_recovered_zero",
+    "nats added": "ce_added",
+    "compute": "compute_share",
+    "tokens, 1": "probing_token_1",
+    "5": "probing_token_5",
+    "contexts, 1": "probing_context_1",
+    " 5": "probing_context_5",
+    "absorbed": "absorption_fraction",
+    "in full": "absorption_full",
+    "latents": "latents_per_property",
+    "dead": "dead_fraction",
+    "duplicates": "duplicates",
+    "together": "together",
+    "seeds": "stability_cosine",
+}
+"""Columns of the table, and the figures in them."""
+
+
+def flat(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an SAE as one row of numbers, for a table or TensorBoard's HParams.
+
+    What cannot be said (no curve of compute, no other seed, no property) is left out.
+
+    Args:
+        figures: What `evaluate_saes` gave of an SAE.
+
+    Returns:
+        All figures of a test; `ce_added`; `compute_share` with `_low` and `_high`; mean accuracies
+        `probing_token_1` and so on; `absorption_fraction`, `absorption_full` and
+        `latents_per_property` over all properties of tokens that the activation has, and with
+        `_letters` behind over first letters; `duplicates`, `together`, `stability_cosine`,
+        `stability_above_0.9`, `stability_random`.
+    """
+    held_out = figures["held_out"]
+    row = {**held_out, "ce_added": held_out["ce_spliced"] - held_out["ce_clean"]}
+    if figures["compute"] is not None:
+        own = figures["compute"]
+        row |= {"compute_share": own["share"]}
+        row |= {f"compute_share_{end}": own[end] for end in ("low", "high")}
+    row |= mean_accuracies(figures["probing"], "latents")
+    row |= _absorption(figures["absorption"])
+    row |= {name: figures[name] for name in ("duplicates", "together")}
+    pairs = figures["stability"]["pairs"]
+    if pairs:
+        row["stability_cosine"] = _mean(p["decoder_mean"] for p in pairs)
+        row["stability_above_0.9"] = _mean(p["decoder_above_0.9"] for p in pairs)
+        row["stability_random"] = _mean(p["random_mean"] for p in pairs)
+    return {name: float(value) for name, value in row.items() if not math.isnan(value)}
+
+
+def mean_accuracies(probing: Mapping[str, Any], of: str) -> dict[str, float]:
+    """Mean accuracy over the properties of tokens and of contexts, by number of `of`."""
+    found = {}
+    for kind in ("token", "context"):
+        own = [probed for probed in probing.values() if probed["of"] == kind]
+        for k in WIDTHS if own else ():
+            found[f"probing_{kind}_{k}"] = _mean(probed[f"{of}_{k}"] for probed in own)
+    return found
+
+
+def _absorption(found: Mapping[str, Any]) -> dict[str, float]:
+    letters = [own for name, own in found.items() if name.startswith("first_letter=")]
+    row = {}
+    for end, own in (("", list(found.values())), ("_letters", letters)):
+        if own:
+            row[f"absorption_fraction{end}"] = _mean(f["fraction"] for f in own)
+            row[f"absorption_full{end}"] = _mean(f["full"] for f in own)
+            row[f"latents_per_property{end}"] = _mean(len(f["latents"]) for f in own)
+    return row
+
+
+def _mean(values: Any) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def rows_of(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A row for each SAE: name, path, architecture, size, and what `flat` gives."""
+    about = ("name", "path", "architecture", "d_in", "d_sae", "model", "hook_name")
+    return pd.DataFrame([{**{key: r[key] for key in about}, **flat(r["figures"])} for r in results])
+
+
+def markdown(results: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> str:
+    """The table, with rows of the activation and of neurons to compare probes with."""
+    names = list(COLUMNS)
+    lines = ["| | " + " | ".join(name.strip() for name in names) + " |"]
+    lines.append("| --- |" + " ---: |" * len(names))
+    for result in results:
+        row = flat(result["figures"])
+        cells = [_cell(column, row) for column in COLUMNS.values()]
+        lines.append(f"| {result['name']} | " + " | ".join(cells) + " |")
+    for reference in references:
+        probing, at = reference["probing"], reference["neurons_at"]
+        few = mean_accuracies(probing, "neurons")
+        whole = {
+            f"probing_{kind}_5": _mean(p["activation"] for p in probing.values() if p["of"] == kind)
+            for kind in dict.fromkeys(p["of"] for p in probing.values())
+        }
+        for name, row in ((f"neurons, `{at}`", few), ("the whole activation", whole)):
+            cells = [_cell(column, row) for column in COLUMNS.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(column: str, row: Mapping[str, float]) -> str:
+    if column not in row:
+        return ""
+    value = row[column]
+    if column == "compute_share":
+        return f"{value:.2f} ({row['compute_share_low']:.2f} to {row['compute_share_high']:.2f})"
+    if column in ("l0", "latents_per_property"):
+        return f"{value:.1f}"
+    return f"{value:.3f}".lstrip("0") or "0"
+
+
+def picture(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """A panel for each column of the table, a bar for each SAE."""
+    rows = [flat(result["figures"]) for result in results]
+    names = [result["name"] for result in results]
+    panels = [(title, c) for title, c in TITLES.items() if any(c in row for row in rows)]
+    across = 4
+    down = -(-len(panels) // across)
+    figure = Figure(
+        figsize=(13, down * (1.0 + 0.22 * len(rows)) + 0.3), dpi=110, layout="constrained"
+    )
+    axes = figure.subplots(down, across, sharey=True, squeeze=False).flat
+    for axis, (title, column) in zip(axes, panels, strict=False):
+        values = [row.get(column, float("nan")) for row in rows]
+        axis.barh(names, values, color="#4477aa")
+        if column == "compute_share":
+            for place, row in enumerate(rows):
+                ends = [row.get(f"{column}_{end}", float("nan")) for end in ("low", "high")]
+                axis.plot(ends, [place, place], color="black", linewidth=1)
+        if column.startswith("probing"):
+            axis.set_xlim(left=0.5)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()  # of all, for they share it
+    for axis in list(figure.axes)[len(panels) :]:
+        axis.set_visible(False)
+    return figure
+
+
+TITLES = {
+    "L0": "l0",
+    "fraction of variance unexplained": "fvu",
+    "loss recovered": "loss_recovered_zero",
+    "compute of a model as bad, share": "compute_share",
+    "probing of tokens, 1 latent": "probing_token_1",
+    "probing of tokens, 5 latents": "probing_token_5",
+    "probing of contexts, 1 latent": "probing_context_1",
+    "probing of contexts, 5 latents": "probing_context_5",
+    "absorption fraction": "absorption_fraction",
+    "full absorption": "absorption_full",
+    "latents per property": "latents_per_property",
+    "dead latents": "dead_fraction",
+    "duplicates": "duplicates",
+    "always together": "together",
+    "matched cosine with another seed": "stability_cosine",
+}
+"""Titles of the picture's panels, and the figures in them."""
+
+
+def write(folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Write `evaluation.json`, `.csv`, `.md` and `.png` into a folder."""
+    results, references = evaluation["saes"], evaluation["references"]
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "evaluation.json": json.dumps(_plain(evaluation), indent=1) + "\n",
+        "evaluation.csv": rows_of(results).to_csv(index=False),
+        "evaluation.md": markdown(results, references),
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, partial(Path.write_text, data=text))
+    figure = picture(results)
+    write_atomically(folder / "evaluation.png", lambda path: figure.savefig(path, format="png"))
+
+
+def _plain(value: Any) -> Any:
+    """The same with null in place of what is no number, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,154 @@
+"""`lightning-sae evaluate` on small SAEs of the model that comes with the package."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_sae import ActivationDataModule, ReLUSAE, TopKSAE, load
+from lightning_sae.analysis.evaluation import command
+from lightning_sae.analysis.evaluation.command import evaluate, function_of, names_of
+from lightning_sae.analysis.evaluation.table import flat
+
+HOOK, LENGTH, TOKENS = "blocks.1.hook_resid_post", 32, 2048
+OWN = """
+def has_underscore(passage):
+    return ["_" in piece for piece in passage.pieces]
+"""
+
+
+def saved(sae: Any, folder: Path, **source: Any) -> str:
+    sae.source = {"model": "embedded", "hook_name": HOOK, "text": "embedded"}
+    sae.source |= {"context_length": LENGTH, "drop_special_tokens": True, **source}
+    return str(sae.save_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three SAEs, two of one kind, and their evaluation by the command."""
+    root = tmp_path_factory.mktemp("evaluation")
+    torch.manual_seed(0)
+    names = ("relu-0", "relu-1", "topk")
+    saes = (ReLUSAE(128, 24), ReLUSAE(128, 24), TopKSAE(128, 32, k=8))
+    with torch.no_grad():
+        for sae in saes[:2]:
+            sae.b_enc.fill_(-1.0)
+            sae.b_enc[-1] = -1e6
+    paths = [saved(sae, root / n / "sae") for n, sae in zip(names, saes, strict=True)]
+    (root / "own.py").write_text(OWN)
+    own = json.dumps([f"{root / 'own.py'}:has_underscore"])
+    sizes = ["--tokens", str(TOKENS), "--probe_tokens", "8000", "--device", "cpu"]
+    output = ["--output", str(root / "out"), "--properties", own]
+    command.main([*paths, *output, *sizes])
+    return root
+
+
+@pytest.fixture(scope="module")
+def evaluation(root: Path) -> dict:
+    return json.loads((root / "out" / "evaluation.json").read_text())
+
+
+def test_the_figures_of_a_test_are_those_of_test(root: Path, evaluation: dict) -> None:
+    sae = load(root / "relu-0" / "sae")
+    data = ActivationDataModule(HOOK, context_length=LENGTH, n_test=TOKENS)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (expected,) = trainer.test(sae, data, verbose=False)
+    held_out = evaluation["saes"][0]["figures"]["held_out"]
+    for name, value in expected.items():
+        assert held_out[name.removeprefix("test/")] == pytest.approx(value, rel=1e-5)
+    assert {"ce_clean", "ce_spliced", "loss_recovered_zero", "kl"} <= held_out.keys()
+
+
+def test_every_figure_is_there_for_every_sae(evaluation: dict) -> None:
+    reference = evaluation["references"][0]
+    assert reference["neurons_at"] == "blocks.1.mlp.hook_post"
+    assert "has_underscore" in reference["probing"]
+    assert "keyword" in reference["probing"]
+    for result in evaluation["saes"]:
+        figures = result["figures"]
+        assert figures["probing"].keys() == reference["probing"].keys()
+        for probed in figures["probing"].values():
+            assert all(0 <= probed[f"latents_{k}"] <= 1 for k in (1, 2, 5))
+        for found in figures["absorption"].values():
+            assert found["probe_f1"] >= 0.6
+            assert 0 <= found["full"] <= 1
+            assert 0 <= found["fraction"] <= 1
+    # The whole activation tells more than five latents of random SAEs do.
+    whole = [p["activation"] for p in reference["probing"].values()]
+    five = [p["latents_5"] for p in evaluation["saes"][0]["figures"]["probing"].values()]
+    assert sum(whole) > sum(five)
+
+
+def test_stability_is_between_saes_of_one_kind(evaluation: dict) -> None:
+    pairs = {r["name"]: r["figures"]["stability"]["pairs"] for r in evaluation["saes"]}
+    assert [p["with"] for p in pairs["relu-0"]] == ["relu-1"]
+    assert [p["with"] for p in pairs["relu-1"]] == ["relu-0"]
+    assert pairs["topk"] == []
+    (pair,) = pairs["relu-0"]
+    assert pair["decoder_mean"] == pytest.approx(pair["random_mean"], abs=0.03)
+
+
+def test_all_forms_hold_the_same_figures(root: Path, evaluation: dict) -> None:
+    table = pd.read_csv(root / "out" / "evaluation.csv")
+    assert table["name"].tolist() == ["relu-0", "relu-1", "topk"]
+    for (_, row), result in zip(table.iterrows(), evaluation["saes"], strict=True):
+        figures = flat(result["figures"])
+        assert all(row[name] == pytest.approx(value) for name, value in figures.items())
+        assert all(isinstance(value, float) for value in figures.values())
+    text = (root / "out" / "evaluation.md").read_text()
+    assert f"| {table['l0'][0]:.1f} |" in text
+    assert "| the whole activation |" in text
+    assert (root / "out" / "evaluation.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        ({}, {"output": "."}, "`output` to be a new or empty folder"),
+        ({"model": "toy"}, {}, "to name a language model"),
+        ({"hook_name": None}, {}, "give `hook_name`"),
+        ({}, {"hook_name": "blocks.1.mlp.hook_post"}, "a hook of width 128"),
+        ({}, {"probe_tokens": 0}, "`probe_tokens` to be positive"),
+        ({}, {"validation_fraction": 1e-9}, "at least 4 held-out documents"),
+        ({}, {"label_column": "topic", "probe_tokens": 4000}, "`label_column`"),
+        ({}, {"properties": ["own.py:missing"]}, "`module:function`"),
+        ({}, {"properties": ["own.py:always"], "probe_tokens": 4000}, "`always` with"),
+        ({}, {"curve": "none.json"}, "there is no none.json"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_any_work(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: dict,
+    arguments: dict,
+    message: str,
+) -> None:
+    sae = load(root / "relu-0" / "sae")
+    path = saved(sae, Path("other"), **source)
+    Path("own.py").write_text("def always(passage):\n    return [True] * len(passage.pieces)\n")
+
+    def worked(*_: Any, **__: Any) -> None:
+        raise AssertionError("it has begun to work")
+
+    monkeypatch.setattr(command, "evaluate_saes", worked)
+    with pytest.raises(ValueError, match=message):
+        evaluate([path], **{"output": "out", **arguments})
+    assert not Path("out").exists()
+
+
+def test_saes_have_short_names_where_these_tell_them_apart() -> None:
+    assert names_of(["runs/a/sae", "runs/b/sae-2", "c"]) == ["a", "b", "c"]
+    assert names_of(["x/a/sae", "y/a/sae", "z/b/sae"]) == ["x/a/sae", "y/a/sae", "b"]
+    with pytest.raises(ValueError, match="name each once"):
+        names_of(["a", "a"])
+
+
+def test_functions_are_found_in_modules_too() -> None:
+    assert function_of("json:dumps") is json.dumps
+    for wrong in ("json", "json:no", "no_such_module:f", "no.py:f", "json:__name__"):
+        with pytest.raises(ValueError, match="`properties`"):
+            function_of(wrong)
