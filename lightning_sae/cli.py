@@ -2,10 +2,10 @@
 
 import logging
 import os
+import pkgutil
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -24,9 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 from typing_extensions import override
 
-from lightning_sae import configurations, exchange, publishing
-from lightning_sae.analysis import analyze, compare, steering
-from lightning_sae.analysis.evaluation import command as evaluation
+from lightning_sae import configurations
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
@@ -45,7 +43,6 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, remove_unfinished, require_new_run
-from lightning_sae.data.cache import command as cache
 from lightning_sae.distributed import require_agreement
 from lightning_sae.files import AtomicCheckpointIO, write_atomically
 from lightning_sae.side_by_side import SideBySide
@@ -53,18 +50,18 @@ from lightning_sae.side_by_side.results import after_fit, after_predict, after_t
 
 C = TypeVar("C", bound=Callback)
 
-BESIDE: dict[str, Callable[[list[str]], None]] = {
-    "analyze": analyze.main,
-    "cache": cache.main,
-    "compare": compare.main,
-    "configs": configurations.main,
-    "evaluate": evaluation.main,
-    "export": exchange.export_main,
-    "import": exchange.import_main,
-    "push": publishing.main,
-    "steer": steering.main,
+BESIDE = {
+    "analyze": "lightning_sae.analysis.analyze:main",
+    "cache": "lightning_sae.data.cache.command:main",
+    "compare": "lightning_sae.analysis.compare:main",
+    "configs": "lightning_sae.configurations:main",
+    "evaluate": "lightning_sae.analysis.evaluation.command:main",
+    "export": "lightning_sae.exchange:export_main",
+    "import": "lightning_sae.exchange:import_main",
+    "push": "lightning_sae.publishing:main",
+    "steer": "lightning_sae.analysis.steering:main",
 }
-"""Commands that need no run."""
+"""Commands that need no run. Imported when they are asked for: `fit` needs no scikit-learn."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -331,7 +328,7 @@ def command() -> None:
         if sys.argv[1:2] == ["study"]:
             _study(sys.argv[2:])
         elif sys.argv[1:2] and sys.argv[1] in BESIDE:
-            BESIDE[sys.argv[1]](sys.argv[2:])
+            pkgutil.resolve_name(BESIDE[sys.argv[1]])(sys.argv[2:])
         else:
             main()
     except (ValueError, OSError, FloatingPointError, MisconfigurationException) as error:
