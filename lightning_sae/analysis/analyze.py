@@ -1,6 +1,7 @@
 """`lightning-sae analyze`: look inside a trained SAE."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -13,23 +14,23 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_sae.analysis import weights
+from lightning_sae.analysis.rare_latents import furthest_inputs, rare_directions
 from lightning_sae.analysis.reading import AFTER, BEFORE, ContextReader, FiringReader
 from lightning_sae.analysis.site.writer import write_page, write_site
 from lightning_sae.analysis.store import FeatureStore, write_store
 from lightning_sae.analysis.unembedding import null_space_matrix, unembedding_of
 from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.checks import warn_of_other_activations
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.functional.peaks import two_peaks
 from lightning_sae.loading import load
 
 QUANTILES = (0.5, 0.9, 0.99)
 HISTOGRAM_BINS = 40
+TOKENS_FOR_RARE = 100_000
 TAKEN_OVER = (
-    "context_length",
-    "drop_special_tokens",
-    "positions",
-    "max_norm_multiple",
-    "text",
+    *("head", "context_length", "drop_special_tokens", "positions", "max_norm_multiple"),
+    *("text", "text_column", "document_start", "separator", "pack", "keep_rest", "chat_roles"),
 )
 """What an SAE's `source` says of the data and `ActivationDataModule` takes."""
 
@@ -42,7 +43,7 @@ def analyze(
     model: str | None = None,
     hook_name: str | None = None,
     text: str | list[str] | None = None,
-    text_column: str = "text",
+    text_column: str | None = None,
     streaming: bool = False,
     context_length: int | None = None,
     accelerator: str = "auto",
@@ -106,6 +107,7 @@ def analyze(
             f"Expected activations of width {trained.d_in}, for which the SAE was made, but "
             f"`{data.hook_name}` gives {data.d_in}: choose the model and hook of the SAE."
         )
+    warn_of_other_activations(trained.source, data.source)
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -135,8 +137,8 @@ def analyze(
 def data_of(
     sae: SparseAutoencoder,
     given: dict[str, Any],
-    text_column: str,
-    streaming: bool,
+    text_column: str | None = None,
+    streaming: bool = False,
     validation_fraction: float = 0.0,
 ) -> ActivationDataModule:
     """The data that an SAE was trained on, with other settings if given; by default none held out.
@@ -144,8 +146,16 @@ def data_of(
     Raises:
         ValueError: If neither the SAE nor the arguments name the model, the hook or the text.
     """
-    known = {**{k: v for k, v in sae.source.items() if k in ("model", "hook_name", *TAKEN_OVER)}}
-    known |= given
+    own = {k: v for k, v in sae.source.items() if k in ("model", "hook_name", *TAKEN_OVER)}
+    # Of `auto`, the source also says what it was: "auto (bos before texts)".
+    known: dict[str, Any] = {
+        k: "auto" if str(v).startswith("auto (") else v for k, v in own.items()
+    } | given
+    if text_column is not None:
+        known["text_column"] = text_column
+    revision = sae.source.get("model_revision")
+    if revision is not None and "model" not in given:
+        known["model_kwargs"] = {"revision": revision}
     missing = [name for name in ("model", "hook_name", "text") if not known.get(name)]
     if missing or known["model"] == "toy":
         raise ValueError(
@@ -156,7 +166,6 @@ def data_of(
         known.pop("hook_name"),
         known.pop("model"),
         **known,
-        text_column=text_column,
         streaming=streaming,
         validation_fraction=validation_fraction,
     )
@@ -212,6 +221,7 @@ def _write(
         "context": {"before": BEFORE, "after": AFTER},
         "logits": None if unembedding is None else unembedding.note,
         **_population(sae, table, seed),
+        "rare_latents": _rare_latents(sae, table["rare"], data, strengths.n_tokens),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_store(folder, table, arrays, own, _texts(model.tokenizer, own, arrays), results)
@@ -246,6 +256,20 @@ def _population(sae: SparseAutoencoder, table: dict[str, Tensor], seed: int) -> 
         "pairwise_cosine": weights.summary(weights.pairwise_cosines(rows[frequent], seed)),
         "random_pairwise_cosine": weights.summary(weights.pairwise_cosines(random, seed)),
     }
+
+
+def _rare_latents(
+    sae: SparseAutoencoder, rare: Tensor, data: ActivationDataModule, n_tokens: int
+) -> dict[str, Any] | None:
+    """What rare latents share, and the inputs furthest along it; None if none are rare.
+
+    For the inputs, a part of the text is read again: which latents are rare shows only at its end.
+    """
+    if not rare.any():
+        return None
+    inputs = furthest_inputs(sae, rare, data, min(n_tokens, TOKENS_FOR_RARE))
+    figures = {k: v if math.isfinite(v) else None for k, v in rare_directions(sae, rare).items()}
+    return {**figures, "inputs": [each._asdict() for each in inputs]}
 
 
 def _texts(

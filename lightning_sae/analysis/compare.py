@@ -9,7 +9,7 @@ import json
 import sys
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_sae.analysis.analyze import data_of
-from lightning_sae.analysis.weights import baseline
+from lightning_sae.analysis.rare_latents import mean_direction
+from lightning_sae.analysis.weights import baseline, rare_cluster
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.files import write_atomically
@@ -69,16 +70,29 @@ def compare_weights(a: SparseAutoencoder, b: SparseAutoencoder, seed: int = 0) -
     return {"pairs": torch.stack([rows, columns], 1), **cosines, "figures": figures}
 
 
+class OnText(NamedTuple):
+    """What two SAEs do on the same text.
+
+    Attributes:
+        correlation: Of matched latents' activations; NaN where one never varies.
+        frequencies: How often each latent of both fires.
+    """
+
+    correlation: Float[Tensor, " pairs"]
+    frequencies: tuple[Float[Tensor, " m"], Float[Tensor, " n"]]
+
+
 @torch.no_grad()
-def correlated(
+def on_text(
     a: SparseAutoencoder,
     b: SparseAutoencoder,
     pairs: Tensor,
     data: ActivationDataModule,
     n_tokens: int,
-) -> Float[Tensor, " pairs"]:
-    """Correlation of matched latents' activations on the same text; NaN where one never varies."""
+) -> OnText:
+    """Read about `n_tokens` tokens with two SAEs whose latents are matched by `pairs`."""
     sums = torch.zeros(5, len(pairs), dtype=torch.float64)
+    fired = torch.zeros(a.d_sae), torch.zeros(b.d_sae)
     n, blocks = 0, data.training_blocks()
     while n < n_tokens:
         tokens = blocks.read_first_epoch(data.blocks_per_pass)
@@ -86,11 +100,37 @@ def correlated(
             break
         x = data.language_model.activations(tokens)
         x = x[data.filter.kept(tokens, x).to(x.device)].float().cpu()
-        f, g = a.encode(x)[:, pairs[:, 0]].double(), b.encode(x)[:, pairs[:, 1]].double()
+        latents = a.encode(x), b.encode(x)
+        for count, own in zip(fired, latents, strict=True):
+            count += (own > 0).sum(0)
+        f, g = (own[:, pairs[:, i]].double() for i, own in enumerate(latents))
         sums += torch.stack([f.sum(0), g.sum(0), (f * f).sum(0), (g * g).sum(0), (f * g).sum(0)])
         n += len(x)
     f, g, ff, gg, fg = sums / max(n, 1)
-    return (fg - f * g) / ((ff - f * f) * (gg - g * g)).sqrt()
+    correlation = (fg - f * g) / ((ff - f * f) * (gg - g * g)).sqrt()
+    return OnText(correlation, (fired[0] / max(n, 1), fired[1] / max(n, 1)))
+
+
+@torch.no_grad()
+def compare_rare(
+    a: SparseAutoencoder,
+    b: SparseAutoencoder,
+    frequencies: tuple[Float[Tensor, " m"], Float[Tensor, " n"]],
+) -> dict[str, float]:
+    """Whether the rare latents of two SAEs share a direction: see `rare_latents`.
+
+    Returns:
+        `rare_a`, `rare_b`, how many each has; and where both have some `rare_direction_cosine`, of
+        the mean encoder directions.
+    """
+    rare = [rare_cluster(frequency) for frequency in frequencies]
+    found = {f"rare_{name}": float(mask.sum()) for name, mask in zip("ab", rare, strict=True)}
+    if all(found.values()):
+        one, other = (
+            mean_direction(sae.W_enc.T[mask]) for sae, mask in zip((a, b), rare, strict=True)
+        )
+        found["rare_direction_cosine"] = float(one @ other)
+    return found
 
 
 def compare(saes: list[str], output: str, *, tokens: int = 100_000, seed: int = 0) -> Path:
@@ -122,10 +162,12 @@ def compare(saes: list[str], output: str, *, tokens: int = 100_000, seed: int = 
     for i, j in combinations(range(len(saes)), 2):
         one = compare_weights(loaded[i], loaded[j], seed)
         if tokens:
-            data = data_of(loaded[i], {}, "text", streaming=False)
-            one["correlation"] = correlated(loaded[i], loaded[j], one["pairs"], data, tokens)
-            varying = one["correlation"][one["correlation"].isfinite()]
+            data = data_of(loaded[i], {})
+            read = on_text(loaded[i], loaded[j], one["pairs"], data, tokens)
+            varying = read.correlation[read.correlation.isfinite()]
+            one["correlation"] = read.correlation
             one["figures"]["correlation_mean"] = float(varying.mean())
+            one["figures"] |= compare_rare(loaded[i], loaded[j], read.frequencies)
         found.append({"a": saes[i], "b": saes[j], **one})
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, found)

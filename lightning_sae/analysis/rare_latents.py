@@ -6,15 +6,37 @@ direction, which is also the same for other seeds, but different decoder directi
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.data import ActivationDataModule
+from lightning_sae.data.encoding import ids_of
 from lightning_sae.functional.geometry import unit_rows
 
 ALIKE = 0.95  # cosine with the mean above which the source counts encoder rows as the same
+BEFORE, AFTER = 16, 6  # tokens shown around an input
+
+
+class Input(NamedTuple):
+    """A token whose activation lies far along the direction of rare latents.
+
+    Attributes:
+        along: The projection of the encoder's input on that direction.
+        firing: Share of the rare latents that fire.
+        before: Text before the token.
+        token: The token's text.
+        after: Text after it.
+    """
+
+    along: float
+    firing: float
+    before: str
+    token: str
+    after: str
 
 
 def mean_direction(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
@@ -107,6 +129,47 @@ def firing_together(
     mean = unit_rows((total / max(n, 1)).float().unsqueeze(0)).squeeze(0)
     cosine = float(mean @ direction) if rare.any() else float("nan")
     return {"on_most_aligned": on_most_aligned, "most_at_once": most, "mean_activation": cosine}
+
+
+@torch.no_grad()
+def furthest_inputs(
+    sae: SparseAutoencoder,
+    rare: Bool[Tensor, " d_sae"],
+    data: ActivationDataModule,
+    n_tokens: int,
+    n: int = 10,
+) -> list[Input]:
+    """The inputs furthest along the mean encoder direction of rare latents.
+
+    Args:
+        sae: The SAE, on the CPU.
+        rare: Which latents are rare.
+        data: Gives the language model, its text and the filter of training.
+        n_tokens: Tokens to read, about.
+        n: Inputs to give.
+
+    Returns:
+        At most `n` inputs, the furthest first; none without rare latents.
+    """
+    if not rare.any():
+        return []
+    direction, blocks, read = mean_direction(sae.W_enc.T[rare]), data.training_blocks(), 0
+    found: list[Input] = []
+    while read < n_tokens and len(tokens := blocks.read_first_epoch(data.blocks_per_pass)):
+        read += tokens.numel()
+        x = data.language_model.activations(tokens)
+        kept = data.filter.kept(tokens, x).cpu()
+        x = x.float().cpu()
+        along = (sae.encoder_input(sae.scaled(x)) @ direction).masked_fill(~kept, float("-inf"))
+        for i in along.flatten().topk(min(n, int(kept.sum()))).indices.tolist():
+            row, at = divmod(i, tokens.shape[1])
+            firing = float((sae.encode(x[row, at])[rare] > 0).float().mean())
+            ids = ids_of(tokens[row])
+            parts = ids[max(0, at - BEFORE) : at], ids[at : at + 1], ids[at + 1 : at + 1 + AFTER]
+            texts = (data.language_model.tokenizer.decode(part) for part in parts)
+            found.append(Input(float(along[row, at]), firing, *texts))
+        found = sorted(found, reverse=True)[:n]
+    return found
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_sae import ActivationDataModule, FeatureStore, ReLUSAE, load
 from lightning_sae.analysis.analyze import analyze, data_of
+from lightning_sae.analysis.rare_latents import furthest_inputs
 from lightning_sae.analysis.unembedding import unembedding_of
 
 HOOK, TOKENS, LENGTH = "blocks.1.hook_resid_post", 1024, 32
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def naive(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All tokens, which were kept, and all latents of all tokens."""
     sae = load(folder / "sae")
-    data = data_of(sae, {}, "text", False)
+    data = data_of(sae, {})
     tokens = data.training_blocks().read(TOKENS // LENGTH)
     x = data.language_model.activations(tokens)
     kept = data.filter.kept(tokens, x)
@@ -54,13 +55,41 @@ def test_the_table_has_the_figures_of_all_kept_tokens(folder: Path, naive: tuple
     assert len(store.where("frequency == 0")) == int((frequency == 0).sum()) > 0
 
 
+def test_the_inputs_furthest_along_rare_latents_are_found_with_who_fires(
+    folder: Path, naive: tuple
+) -> None:
+    sae, (tokens, kept, f) = load(folder / "sae"), naive
+    data = data_of(sae, {})
+    rare = torch.zeros(48, dtype=torch.bool)
+    rare[3:7] = True
+    found = furthest_inputs(sae, rare, data, TOKENS, n=3)
+    x = data.language_model.activations(tokens.view(-1, LENGTH)).flatten(0, 1)
+    directions = sae.W_enc.T[rare]
+    along = (sae.encoder_input(x) @ directions.mean(0)) / directions.mean(0).norm()
+    order = [i for i in along.argsort(descending=True).tolist() if kept[i]][:3]
+    decode = data.language_model.tokenizer.decode
+    assert [each.along for each in found] == pytest.approx(along[order].tolist(), rel=1e-4)
+    assert [each.token for each in found] == [decode([int(tokens[i])]) for i in order]
+    firing = (f[order][:, rare] > 0).float().mean(1)
+    assert [each.firing for each in found] == firing.tolist()
+    assert furthest_inputs(sae, ~rare & rare, data, TOKENS) == []
+
+
+def test_data_are_those_of_the_source_unless_given(folder: Path) -> None:
+    sae = load(folder / "sae")
+    sae.source |= {"document_start": "auto (bos before texts)", "separator": "eos", "pack": False}
+    data = data_of(sae, {"context_length": 9})
+    found = data.document_start, data.separator, data.pack, data.context_length
+    assert found == ("auto", "eos", False, 9)
+
+
 def test_examples_are_pieces_of_the_text_with_every_tokens_activation(
     folder: Path, naive: tuple
 ) -> None:
     tokens, kept, f = naive
     f = f * kept.unsqueeze(1)
     store = FeatureStore(folder / "out")
-    decode = data_of(load(folder / "sae"), {}, "text", False).language_model.tokenizer.decode
+    decode = data_of(load(folder / "sae"), {}).language_model.tokenizer.decode
     latent = int(f.amax(0).argmax())
     examples = store.examples(latent)
     strongest = [e for e in examples if e.interval == 0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_sae import ReLUSAE
-from lightning_sae.analysis.compare import compare, compare_weights, matched
+from lightning_sae.analysis.compare import compare, compare_rare, compare_weights, matched
 
 
 def permuted(sae: ReLUSAE, order: torch.Tensor) -> ReLUSAE:
@@ -58,6 +58,20 @@ def test_the_command_writes_figures_and_a_picture(tmp_path: Path) -> None:
         compare([one, two], str(folder))
     with pytest.raises(ValueError, match="two or more but got 1"):
         compare([one], str(tmp_path / "other"))
+
+
+def test_rare_latents_of_both_share_a_direction_or_not() -> None:
+    torch.manual_seed(0)
+    a, b = ReLUSAE(16, 40), ReLUSAE(16, 40)
+    frequency = torch.full((40,), 1e-2)
+    frequency[:5] = 1e-5
+    with torch.no_grad():
+        a.W_enc[:, :5] = b.W_enc[:, :5] = 0
+        a.W_enc[2, :5] = 1
+        b.W_enc[2, :5] = b.W_enc[3, :5] = 2
+    found = compare_rare(a, b, (frequency, frequency))
+    assert found == {"rare_a": 5, "rare_b": 5, "rare_direction_cosine": pytest.approx(0.5**0.5)}
+    assert compare_rare(a, b, (frequency, torch.ones(40))) == {"rare_a": 5, "rare_b": 0}
 
 
 def test_saes_of_different_widths_are_refused() -> None:

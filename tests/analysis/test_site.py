@@ -1,5 +1,6 @@
 """Pages of an analysis: their data, what they load, and what a browser makes of them."""
 
+import html
 import json
 import re
 import shutil
@@ -58,6 +59,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
         "l0": 2.5,
         "dead": 0.05,
         "logits": None,
+        "rare_latents": {
+            "n_rare": 2.0,
+            "cosine_with_mean": 0.98,
+            "others_with_mean": None,
+            "encoder_on_one_direction": 0.9,
+            "decoder_on_one_direction": 0.125,
+            "inputs": [{"along": 7.5, "firing": 0.5, "before": "b ", "token": EVIL, "after": " a"}],
+        },
     }
     write_store(folder, table, arrays, contexts, {0: "import", 1: EVIL, 2: "b\n"}, results)
     store = FeatureStore(folder)
@@ -104,6 +113,18 @@ def test_a_page_of_some_latents_needs_no_other_file(store: FeatureStore, tmp_pat
     assert '"4":' not in page
     with pytest.raises(ValueError, match="from 0 to 19 but got 20"):
         write_page(store, [20], tmp_path / "none.html")
+
+
+def test_the_page_has_the_rare_latents_and_their_inputs(store: FeatureStore) -> None:
+    page = (store.folder / "index.html").read_text()
+    assert "Rare latents: 2 below a gap" in page
+    assert (
+        "with the mean of these\n        0.98, of all other latents' with it\n        unknown"
+        in page
+    )
+    assert "<td>7.50</td><td>50 %</td>" in page
+    assert f"b <mark>{html.escape(EVIL, quote=False)[:4]}" in page
+    assert EVIL not in page
 
 
 chromium = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -141,6 +141,7 @@ def _page(store: FeatureStore, sources: list[str], inline: list[str]) -> str:
     return environment.get_template("page.html.jinja").render(
         title=escape(text=title),
         about=escape(text=about),
+        rare=results.get("rare_latents"),
         style=(HERE / "page.css").read_text(),
         script=(HERE / "page.js").read_text(),
         sources=sources,
