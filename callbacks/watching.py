@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the losses."""
+"""What TensorBoard shows in addition to the losses."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class Histograms(Callback):
     """Histograms of the latents for TensorBoard after each validation.
 
     `latents/log10_frequency` on the held-out activations (a latent that never fired counts as
-    half a firing, so that it has a place), `latents/encoder_decoder_cosine`,
+    half a firing, so that the logarithm is finite), `latents/encoder_decoder_cosine`,
     `latents/decoder_norm` and `latents/encoder_bias`.
     """
 
@@ -34,7 +34,7 @@ class Histograms(Callback):
 
 @torch.no_grad()
 def latent_statistics(sae: Any) -> dict[str, Float[Tensor, " d_sae"]]:
-    """One number per latent: what `Histograms` draws."""
+    """The values that `Histograms` draws, one per latent."""
     statistics = {
         "encoder_decoder_cosine": cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1),
         "decoder_norm": sae.W_dec.norm(dim=-1),
@@ -47,7 +47,7 @@ def latent_statistics(sae: Any) -> dict[str, Float[Tensor, " d_sae"]]:
 
 
 class StreamMonitor(Callback):
-    """Logs what the stream has read and left out as `data/...`, with the losses."""
+    """Logs the stream's counts of what was read and left out as `data/...`, with the losses."""
 
     @override
     def on_train_batch_end(
