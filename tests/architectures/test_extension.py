@@ -45,6 +45,26 @@ def test_activate_alone_is_refused_where_training_has_another_rule(
         type("Halved", (base,), {"activate": halved})
 
 
+class Halving:
+    """A mixin."""
+
+    activate = halved
+
+
+def test_methods_of_a_mixin_count_as_those_of_the_class() -> None:
+    with pytest.raises(TypeError, match="`Mixed` defines `activate`"):
+        type("Mixed", (Halving, GatedSAE), {})
+    assert ReLUSAE.rows_are_independent
+    assert not type("Mixed", (Halving, ReLUSAE), {}).rows_are_independent
+    assert type("Behind", (GatedSAE, Halving), {}).activate is GatedSAE.activate
+
+
+@pytest.mark.parametrize("given", [{}, {"activate": halved}, {"objective": ReLUSAE.objective}])
+def test_a_class_without_activate_or_objective_cannot_be_instantiated(given: dict) -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        type("Half", (SparseAutoencoder,), given)(4, 8)
+
+
 @pytest.mark.parametrize("base", OTHERS)
 def test_a_subclass_that_says_how_it_trains_is_accepted(base: type[SparseAutoencoder]) -> None:
     methods = {"activate": halved, "objective": ReLUSAE.objective}
