@@ -1,5 +1,7 @@
 """What a subclass can get wrong ends in an error when the class is made, or works."""
 
+from typing import Any
+
 import pytest
 import torch
 from jaxtyping import Float
@@ -55,8 +57,10 @@ def test_methods_of_a_mixin_count_as_those_of_the_class() -> None:
     with pytest.raises(TypeError, match="`Mixed` defines `activate`"):
         type("Mixed", (Halving, GatedSAE), {})
     assert ReLUSAE.rows_are_independent
-    assert not type("Mixed", (Halving, ReLUSAE), {}).rows_are_independent
-    assert type("Behind", (GatedSAE, Halving), {}).activate is GatedSAE.activate
+    before: Any = type("Mixed", (Halving, ReLUSAE), {})
+    behind: Any = type("Mixed", (GatedSAE, Halving), {})
+    assert not before.rows_are_independent
+    assert behind.activate is GatedSAE.activate
 
 
 @pytest.mark.parametrize("given", [{}, {"activate": halved}, {"objective": ReLUSAE.objective}])
