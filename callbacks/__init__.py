@@ -1,4 +1,4 @@
-"""What happens between steps."""
+"""Callbacks: what happens between training steps."""
 
 if __name__ != "lightning_sae.callbacks":
     raise ImportError(f"import lightning_sae.callbacks, not {__name__}")

@@ -66,7 +66,7 @@ class AuxThresholdWarmup(ScheduledScale):
 
     @override
     def length_problems(self, total: int) -> list[str]:
-        """What is wrong with delay and warm-up in a run of `trainer.max_steps`."""
+        """Error messages about delay and warm-up in a run of `trainer.max_steps`."""
         if total <= 0:
             return unknown(total, delay_steps=self.delay_steps, warmup_steps=self.warmup_steps)
         delay, warmup = self._in_steps(total)

@@ -1,4 +1,4 @@
-"""The checkpoint from which a run goes on: regularly, at the end, and when a run is stopped."""
+"""The checkpoint to resume from: saved regularly, at the end, and when a run is stopped."""
 
 import logging
 import shlex
@@ -28,21 +28,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others did is saved too
     """Keeps `<trainer.default_root_dir>/checkpoints/last.ckpt` up to date.
 
-    Saved every `every_n_steps`, at the end, and on Ctrl-C or SIGTERM after the step under way;
-    resumed from it, a run gives the weights it would have given uninterrupted. A second Ctrl-C
-    stops at once. When training fails, as with a loss that is not finite, `last.ckpt` stays and
-    `stopped.ckpt` gets the weights before the failing step; resumed from that one, a run goes on
-    behind the failing batch.
+    It is saved every `every_n_steps`, at the end, and on Ctrl-C or SIGTERM after the current step.
+    A run that is resumed from it gives the same weights as an uninterrupted one. A second Ctrl-C
+    stops at once. When training fails, for example with a loss that is not finite, `last.ckpt` is
+    kept and `stopped.ckpt` gets the weights before the failing step; a run that is resumed from
+    that one continues after the failing batch.
 
-    With several ranks, each saves its own buffer and place in the text beside `last.ckpt`, see
-    `lightning_sae.distributed`. If one of them fails or is killed, `last.ckpt` is where to go on:
-    the others cannot tell what became of it, and save nothing.
+    With several ranks, each rank saves its own buffer and position in the text next to `last.ckpt`,
+    see `lightning_sae.distributed`. If a rank fails or is killed, the other ranks save nothing, and
+    `last.ckpt` is the one to resume from.
 
-    A validation that was due at the checkpoint's step and had not been done is done on resume, and
-    torch's generator on the CPU goes on where it was. See `docs/resuming.md`.
+    If a validation was due at the checkpoint's step and had not been done, it is done on resume.
+    Torch's CPU generator continues from its saved state. See `docs/resuming.md`.
 
     Args:
-        every_n_steps: Optimiser steps between two checkpoints.
+        every_n_steps: Optimizer steps between two checkpoints.
 
     Raises:
         ValueError: If `every_n_steps` is not positive; before training, if the folder holds a run
@@ -73,15 +73,15 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
 
     @property
     def best_model_path(self) -> str:
-        """What Lightning loads for `ckpt_path="best"`, and after a fit where no model is given.
+        """The checkpoint that Lightning loads for `ckpt_path="best"`, and by default after `fit`.
 
-        The best of a `ModelCheckpoint`, where the run has one; else the last that was saved.
+        The best of a `ModelCheckpoint` if the run has one, otherwise the last that was saved.
         """
         paths = [other.best_model_path for other in self._others]
         return next(filter(None, paths), str(self._saved or ""))
 
     def _hold(self, trainer: Trainer) -> None:
-        """Take the run's folder; if rank 0 cannot, all ranks end."""
+        """Lock the run's folder; if rank 0 cannot, all ranks raise an error."""
         refusal = None
         if trainer.is_global_zero:
             try:
@@ -126,7 +126,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         for number in SIGNALS:
             try:
                 self._handlers[number] = signal.signal(number, self._note)
-            except ValueError:  # outside the main thread, signals are somebody else's matter
+            except ValueError:  # outside the main thread, signal handlers cannot be set
                 return
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -150,8 +150,8 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop or trainer.global_step % self.every_n_steps == 0:
             due = _validation_is_due(trainer)
-            # With the last step the validation comes first: at its end a run would not make up
-            # for it.
+            # After the last step the validation comes first, because a run that has ended would
+            # not do it on resume.
             if stop or not (due and trainer.global_step == trainer.max_steps):
                 self._before_validation = due
                 self._save(trainer, "last.ckpt")
@@ -178,7 +178,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
     def _save_and_tell(self, trainer: Trainer) -> None:
         # Saving needs all ranks, and the others may be anywhere.
         if self._tried_at != trainer.global_step and trainer.world_size == 1:
-            with suppress(FloatingPointError):  # weights that are not finite are not worth keeping
+            with suppress(FloatingPointError):  # do not save weights that are not finite
                 self._save(trainer, "stopped.ckpt")
         text = f"Stopped after {trainer.global_step} optimiser steps; "
         path = self._saved or trainer.ckpt_path
@@ -209,7 +209,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """With several ranks: write this rank's part, and wait for those of the others."""
+        """With several ranks, write this rank's part and wait for the other ranks."""
         if self._saving is None or trainer.world_size == 1:
             return
         if not trainer.is_global_zero:
@@ -219,7 +219,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Where torch's generator stands, and whether a validation is due."""
+        """The state of torch's generator, and whether a validation is due."""
         return {
             "generator": torch.get_rng_state(),
             "before_validation": self._before_validation,
@@ -243,12 +243,12 @@ def _validation_is_due(trainer: Trainer) -> bool:
 
 
 def _validate_first(trainer: Trainer) -> None:
-    """Have a resumed run begin with the validation that its checkpoint was saved before.
+    """Start a resumed run with the validation that was due at its checkpoint.
 
-    Lightning takes it as done unless it was broken off: so it was, before the first batch.
+    Lightning does a validation on resume only if it was interrupted, so it is marked as such.
     """
     loop = trainer.fit_loop.epoch_loop
     loop.val_loop.batch_progress.reset_on_run()
     loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-    # It counts the step that has been taken once as it goes on, and again after the validation.
+    # It counts the last step when it continues, and again after the validation.
     loop._batches_that_stepped -= 1

@@ -17,7 +17,7 @@ class Histograms(Callback):
     """Histograms of the latents after each validation, for TensorBoard and wandb.
 
     `latents/log10_frequency` on the held-out activations (a latent that never fired counts as
-    half a firing, so that it has a place), `latents/encoder_decoder_cosine`,
+    half a firing, so that the logarithm is finite), `latents/encoder_decoder_cosine`,
     `latents/decoder_norm` and `latents/encoder_bias`.
     """
 
@@ -31,7 +31,7 @@ class Histograms(Callback):
 
 @torch.no_grad()
 def latent_statistics(sae: Any) -> dict[str, Float[Tensor, " d_sae"]]:
-    """One number per latent: what `Histograms` draws."""
+    """The values that `Histograms` draws, one per latent."""
     statistics = {
         "encoder_decoder_cosine": cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1),
         "decoder_norm": sae.W_dec.norm(dim=-1),

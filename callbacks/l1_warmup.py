@@ -56,7 +56,7 @@ class L1Warmup(ScheduledScale):
 
     @override
     def length_problems(self, total: int) -> list[str]:
-        """What is wrong with `n_steps` in a run of `trainer.max_steps`."""
+        """Error messages about `n_steps` in a run of `trainer.max_steps`."""
         if 0 < total < self.n_steps:
             return [
                 f"Expected argument `n_steps` to be at most `trainer.max_steps`={total} but got "

@@ -1,4 +1,4 @@
-"""A second chance for latents that have died."""
+"""Resampling of dead latents."""
 
 import math
 from typing import Any, Literal, cast
@@ -26,28 +26,28 @@ from lightning_sae.lengths import (
 
 
 class DeadFeatureResampling(Callback):
-    """Give latents that do not fire a new direction, every so many steps of the optimiser.
+    """Give latents that do not fire new directions, at intervals of optimizer steps.
 
-    Firings are counted on all training activations of the last `window` steps, micro-batches and
-    ranks included. Then, for the latents that are dead by that count:
+    Firings are counted on all training activations of the last `window` steps, over micro-batches
+    and ranks. Then the dead latents are replaced:
 
-    - `loss_squared`: those that never fired. Inputs are drawn with probability proportional to the
-      square of their squared error; the decoder row becomes the input as the encoder sees it, at
-      norm 1; the encoder row the same direction at `encoder_scale` times the mean norm of the
-      living encoder rows (1 if none lives). Source: Bricken et al., Towards Monosemanticity
-      (2023). An input's error is the one of its own training step.
-    - `reinitialize`: those that fired on less than `min_frequency` of the inputs. The decoder row
-      becomes a random direction at norm 1, the encoder row its transpose, as at the start of
+    - `loss_squared`: latents that never fired. Inputs are drawn with probability proportional to
+      the square of their squared error, each measured in its own training step. The decoder row
+      becomes the encoder's input for it, scaled to norm 1. The encoder row gets the same direction,
+      with `encoder_scale` times the mean norm of the living encoder rows (1 if there are none).
+      Source: Bricken et al., Towards Monosemanticity (2023).
+    - `reinitialize`: latents that fired on less than `min_frequency` of the inputs. The decoder row
+      becomes a random direction of norm 1 and the encoder row its transpose, as at the start of
       training. Source: Neel Nanda's open-source replication (2023).
 
-    In both, the latent's `b_enc` becomes 0 and a threshold or the like what it starts with; the
-    optimiser's moments of exactly these entries are set to zero, as is the SAE's count of how long
-    the latent was silent. `b_dec` and all other latents are left alone. A tied latent has one row,
-    the decoder's. With `decoder_norm="free"` the new decoder rows get the mean norm of the living
-    ones. Nothing is replaced after the last step of a run, for it would stay untrained.
+    In both schemes, the latent's `b_enc` becomes 0, thresholds and the like get their initial
+    values, and the optimizer's moments of these entries and `silent_for` become zero. `b_dec` and
+    all other latents do not change. A tied latent has only the decoder row. With
+    `decoder_norm="free"`, new decoder rows get the mean norm of the living ones. Nothing is
+    replaced after the last step of a run, because it would not be trained.
 
-    How many were replaced is logged as `train/resampled`. Everything drawn comes from a generator
-    of the callback's own, which is saved with the counts: a resumed run is exact.
+    The number of replaced latents is logged as `train/resampled`. Random numbers come from a
+    separate generator that is saved with the counts, so a resumed run is exact.
 
     Example::
 
@@ -56,27 +56,27 @@ class DeadFeatureResampling(Callback):
             max_steps=20_000,
         )
 
-    Lengths are given in steps of the optimiser or as shares of `trainer.max_steps` between 0 and 1.
+    Lengths are in optimizer steps, or shares of `trainer.max_steps` between 0 and 1.
 
     Args:
         every_n_steps: Length from one resampling to the next.
         scheme: `loss_squared` or `reinitialize`.
         window: Length before a resampling over which firings are counted; null for all of it.
         min_frequency: With `reinitialize`, the frequency below which a latent is replaced.
-        n_inputs: With `loss_squared`, how many of the latest inputs are kept to draw from, those
-            of all ranks together. Each rank holds its own in memory as they come.
+        n_inputs: With `loss_squared`, number of latest inputs to draw from, over all ranks. Each
+            rank keeps its own in memory.
         encoder_scale: With `loss_squared`, norm of a new encoder row relative to living ones.
-        max_resamplings: How often in a run this is done, whether or not any latent was dead; null
+        max_resamplings: Number of resamplings in a run, including those without dead latents; null
             for no limit.
-        stop_after_step: Last step of the optimiser after which it may be done, or the share of the
-            run up to there; null for no limit.
+        stop_after_step: Last optimizer step after which latents may be resampled, or a share of the
+            run; null for no limit.
         seed: Seed of the generator.
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if the run is too short
-            for a single resampling, or of unknown length while there is a share of it, if the SAE
-            has no untied `W_enc`, `W_dec` and `b_enc` and is not one whose `tied` is true, if its
-            optimiser is not of Adam's family, or if the trainer has this callback twice.
+            for a single resampling, or of unknown length although an argument is a share of it, if
+            the module has neither `W_enc`, `W_dec` and `b_enc` nor tied weights, if its optimizer
+            is not a variant of Adam, or if the trainer has this callback twice.
     """
 
     length_names = ("every_n_steps", "window", "stop_after_step")
@@ -120,7 +120,7 @@ class DeadFeatureResampling(Callback):
         self._start_afresh()
 
     def next_resampling(self, step: int) -> int | None:
-        """After how many steps of the optimiser the next resampling comes, once `step` are taken.
+        """The optimizer step after which the next resampling comes, when `step` steps are taken.
 
         None if there is no other. The result is larger than `step`.
         """
@@ -132,7 +132,7 @@ class DeadFeatureResampling(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; forget an earlier fit (resuming loads its state after this)."""
+        """Check the SAE and reset the state; a resume loads its state after this."""
         if stage != "fit":
             return
         self._start_afresh()
@@ -151,7 +151,7 @@ class DeadFeatureResampling(Callback):
         refuse_lengths(trainer, pl_module)
 
     def length_problems(self, total: int) -> list[str]:
-        """What is wrong with the lengths in a run of `trainer.max_steps`, an error each."""
+        """Error messages about the lengths in a run of `trainer.max_steps`."""
         given = self._lengths()
         if problems := unknown(total, **given):
             return problems
@@ -166,7 +166,7 @@ class DeadFeatureResampling(Callback):
         return problems
 
     def _lengths(self) -> dict[str, Length]:
-        """Those that are given."""
+        """The lengths that are not None."""
         found = {name: getattr(self, name) for name in self.length_names}
         return {name: length for name, length in found.items() if length is not None}
 
@@ -175,7 +175,7 @@ class DeadFeatureResampling(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an optimiser whose state is not known to be safe to reset in part."""
+        """Refuse optimizers other than variants of Adam, whose state is reset in part."""
         for optimizer in trainer.optimizers:
             if "betas" not in optimizer.defaults:
                 raise ValueError(
@@ -185,7 +185,7 @@ class DeadFeatureResampling(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step that the first batch belongs to; drop inputs that are not this rank's."""
+        """Remember the step of the first batch; drop inputs that are not this rank's."""
         self._step = trainer.global_step
         place = [trainer.global_rank, trainer.world_size]
         own = self._place in (None, place)
@@ -204,7 +204,7 @@ class DeadFeatureResampling(Callback):
         batch: Float[Tensor, "batch d_in"],
         batch_idx: int,
     ) -> None:
-        """Count the batch, and resample if it completed the step after which that is due."""
+        """Count the batch, and resample if it completes a step after which that is due."""
         # global_step counts steps taken: the last micro-batch of a step has already raised it.
         step, self._step = self._step, trainer.global_step
         due = self.next_resampling(step)
@@ -232,7 +232,7 @@ class DeadFeatureResampling(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was."""
+        """Restore the state of a checkpoint."""
         self._fired, self._n_counted = state_dict["fired"], state_dict["n_counted"]
         self._inputs, self._losses = list(state_dict["inputs"]), list(state_dict["losses"])
         self._n_done = state_dict["n_done"]
@@ -278,13 +278,13 @@ class DeadFeatureResampling(Callback):
         dead = dead_latents(self._fired, self._n_counted, min_frequency).to(sae.device)
         n_dead = int(dead.sum())
         if n_dead:
-            # All draw the same; told all the same, for unlike devices may round differently.
+            # All ranks draw the same, but different devices may round differently.
             drawn = trainer.strategy.broadcast(self._draw(trainer, sae, n_dead).cpu())
             self._replace(sae, dead, drawn.to(sae.device))
             vectors = [getattr(sae, name) for name in sae.fresh_latent()]
             for weight, axis in ((sae.W_dec, 0), (sae.W_enc, 1), *((v, 0) for v in vectors)):
                 reset_moments(trainer.optimizers, weight, dead, axis)
-        for logger in trainer.loggers:  # self.log would drop what falls between its intervals
+        for logger in trainer.loggers:  # self.log would drop values between its intervals
             logger.log_metrics({"train/resampled": n_dead}, step=trainer.global_step - 1)
 
     def _draw(
@@ -297,7 +297,7 @@ class DeadFeatureResampling(Callback):
         return sample_directions(seen, losses.to(sae.device), count, self._generator)
 
     def _of_all(self, trainer: Trainer, chunks: list[Tensor]) -> Tensor:
-        """The latest inputs, or what belongs to them: batch by batch, in each rank by rank."""
+        """The latest inputs, or their errors, of all ranks: by batch, then by rank."""
         if trainer.world_size > 1:
             gather = trainer.strategy.all_gather
             device = trainer.strategy.root_device
@@ -321,7 +321,7 @@ class DeadFeatureResampling(Callback):
 def _out_of_order(
     every_n_steps: Length, window: Length, stop_after_step: Length | None = None
 ) -> list[str]:
-    """What is wrong with lengths beside each other, all in steps or all as shares."""
+    """Error messages about lengths that contradict each other, all in steps or all shares."""
     problems = []
     if window > every_n_steps:
         problems.append(

@@ -1,4 +1,4 @@
-"""The SAE and its figures as files that other programs read."""
+"""Files with the SAE, its metrics and its latents."""
 
 import filecmp
 import json
@@ -27,12 +27,12 @@ from lightning_sae.files import write_atomically
 class ExportSAE(Callback):
     """Writes the trained SAE to `<trainer.default_root_dir>/sae` when training ends.
 
-    If there is another one already, as when a finished run is prolonged, to `sae-2` and so on. A
-    run that was stopped behind its last step, and is resumed, makes up for it; an export that was
-    stopped half way is replaced.
+    If that folder exists, for example when a finished run is prolonged, it writes to `sae-2` and so
+    on. A run that was stopped after its last step exports the SAE when it is resumed; an incomplete
+    export is replaced.
 
     Attributes:
-        folder: Where the SAE is, once it is written.
+        folder: The folder, once it is written.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class ExportSAE(Callback):
 
 
 def _put(made: Path, folder: Path) -> Path:
-    """Where an exported SAE is, moved there unless one of the very same files exists."""
+    """Move an exported SAE to its folder, unless one with the same files exists; returns it."""
     names = sorted(path.name for path in made.iterdir())
     for place in _numbered(folder):
         if not place.exists():
@@ -80,7 +80,7 @@ def _put(made: Path, folder: Path) -> Path:
         there = {path.name for path in place.iterdir()}
         if filecmp.cmpfiles(made, place, names, shallow=False)[0] == names:
             return place
-        # Half of what an earlier export would have written, and nothing else.
+        # An incomplete export, and nothing else.
         if not set(names) <= there and all(n in names or n[0] == "." for n in there):
             shutil.rmtree(place)
             break
@@ -88,16 +88,18 @@ def _put(made: Path, folder: Path) -> Path:
 
 
 class HeldOutEvaluation(Callback):
-    """Adds to a test what the reconstruction costs the language model, and writes it all down.
+    """Adds the language model's cross-entropies to `test` and writes all metrics to a file.
 
-    Figures are logged as `test/...`, under the names that they have in validations, and go to
-    `<trainer.default_root_dir>/results.json`, or `results-2.json` and so on if there is one. Needs
-    data that names its language model and text, as an `ActivationDataModule` and a cache do; with
-    other data, or where they cannot be opened, only the test's metrics are written. With several
-    ranks each reads its share of the held-out text, and the figures are those of all.
+    Values are logged as `test/...`, under the same names as in validation, and written to
+    `<trainer.default_root_dir>/results.json`, or `results-2.json` and so on if it exists.
+    Cross-entropies need data that names its language model and text, as an `ActivationDataModule`
+    and a cache do; with other data, or if the model cannot be opened, only the metrics of `test`
+    are written. With several ranks, each reads its share of the held-out text, and the results are
+    of all ranks.
 
     Args:
-        n_tokens: Held-out tokens that the language model reads, about, on all ranks together.
+        n_tokens: Approximate number of held-out tokens that the language model reads, on all ranks
+            together.
     """
 
     def __init__(self, n_tokens: int = 65536) -> None:
@@ -135,12 +137,11 @@ class HeldOutEvaluation(Callback):
 
 
 class LatentWriter(Callback):
-    """Writes what `predict` gives to `<trainer.default_root_dir>/latents`, a file per batch.
+    """Writes the latents of `predict` to `<trainer.default_root_dir>/latents`, a file per batch.
 
     `batch-00000.safetensors` and so on hold the non-zero latents in compressed rows: `values` [n],
     `latents` [n], `starts` [batch + 1] and `d_sae`; those of row i are `starts[i]:starts[i + 1]`.
-    With several ranks, the rank stands in the name. If there is a folder already, the next is
-    `latents-2`.
+    With several ranks, the name contains the rank. If the folder exists, `latents-2` is used.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run: which process writes there, and what it must not overwrite."""
+"""The folder of a run: locked for one process, and never overwritten."""
 
 import os
 import shlex
@@ -37,10 +37,9 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def hold(folder: Path) -> None:
-    """Take a folder for this process; several times, if it is released as often.
+    """Lock a folder for this process. Each `hold` needs a `release`.
 
-    The lock belongs to the process: killed in whatever way, it leaves the folder free, and its
-    children do not hold it either.
+    The lock ends with the process, however it ends, and is not inherited by its children.
 
     Raises:
         ValueError: If another process trains there.
@@ -59,7 +58,7 @@ def hold(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Give a folder up that `hold` took; one that is not held is left alone."""
+    """Unlock a folder that `hold` locked; does nothing for other folders."""
     folder = folder.resolve()
     if folder not in _held:
         return
@@ -74,7 +73,7 @@ def release(folder: Path) -> None:
 
 
 def _locked(path: Path) -> int:
-    """An open file that this process alone has locked, and that has not been removed meanwhile."""
+    """An open file that only this process has locked and that still exists."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -99,10 +98,10 @@ def _locked(path: Path) -> int:
 
 
 def require_new_run(folder: Path, ckpt_path: str | Path | None) -> None:
-    """Raise a ValueError if `folder` holds something of a run, and that run is not resumed.
+    """Raise a ValueError if `folder` holds results of a run that is not being resumed.
 
-    What a start leaves that was stopped before its first checkpoint is nothing to be lost: its
-    configuration, curves, and what it had not finished to write.
+    The files of a run that was stopped before its first checkpoint do not count: its configuration,
+    curves, and unfinished writes.
     """
     held_parts = [name for name in PARTS if _holds_something(folder / name)]
     inside = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
@@ -122,14 +121,14 @@ def _way_on(folder: Path) -> str:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether there is a file, or a folder with files that are not hidden, however deep."""
+    """Whether there is a file, or a folder with a file that is not hidden, at any depth."""
     if not path.is_dir():
         return path.exists()
     return any(_holds_something(each) for each in path.iterdir() if each.name[0] != ".")
 
 
 def remove_unfinished(folder: Path, name: str) -> None:
-    """Remove what writes of `folder/name` left that were killed; see `write_atomically`."""
+    """Remove files of killed writes of `folder/name`; see `write_atomically`."""
     for path in folder.glob(f".{name}.*"):
         if path.is_file():
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What callbacks share that let a part of the loss come into force with the steps."""
+"""Base of callbacks that scale a part of the loss by a schedule."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -13,14 +13,15 @@ from lightning_sae.lengths import refuse_lengths
 
 
 class ScheduledScale(Callback):
-    """Sets an attribute of the SAE to a share that follows the optimiser's steps.
+    """Sets an attribute of the SAE to a scale between 0 and 1 that depends on the optimizer step.
 
-    Micro-batches of one step have one share. A resumed fit goes on where it was; any other fit
-    starts anew. The SAE is left with the whole. The share is logged as `train/` and its name.
+    Micro-batches of one step have the same scale. A resumed fit continues the schedule; any other
+    fit restarts it. After the fit the scale is 1. It is logged as `train/` and the attribute's
+    name.
 
     Attributes:
-        scale: The attribute's name.
-        length_names: Arguments that are lengths, in steps or as shares of the run.
+        scale: Name of the attribute.
+        length_names: Names of arguments that are lengths, in steps or as shares of the run.
     """
 
     scale: ClassVar[str]
@@ -30,19 +31,19 @@ class ScheduledScale(Callback):
 
     @abstractmethod
     def share(self, steps_taken: int) -> float:
-        """Share in force in the step after `steps_taken` steps of the fit."""
+        """The scale in the step after `steps_taken` steps of the fit."""
 
     @abstractmethod
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise a ValueError where the SAE does not fit."""
+        """Raise a ValueError if the SAE has nothing to scale."""
 
     @abstractmethod
     def length_problems(self, total: int) -> list[str]:
-        """What is wrong with the lengths in a run of `trainer.max_steps`, an error each."""
+        """Error messages about the lengths in a run of `trainer.max_steps`."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; forget an earlier fit (resuming loads its state after this)."""
+        """Check the SAE and reset the state; a resume loads its state after this."""
         if stage != "fit":
             return
         self._began, self._total = None, trainer.max_steps
@@ -52,7 +53,7 @@ class ScheduledScale(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the schedule begins, unless a checkpoint said so."""
+        """Remember the step at which the schedule starts, unless a checkpoint has it."""
         if self._began is None:
             self._began = trainer.global_step
 
@@ -64,31 +65,31 @@ class ScheduledScale(Callback):
         batch: Float[Tensor, "batch d_in"],
         batch_idx: int,
     ) -> None:
-        """Set the share for the step in progress."""
+        """Set the scale of the current step."""
         assert self._began is not None
-        # The number of optimiser steps taken so far, the same for all micro-batches of a step.
+        # The number of optimizer steps so far, the same for all micro-batches of a step.
         share = self.share(trainer.global_step - self._began)
         setattr(pl_module, self.scale, share)
         pl_module.log(f"train/{self.scale}", share)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the whole behind."""
+        """Set the scale to 1."""
         setattr(pl_module, self.scale, 1.0)
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave the whole behind."""
+        """Set the scale to 1."""
         setattr(pl_module, self.scale, 1.0)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The step at which the schedule began."""
+        """The step at which the schedule started."""
         return {"began": self._began}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the schedule that the checkpoint was in."""
+        """Continue the schedule of a checkpoint."""
         self._began = state_dict["began"]

@@ -1,4 +1,4 @@
-"""A sparsity penalty that is steered to a wished number of active latents."""
+"""Adjusts the sparsity penalty to reach a target L0."""
 
 import math
 from typing import Any, cast
@@ -14,14 +14,14 @@ from typing_extensions import override
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.checks import expect, refuse_second, require_not_negative, require_positive
 
-TOLERANCE = 0.05  # share of the target by which a fit may miss it without a word
+TOLERANCE = 0.05  # largest relative difference from the target without a warning
 
 
 class TargetL0(Callback):
-    r"""Change the penalty's coefficient a little in each step, until L0 is what is wished for.
+    r"""Change the penalty's coefficient a little in each step until L0 is at a target.
 
     With :math:`y_t` the log of L0 over its target, :math:`\bar y` its running mean, and n and h the
-    lengths of smoothing and foresight, after each step of the optimiser
+    lengths of smoothing and foresight, after each optimizer step
 
     .. math::
         \bar y_t &= \bar y_{t-1} + (y_t - \bar y_{t-1}) / n, \qquad
@@ -29,15 +29,15 @@ class TargetL0(Callback):
         c_{t+1} &= c_t\, (1 + r)^{\max(-1, \min(1, \hat y))}
 
     where c is the SAE's `penalty_factor`, which multiplies the coefficient, and r the largest
-    change. So it acts on the L0 to be expected h steps ahead if the trend holds: an L0 that falls
-    by itself, as at the start of training, is let fall. L0 is that of all micro-batches and ranks
-    of a step. While `L1Warmup` still raises the penalty there is nothing to be steered, and only
-    the mean is kept. The factor is logged as `train/penalty_factor`.
+    change. So it reacts to the L0 expected h steps ahead if the trend continues, and does not
+    counteract an L0 that is already falling, as at the start of training. L0 is the mean over all
+    micro-batches and ranks of a step. While `L1Warmup` raises the penalty, only the mean is
+    updated. The factor is logged as `train/penalty_factor`.
 
-    A resumed fit goes on where it was; any other one starts from the factor that the SAE has, and
-    leaves the SAE with the one that was reached: the coefficient in force is the product of both.
+    A resumed fit continues where it was. Any other fit starts from the SAE's current factor. After
+    the fit the SAE keeps the factor; its coefficient is multiplied by it.
 
-    A fit that ends with the mean L0 of its last steps over 5 % from the target warns with figures.
+    A fit warns if the mean L0 of its last steps differs from the target by more than 5 %.
 
     Example::
 
@@ -46,14 +46,14 @@ class TargetL0(Callback):
     Args:
         target: Active latents per activation.
         max_change: The largest relative change of the coefficient in a step.
-        smoothing_steps: Length n of the running mean, in steps of the optimiser.
-        foresight_steps: The steps h.
-        during_warmup: Whether to steer while `L1Warmup` raises the penalty, too.
+        smoothing_steps: Length n of the running mean, in optimizer steps.
+        foresight_steps: Number of steps h.
+        during_warmup: Whether to change the coefficient also while `L1Warmup` raises the penalty.
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if the SAE has no sparsity
-            penalty or its coefficient is 0, if it has no room for so many active latents, or if
-            the trainer has this callback twice.
+            penalty or its coefficient is 0, if `target` is not less than `d_sae`, or if the trainer
+            has this callback twice.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class TargetL0(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; forget an earlier fit (resuming loads its state after this)."""
+        """Check the SAE and reset the state; a resume loads its state after this."""
         if stage != "fit":
             return
         self._start_afresh()
@@ -109,7 +109,7 @@ class TargetL0(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the factor of a checkpoint into force; note the step that the first batch is of."""
+        """Set the factor of a checkpoint; remember the step of the first batch."""
         if self._factor is not None:
             cast(SparseAutoencoder, pl_module).penalty_factor = self._factor
         self._step = trainer.global_step
@@ -123,7 +123,7 @@ class TargetL0(Callback):
         batch: Float[Tensor, "batch d_in"],
         batch_idx: int,
     ) -> None:
-        """Count the batch; when a step is complete, set the factor for the next one."""
+        """Count the batch; after the last of a step, set the factor for the next step."""
         sae = cast(SparseAutoencoder, pl_module)
         fired = cast(dict[str, Tensor], outputs)["fired"].sum()
         counts = torch.stack([fired, fired.new_tensor(len(batch))])
@@ -151,7 +151,7 @@ class TargetL0(Callback):
         )
 
     def _steer(self, sae: SparseAutoencoder) -> None:
-        # Where nothing fires, as if one latent did in the whole batch.
+        # If nothing fires, count one firing in the batch, so that the log is finite.
         error = math.log(max(self._fired, 1) / self._seen / self.target)
         before = error if self._mean is None else self._mean
         self._mean = before + (error - before) / self.smoothing_steps
@@ -161,7 +161,7 @@ class TargetL0(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The factor in force, the running mean, and counts of a step in progress."""
+        """The factor, the running mean, and the counts of the current step."""
         return {
             "factor": self._factor,
             "mean": self._mean,
@@ -171,7 +171,7 @@ class TargetL0(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was."""
+        """Restore the state of a checkpoint."""
         self._factor, self._mean = state_dict["factor"], state_dict["mean"]
         self._fired, self._seen = state_dict["fired"], state_dict["seen"]
 

@@ -137,7 +137,11 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             TypeError: If a class defines `activate` but inherits a training step that ignores it.
         """
         super().__init_subclass__(**kwargs)
-        own = vars(cls)
+        own: dict[str, Any] = {}
+        for base in cls.__mro__:  # the class and its mixins, up to the first SAE
+            if base is not cls and issubclass(base, SparseAutoencoder):
+                break
+            own = {**vars(base), **own}
         if own.keys() & {"activate", "latents", "objective"}:
             cls.rows_are_independent = own.get("rows_are_independent", False)
         if "latents" in own:

@@ -1,4 +1,4 @@
-"""BatchTopK SAE: a fixed number of latents on average, shared out over a batch."""
+"""BatchTopK SAE: a fixed average number of latents per activation, chosen over a batch."""
 
 from typing import Any, Literal
 
@@ -14,20 +14,20 @@ from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import BatchTopK
 from lightning_sae.functional.squared_error import squared_errors
 
-MEMORY = 20  # the running means of a threshold reach back over this part of the batches so far
+MEMORY = 20  # the running means average over about a 20th of the batches so far
 
 
 class BatchTopKSAE(WithOrthogonality):
-    r"""The k B largest pre-activations of a batch of B rows are its latents, where positive.
+    r"""The k B largest positive pre-activations of a batch of B rows are its active latents.
 
     .. math::
         f = \mathrm{ReLU}(\mathrm{BatchTopK}((x - b_{dec}) W_{enc} + b_{enc}, k B)), \quad
         L = \|x - \hat x\|^2 + \alpha \mathrm{Var}(x) L_{auxk} \quad \text{(mean over the batch)}
 
-    Outside of training a row must not depend on its batch: latents are the pre-activations from
-    `threshold` on, which follows the smallest activation :math:`t_n` that was chosen in batch n.
-    The batch is that of all ranks. The threshold is a running mean, whose memory grows with the
-    run, and which is led on by its lag:
+    The batch is that of all ranks. Outside of training a row must not depend on its batch, so
+    latents are the pre-activations of at least `threshold`. It is estimated from the smallest
+    activation :math:`t_n` that was chosen in batch n, by a running mean whose window grows with the
+    run, corrected for its lag:
 
     .. math::
         a_n = \max(1 - d, \min(1, 20 / n)), \quad
@@ -35,19 +35,20 @@ class BatchTopKSAE(WithOrthogonality):
         m'_n = (1 - a_n) m'_{n-1} + a_n m_n, \quad
         \theta_n = 2 m_n - m'_n
 
-    A mean alone stays behind: what is chosen shrinks fast while an SAE learns. On known features
-    and two language models, 100 to 1200 steps of 64 to 4096 activations, held-out L0 is 2.2 % off
-    k (root mean square of 24 runs, at most 5.6 %; with :math:`m_n` alone 3.8 % and 11.5 %). What
-    is left is mostly held-out text that is not like the last batches. Batches are
-    seen before they are learnt from; a quantile of the latest activations under the last weights is
-    biased by up to 4 %. As to `decoder_norm` see `TopKSAE`. Source: Bussmann et al., BatchTopK
-    sparse autoencoders (2024); the lead: Brown, Statistical forecasting (1959).
+    The mean alone lags behind, because the smallest chosen activation decreases quickly at first.
+    On known features and two language models, with 100 to 1200 steps of 64 to 4096 activations,
+    held-out L0 differs from k by 2.2 % (root mean square of 24 runs, at most 5.6 %; with
+    :math:`m_n` alone 3.8 % and 11.5 %). The rest is mostly a difference between held-out text and
+    the last batches. A quantile of the latest batches under the final weights would be biased by up
+    to 4 %, because these were trained on. For `decoder_norm` see `TopKSAE`. Source: Bussmann et
+    al., BatchTopK sparse autoencoders (2024); the correction: Brown, Statistical forecasting
+    (1959).
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
-        k: Latents per activation on average; need not be whole.
-        threshold_decay: The most that a batch leaves of the running means, d above.
+        k: Active latents per activation on average; may be fractional.
+        threshold_decay: Largest decay d of the running means per batch.
         revive: See `SparseAutoencoder`.
         kwargs: Arguments of `WithOrthogonality` and `SparseAutoencoder`.
 
@@ -76,18 +77,18 @@ class BatchTopKSAE(WithOrthogonality):
         require_k(k, self.d_sae)
         self.k = k
         self.threshold_decay = threshold_decay
-        # Below every pre-activation until a batch was seen: the positive ones are latents.
+        # Until the first batch, all positive pre-activations are active latents.
         self.register_buffer("threshold", torch.full((), -torch.inf))
         self.register_buffer("threshold_means", torch.zeros(2))
         self.register_buffer("threshold_batches", torch.zeros((), dtype=torch.int64))
-        self.layout.dense = False  # a density that is known beforehand
+        self.layout.dense = False  # the density is known
 
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
-        """Positive pre-activations from the threshold on."""
+        """Positive pre-activations of at least the threshold."""
         return pre.relu() * (pre >= self.threshold)
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
-        """The largest of the batch, whatever the threshold."""
+        """The largest pre-activations of the batch, regardless of the threshold."""
         f = self.code(x, BatchTopK(self.k, len(x), self.ranks.n, self.ranks.gathered))
         return f.with_values(f.values.relu())
 
@@ -106,9 +107,9 @@ class BatchTopKSAE(WithOrthogonality):
 
     @torch.no_grad()
     def follow(self, f: Code) -> None:
-        """Have the threshold follow the smallest activation of a batch, that of all ranks.
+        """Update the threshold with the smallest activation of a batch, over all ranks.
 
-        A batch without any leaves it as it is.
+        A batch without active latents does not change it.
         """
         active = torch.where(f.values > 0, f.values, torch.inf)
         smallest = active.min() if active.numel() else active.new_tensor(torch.inf)
@@ -124,6 +125,6 @@ class BatchTopKSAE(WithOrthogonality):
 
     @override
     def adopt_scaling(self, mean: Float[Tensor, " d_in"], scale: Float[Tensor, ""]) -> None:
-        """As in the base class; the threshold then follows the new batches alone."""
+        """As in the base class; the threshold is then estimated from new batches only."""
         super().adopt_scaling(mean, scale)
         self.threshold_batches.zero_()

@@ -31,6 +31,7 @@ class DecoderNormProjection(AfterOptimizerSteps):
             `decoder_norm="free"`, or if the trainer has this callback twice.
     """
 
+    # A callback of another class with this attribute takes the place of this one.
     constrains_decoder_norm = True
 
     @override

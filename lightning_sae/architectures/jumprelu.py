@@ -1,4 +1,4 @@
-"""JumpReLU SAE: a threshold of its own for each latent, trained by pseudo-derivatives."""
+"""JumpReLU SAE: each latent has a threshold, trained by pseudo-derivatives."""
 
 from typing import Any
 
@@ -19,53 +19,53 @@ from lightning_sae.functional.sparse.selection import Above
 from lightning_sae.functional.squared_error import squared_errors
 
 THRESHOLD_LR = 0.01  # in standard deviations of the first batch's pre-activations
-PATIENCE = 0.02  # how far a batch moves the multiplier of a target
+PATIENCE = 0.02  # largest change of the multiplier in a batch
 
 
 class JumpReLUSAE(SparseAutoencoder):
-    r"""Latents that are their pre-activation above a threshold, and 0 below.
+    r"""Latents equal to their pre-activation above a trained threshold, and 0 below.
 
     .. math::
         v &= (x - b_{dec}) W_{enc} + b_{enc}, \quad f = v\,[v > \theta], \quad
         \hat x = f W_{dec} + b_{dec} \\
         L &= \|x - \hat x\|^2 + \lambda \sum_j [v_j > \theta_j] \quad \text{(mean over the batch)}
 
-    The threshold gets pseudo-derivatives in a window, see `lightning_sae.functional.jumprelu`. With
-    `target_l0` the penalty is the following, with a multiplier that moves until the target is met:
+    Thresholds get pseudo-derivatives in a window, see `lightning_sae.functional.jumprelu`. With
+    `target_l0` the penalty is the following, with a multiplier that changes until the target is
+    reached:
 
     .. math::
         \lambda \mathrm{Var}(x) \left(r^2 + \mu r\right), \quad r = L_0 / L_0^{target} - 1, \quad
         \mu \leftarrow \mu + 0.02 \max(-1, \min(1, r)) \text{ in each batch, within } [-1, 1]
 
-    The square alone, of other libraries, leaves L0 where the gain of one more latent balances it:
-    12 % above a target of 10 on known features, where this is 1 % above.
+    The square alone, as in other libraries, stays above the target: by 12 % for a target of 10 on
+    known features, where this penalty is 1 % above.
 
-    By default all that concerns thresholds is measured on the first batch: they start where
-    `target_l0` pre-activations of a row are above them, or without a target at one standard
-    deviation of the pre-activations; the window is one such deviation wide, and a step of Adam
-    moves a threshold by a hundredth of it, whatever `lr`. Thresholds that start near 0 and move by
-    `lr` never get to where they should be in a run of usual length: L0 then does not fall with the
-    coefficient, but rises. Thresholds are kept as they are, not as logarithms, and act as 0 where
-    they are negative.
+    By default the scale of everything about thresholds comes from the first batch. They start where
+    `target_l0` pre-activations per row are above them, or without a target at one standard
+    deviation of the pre-activations. The window is one such deviation wide, and a step of Adam
+    changes a threshold by about a hundredth of it, independently of `lr`. Thresholds that start
+    near 0 and learn with `lr` are too slow for a run of usual length: L0 then rises with the
+    coefficient. Thresholds are stored directly, not as logarithms, and act as 0 if negative.
 
-    The encoder gets no pseudo-derivative. With it, as in Circuits Updates, FVU at the same L0 is
-    larger after 500 steps: .404 for .392 on known features, .129 for .092 and .251 for .203 on two
-    language models (windows of half a deviation; one seed).
+    The encoder gets no pseudo-derivative. With one, as in Circuits Updates, FVU at the same L0 is
+    larger after 500 steps: .404 instead of .392 on known features, .129 instead of .092 and .251
+    instead of .203 on two language models (windows of half a deviation; one seed).
 
-    A count does not see the norms of decoder rows, so nothing has to keep them:
-    `decoder_norm="free"`, without `DecoderNormProjection`, leaves fewer latents dead on known
-    features, see `lightning_sae.studies.ground_truth.settings`.
+    The penalty counts latents and does not depend on decoder norms. So `decoder_norm="free"`,
+    without `DecoderNormProjection`, is possible and leaves fewer latents dead on known features,
+    see `lightning_sae.studies.ground_truth.settings`.
 
-    Source: Rajamanoharan et al., Jumping ahead (2024); the loss of dead latents: Conerly et al.,
+    Source: Rajamanoharan et al., Jumping ahead (2024); the loss for dead latents: Conerly et al.,
     Circuits Updates, January 2025.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
         l0_coefficient: Weight lambda of the penalty.
-        target_l0: Active latents per activation that the penalty aims at; null counts them all.
-        penalty: In place of the count, a function of the activation; not with `target_l0`.
-        threshold_init: Thresholds at the start; by default from the first batch.
+        target_l0: Target number of active latents per activation; null for a plain L0 penalty.
+        penalty: A function of the activation instead of the L0 penalty; not with `target_l0`.
+        threshold_init: Initial value of the thresholds; by default from the first batch.
         bandwidth: Width of the window of the pseudo-derivatives; by default from the first batch.
         threshold_lr: Learning rate of the thresholds; by default from the first batch.
         dead_coefficient: Weight of :math:`\sum_{dead} \mathrm{ReLU}(\theta_j - v_j)
@@ -119,7 +119,7 @@ class JumpReLUSAE(SparseAutoencoder):
         self.rows_are_independent = is_own and target_l0 is None
 
     def theta(self) -> Float[Tensor, " d_sae"]:
-        """Thresholds in force: those below 0 act as 0, and get the gradient of 0."""
+        """Effective thresholds: those below 0 act as 0 and get the gradient at 0."""
         return self.threshold + (self.threshold.relu() - self.threshold).detach()
 
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
@@ -144,7 +144,7 @@ class JumpReLUSAE(SparseAutoencoder):
             self.threshold.copy_(start.relu().expand_as(self.threshold))
 
     def _exceeded(self, pre: Float[Tensor, "batch d_sae"], times: float) -> Float[Tensor, ""]:
-        """What so many pre-activations of a row exceed on average, of the rows of all ranks."""
+        """The value that `times` pre-activations of a row exceed on average, over all ranks."""
         most = min(round(times * len(pre) * self.ranks.n), pre.numel())
         largest = self.ranks.gathered(pre.flatten().topk(most).values).flatten()
         return largest.topk(min(round(times * len(pre) * self.ranks.n), len(largest))).values[-1]
@@ -198,27 +198,27 @@ class JumpReLUSAE(SparseAutoencoder):
 
     @override
     def fresh_latent(self) -> dict[str, float]:
-        """A threshold as given, or of one standard deviation of the first pre-activations."""
+        """With `threshold_init`, or one standard deviation of the first pre-activations."""
         start = self.threshold_unit.item() if self.threshold_init is None else self.threshold_init
         return {**super().fresh_latent(), "threshold": start}
 
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """All but the thresholds, and the thresholds."""
+        """Two groups: the thresholds, and all other parameters."""
         rate = THRESHOLD_LR if self.threshold_lr is None else self.threshold_lr
         trained = [p for p in self.parameters() if p.requires_grad and p is not self.threshold]
         return [{"params": trained}, {"params": [self.threshold], "lr": rate}]
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """As in the base class; the rate of the thresholds is in units of the first batch."""
+        """As in the base class, with the thresholds' rate in units of the first batch."""
         found = super().configure_optimizers()
         if self.threshold_lr is None:
             schedule: Any = found["lr_scheduler"]
             lambdas = schedule["scheduler"].lr_lambdas
             share = lambdas[-1]
             lambdas[-1] = lambda step: share(step) * self.threshold_unit.item()
-            # Kept until the first batch, which says how large the unit is.
+            # Kept until the first batch, which determines the unit.
             self._threshold_group = found["optimizer"].param_groups[-1]
             self._threshold_group["lr"] *= self.threshold_unit.item()
         return found

@@ -1,4 +1,4 @@
-"""Matryoshka SAE: every prefix of the latents is an SAE of its own."""
+"""Matryoshka SAE: every prefix of the latents is itself an SAE."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,31 +17,31 @@ from lightning_sae.functional.squared_error import squared_errors
 
 
 class MatryoshkaSAE(BatchTopKSAE):
-    r"""Nested reconstructions: the first m latents alone have to rebuild the input too.
+    r"""Nested reconstructions: prefixes of the latents reconstruct the input, too.
 
     .. math::
         \hat x_m = \sum_{j < m} f_j W_{dec,j} + b_{dec}, \quad
         L = \tfrac{1}{|M|} \sum_{m \in M} \|x - \hat x_m\|^2 + \dots
         \quad \text{(mean over the batch)}
 
-    with latents chosen once, as in `BatchTopKSAE`, or with `k` null by a ReLU and a penalty, as in
-    `ReLUSAE`. Each prefix costs the decoding of its own latents only, for the larger ones are
-    sums. Sources: Bussmann et al., Learning multi-level features with Matryoshka SAEs (2025), for
-    fixed prefixes; Nabeshima, Matryoshka sparse autoencoders (2024), for random ones.
+    with one set of latents for all prefixes, chosen as in `BatchTopKSAE`, or with `k` null by a
+    ReLU and a penalty as in `ReLUSAE`. Each latent is decoded once, because the reconstruction of a
+    longer prefix adds to that of the shorter one. Sources: Bussmann et al., Learning multi-level
+    features with Matryoshka SAEs (2025), for fixed prefixes; Nabeshima, Matryoshka sparse
+    autoencoders (2024), for random ones.
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
-        prefixes: Widths of the prefixes, rising up to `d_sae`; or their number, and each batch
-            draws them anew, small ones as likely as large ones on a logarithmic scale, with
-            `d_sae` always among them.
-        k: Latents per activation on average, or null for a ReLU.
-        l1_coefficient: Weight of the penalty where `k` is null.
-        penalty: Its function, of `lightning_sae.functional.penalties`; `L1` by default.
+        prefixes: Widths of the prefixes, increasing up to `d_sae`; or their number, and each batch
+            draws new widths, uniform on a logarithmic scale and always including `d_sae`.
+        k: Active latents per activation on average, or null for a ReLU.
+        l1_coefficient: Weight of the penalty, if `k` is null.
+        penalty: Its function, one of `lightning_sae.functional.penalties`; `L1` by default.
         kwargs: Arguments of `BatchTopKSAE`.
 
     Raises:
-        ValueError: If an argument is out of range, or prefixes do not rise up to `d_sae`.
+        ValueError: If an argument is out of range, or prefixes do not increase up to `d_sae`.
     """
 
     draws: Int[Tensor, ""]
@@ -98,7 +98,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         """The reconstruction from each prefix."""
         bounds = torch.tensor(widths, device=self.device)
         latents = torch.arange(self.d_sae, device=self.device)
-        ring = torch.bucketize(latents, bounds, right=True).float()  # codes hold no whole numbers
+        ring = torch.bucketize(latents, bounds, right=True).float()  # codes hold floats only
         x_hat, found = self.b_dec, []
         for index in range(len(widths)):
             x_hat = x_hat + f.where((f.at(ring) == index).expand_as(f.values)).decode(self.W_dec)
@@ -108,7 +108,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     def _widths(self) -> Sequence[int]:
         if not isinstance(self.prefixes, int):
             return self.prefixes
-        # Seeded by a count that is in the checkpoint: the same on all ranks and after a resume.
+        # Seeded by a count in the checkpoint, so it is the same on all ranks and after a resume.
         generator = torch.Generator().manual_seed(int(self.draws))
         self.draws += 1
         shares = torch.rand(self.prefixes - 1, generator=generator)

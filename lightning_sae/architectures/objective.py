@@ -1,4 +1,4 @@
-"""One evaluation of an objective, on a batch at once or on chunks of its rows."""
+"""Evaluation of an objective, on a whole batch or on chunks of its rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from lightning_sae.functional.squared_error import squared_errors
 
 
 class Step(NamedTuple):
-    """What an objective gives, in the space it works in (see `SparseAutoencoder.input_scale`).
+    """Result of an objective, on centred and scaled activations.
 
     Attributes:
-        losses: Terms of the objective by name, each a scalar; training minimises their sum.
-        f: Latent activations, as a code or a matrix [batch, d_sae].
+        losses: Terms of the loss by name, each a scalar; training minimises their sum.
+        f: Latents, as a code or a matrix [batch, d_sae].
         x_hat: Reconstruction.
-        squared_error: Of each row; worked out from `x_hat` where an objective does not give it.
+        squared_error: Squared error of each row; computed from `x_hat` if it is None.
     """
 
     losses: dict[str, Float[Tensor, ""]]
@@ -30,13 +30,13 @@ class Step(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What training makes of a step.
+    """Result of an evaluation, for training.
 
     Attributes:
-        loss: Sum of the terms; its gradient trains.
+        loss: Sum of the terms, with its gradient.
         losses: The terms, detached.
         fired: How often each latent fired.
-        squared_error: Of each row.
+        squared_error: Squared error of each row, detached.
     """
 
     loss: Float[Tensor, ""]
@@ -49,7 +49,7 @@ Objective = Callable[[Tensor], Step]
 
 
 def at_once(objective: Objective, x: Float[Tensor, "batch d_in"]) -> Outcome:
-    """The objective on a batch."""
+    """Evaluate the objective on a batch."""
     step = objective(x)
     with torch.no_grad():
         f = step.f if isinstance(step.f, Code) else Code.of_matrix(step.f)
@@ -66,10 +66,10 @@ def in_chunks(
     rows: int,
     parameters: Sequence[Tensor],
 ) -> Outcome:
-    """The same for an objective that is a mean over rows, of which few exist at one time.
+    """The same, chunk by chunk, for an objective that is a mean over rows.
 
-    Each chunk's gradient is taken at once, so that nothing of it is kept until `backward`, which
-    passes on the sum.
+    The gradient of each chunk is computed at once, so that its graph can be freed. `backward` then
+    returns the sum.
     """
     gradients: list[Tensor | None] = [None] * len(parameters)
     outcomes, shares = [], []
@@ -101,7 +101,7 @@ def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 
 class _WithGradients(Function):
-    """A loss whose gradients are known."""
+    """A loss with given gradients."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *_: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adam in one fused pass, and a learning rate that rises, stays and falls."""
+"""Fused Adam with warm-up and decay of the learning rate, gradient clipping, step hooks."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,7 +19,7 @@ NAMES = "lr_warmup_steps", "lr_decay_steps"
 
 
 def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float:
-    """Share of the peak learning rate at an optimiser step counted from 0.
+    """Factor of the peak learning rate at an optimizer step counted from 0.
 
     Rises linearly over the first `warmup` steps, falls linearly to zero over the last `decay` of
     `total`, and is 1 between.
@@ -34,7 +34,7 @@ def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float
 
 
 def schedule_problems(warmup: Length, decay: Length, total: int) -> list[str]:
-    """What is wrong with a schedule in a run of `total` steps, or of unknown length."""
+    """Error messages about a schedule in a run of `total` steps (-1: unknown length)."""
     problems = unknown(total, lr_warmup_steps=warmup, lr_decay_steps=decay)
     if problems or not decay:
         return problems
@@ -62,11 +62,11 @@ def adam_with_schedule(
     total: int,
     fused: bool = True,
 ) -> OptimizerLRSchedulerConfig:
-    """Adam without weight decay, its schedule stepped once per optimiser step.
+    """Adam without weight decay, with a schedule that is stepped once per optimizer step.
 
     Raises:
-        ValueError: If a decay or a share is asked for while the length of the run is unknown, or
-            if warm-up and decay do not fit into the run.
+        ValueError: If the length of the run is needed but unknown, or if warm-up and decay do not
+            fit into the run.
     """
     for problem in schedule_problems(warmup, decay, total):
         raise ValueError(problem)
@@ -80,7 +80,7 @@ def adam_with_schedule(
 
 
 def set_peak_rates(schedule: Any, rates: list[float]) -> None:
-    """Have a schedule of `adam_with_schedule` use other peak learning rates, one for each group."""
+    """Change the peak learning rates, one per group, of a schedule of `adam_with_schedule`."""
     if not isinstance(schedule, LambdaLR) or schedule.base_lrs == rates:
         return
     schedule.base_lrs = list(rates)
@@ -90,7 +90,7 @@ def set_peak_rates(schedule: Any, rates: list[float]) -> None:
 
 
 class Schedule(LambdaLR):
-    """A schedule that goes on from a checkpoint with the peak learning rates it was given."""
+    """A schedule that on resume keeps its own peak learning rates, not the checkpoint's."""
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,12 +106,12 @@ class Schedule(LambdaLR):
 
 
 class MemoryOrderAdam(Adam):
-    """Adam that reads transposed weights as they lie in memory; torch's fused step copies them.
+    """Adam that passes transposed weights in memory order; torch's fused step would copy them.
 
-    From a checkpoint it takes the moments; rates are those it was given.
+    On resume it takes the moments of a checkpoint but keeps its own learning rates.
     """
 
-    grad_scale: Tensor | None = None  # what the next fused step divides gradients by
+    grad_scale: Tensor | None = None  # the next fused step divides gradients by it
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ class MemoryOrderAdam(Adam):
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
-    """A matrix, or its transpose if that is what is contiguous."""
+    """A matrix, or its transpose if that is contiguous."""
     return tensor if tensor.is_contiguous() else tensor.mT
 
 
@@ -138,14 +138,14 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 def clip_norm(optimizer: Optimizer, max_norm: float) -> None:
     """Scale all gradients so that their joint Euclidean norm is at most `max_norm`.
 
-    A fused optimiser does it as it reads them in the step that follows: that saves a pass.
+    A fused optimizer does it in its next step, which saves a pass over the gradients.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     gradients = [in_memory_order(weight.grad) for weight in weights if weight.grad is not None]
     excess = (nn.utils.get_total_norm(gradients) / max_norm).clamp_min(1.0)
     if isinstance(optimizer, MemoryOrderAdam) and optimizer.defaults["fused"]:
-        # Asking is free on a CPU; a GPU would have to be waited for.
-        # In float32, which its kernels ask for whatever the weights have.
+        # Comparing is free on a CPU, but a GPU would have to synchronise.
+        # The kernels need float32, whatever the dtype of the weights.
         optimizer.grad_scale = excess.float() if excess.is_cuda or excess > 1 else None
     else:
         torch._foreach_div_(gradients, excess)

@@ -1,7 +1,7 @@
-"""What of Lightning's features a run refuses before it starts, each with the reason.
+"""Features of Lightning that a run refuses before it starts, each with the reason.
 
-`docs/lightning.md` lists all features. Data modules refuse what needs an epoch that ends,
-see `lightning_sae.data.loaders`.
+`docs/lightning.md` lists all features. Data modules refuse what needs the end of an epoch, see
+`lightning_sae.data.loaders`.
 """
 
 from typing import Any
@@ -23,19 +23,19 @@ HALF = (torch.float16, torch.bfloat16)
 REFUSED: dict[type[Callback], str] = {
     StochasticWeightAveraging: (
         "it replaces the schedule of the learning rate, averages at the ends of epochs, and "
-        "averaged decoder rows have not norm 1"
+        "averaged decoder rows do not have norm 1"
     ),
     WeightAveraging: (
-        "averaged decoder rows have not norm 1, and a run that is prolonged would go on from the "
+        "averaged decoder rows do not have norm 1, and a prolonged run would continue from the "
         "average"
     ),
-    ModelPruning: "it replaces the SAE's weights by others, which no saved SAE has",
+    ModelPruning: "it replaces the SAE's parameters by others that are not saved",
 }
-"""Callbacks of Lightning that would spoil an SAE, and why."""
+"""Callbacks of Lightning that are wrong for an SAE, and why."""
 
 
 def require_supported_features(module: LightningModule, trainer: Trainer, stage: str) -> None:
-    """Raise a ValueError if the trainer asks for what cannot be done, or not rightly."""
+    """Raise a ValueError if the trainer uses an unsupported feature."""
     _require_not_compiled(module)
     _require_strategy(trainer)
     if stage != "fit":

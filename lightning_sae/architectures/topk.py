@@ -15,21 +15,21 @@ from lightning_sae.functional.squared_error import squared_errors
 
 
 class TopKSAE(SparseAutoencoder):
-    r"""The k largest pre-activations of each row are its latents, where they are positive.
+    r"""The k largest positive pre-activations of each row are its active latents.
 
     .. math::
         f = \mathrm{ReLU}(\mathrm{TopK}((x - b_{dec}) W_{enc} + b_{enc}, k)), \quad
         L = \|x - \hat x\|^2 + \alpha \mathrm{Var}(x) L_{auxk} \quad \text{(mean over the batch)}
 
-    There is no penalty, for sparsity is given; dead latents come back by
-    `lightning_sae.functional.revival.auxk`. Norms of decoder rows cost nothing, and may be free
-    (`decoder_norm="free"`): on known features that finds more of them. Source: Gao et al., Scaling
-    and evaluating sparse autoencoders (2024).
+    There is no penalty. The loss `lightning_sae.functional.revival.auxk` trains dead latents. As
+    nothing penalises strong latents, decoder norms may be free (`decoder_norm="free"`), which finds
+    more features of toy data. Source: Gao et al., Scaling and evaluating sparse autoencoders
+    (2024).
 
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
-        k: Latents per activation.
+        k: Active latents per activation.
         revive: See `SparseAutoencoder`.
         kwargs: Arguments of `SparseAutoencoder`.
 
@@ -53,16 +53,16 @@ class TopKSAE(SparseAutoencoder):
         require_integers(k=k)
         require_k(k, self.d_sae)
         self.k = k
-        self.layout.dense = False  # a density that is known beforehand
+        self.layout.dense = False  # the density is known
 
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
-        """The k largest of each row, where they are positive."""
+        """The k largest positive pre-activations of each row."""
         rows = pre.reshape(-1, pre.shape[-1])
         values, latents = row_top_k(rows, self.k)
         return torch.zeros_like(rows).scatter(-1, latents, values.relu()).view_as(pre)
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
-        """The same, as a code; what `activate` says where a subclass says otherwise."""
+        """The same, as a sparse code; the latents of `activate` where a subclass overrides it."""
         if type(self).activate is not TopKSAE.activate:
             return super().latents(x)
         f = self.code(x, TopK(self.k))

@@ -64,14 +64,14 @@ OPEN = ("language_model", "filter", "corpus", "held_out_corpus")
 
 
 class HeldOutBatches:
-    """Held-out activations in order, in batches of at most the size of training's.
+    """Held-out activations in order, in batches of at most the size of training batches.
 
-    Each pass of the model gives the same number of batches, however many activations are left
-    out, for all ranks must see equally many.
+    Each pass of the model gives the same number of batches, regardless of how many activations the
+    filter leaves out, because all ranks need the same number of batches.
 
     Args:
         data: The data module.
-        n: Activations before filtering, about.
+        n: Approximate number of activations before filtering.
     """
 
     def __init__(self, data: "ActivationDataModule", n: int) -> None:
@@ -90,12 +90,12 @@ class HeldOutBatches:
 
 
 class ActivationDataModule(ActivationSource):
-    """Text through a language model to shuffled batches of activations.
+    """Shuffled batches of a language model's activations on text.
 
     Text is tokenised, packed into blocks of `context_length` tokens, and run through the model up
-    to the hook and no further. Activations pass a filter and a shuffling buffer. Training is
-    endless: its length is `trainer.max_steps`. Validation and test read held-out documents, chosen
-    by a hash of their names or contents, which training never sees.
+    to the hook and no further. Activations go through a filter and a shuffling buffer. Training
+    data is endless; `trainer.max_steps` ends it. Validation and test read held-out documents, which
+    are chosen by a hash of their names or contents and never used for training.
 
     Args:
         hook_name: TransformerLens name of the hook, such as `blocks.3.hook_resid_post`, or the path
@@ -413,8 +413,8 @@ class ActivationDataModule(ActivationSource):
         """This rank's held-out blocks, a forward pass at a time.
 
         Args:
-            n: Tokens to read, about; fewer if there are no more, which is said.
-            equal_passes: Whether all ranks need equally many passes: where there are several, a
+            n: Approximate number of tokens to read; a warning is logged if there are fewer.
+            equal_passes: Whether all ranks need the same number of passes. With several ranks, a
                 text that is too short is then read again.
         """
         again = equal_passes and self.n_ranks > 1
@@ -424,16 +424,16 @@ class ActivationDataModule(ActivationSource):
         if key not in self._passes:
             self._passes[key] = tee(self._read_held_out(again), 1)[0]
         found = unknown = 0
-        stranger = unknown_token(self.language_model.tokenizer)
-        # A copy reads what others have read, which is kept for it, and then goes on.
+        unknown_id = unknown_token(self.language_model.tokenizer)
+        # The copy first yields passes that were read before, which `tee` keeps, then reads on.
         for tokens in islice(copy.copy(self._passes[key]), n_passes):
             found += tokens.numel()
-            unknown += 0 if stranger is None else int((tokens == stranger).sum())
+            unknown += 0 if unknown_id is None else int((tokens == unknown_id).sum())
             yield tokens
         self._say_of_held_out(min(n, n_passes * per_pass), n, found, unknown)
 
     def _say_of_held_out(self, least: int, n: int, found: int, unknown: int) -> None:
-        """Say once if fewer than `least` of `n` tokens were found, and if some are unknown."""
+        """Warn once if fewer than `least` of `n` tokens were found, and once of unknown tokens."""
         if found < least and n not in self._said:
             say_short(n, found, self.n_ranks)
             self._said.add(n)
@@ -450,7 +450,7 @@ class ActivationDataModule(ActivationSource):
     # Lightning.
 
     def setup(self, stage: str) -> None:
-        """Load the model and look at the text, so that bad input is found before any work.
+        """Load the model and check the text, so that bad input is found before any work.
 
         Raises:
             ValueError: If the run has no end, something waits for an epoch to end, or the text
@@ -476,9 +476,9 @@ class ActivationDataModule(ActivationSource):
             )
 
     def train_dataloader(self) -> Iterable[Rows]:
-        """Shuffled batches, going on where a checkpoint left off.
+        """Shuffled batches, which continue from a checkpoint on resume.
 
-        With `trainer.overfit_batches` the first ones, as a list.
+        With `trainer.overfit_batches`, the first ones as a list.
         """
         present = None if self.buffer is None else self.buffer.batch_size
         if begins_anew(self.trainer, self.batch_size, present):
@@ -563,7 +563,7 @@ class ActivationDataModule(ActivationSource):
         return HeldOutBatches(self, self.n_test)
 
     def teardown(self, stage: str) -> None:
-        """Stop reading ahead, and note where training stopped for who saves it only now."""
+        """Stop reading ahead, and keep the position for a checkpoint that is saved after `fit`."""
         if stage == "fit" and self.buffer is not None:
             self._say_unknown()  # of characters that came late
             self._left = self.state_dict()
@@ -571,7 +571,7 @@ class ActivationDataModule(ActivationSource):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Stop reading ahead, lest the process wait for a fill that nobody needs."""
+        """Stop reading ahead, so that the process does not wait for the current fill."""
         if self.buffer is not None:
             self.buffer.close()
 
@@ -605,13 +605,13 @@ class ActivationDataModule(ActivationSource):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, or for another process: all but the trainer and what is open.
+        """For a copy or another process: everything but the trainer, the model and open text.
 
-        The copy opens model and text when it needs them, and its batches begin where these stand.
+        The copy opens model and text when it needs them, and its batches continue from here.
         """
         kept = {name: value for name, value in super().__getstate__().items() if name not in OPEN}
-        stands = self._restored if self.buffer is None else self.state_dict()
-        return {**kept, "buffer": None, "_restored": copy.deepcopy(stands)}
+        position = self._restored if self.buffer is None else self.state_dict()
+        return {**kept, "buffer": None, "_restored": copy.deepcopy(position)}
 
 
 def _check(data: ActivationDataModule) -> None:

@@ -52,7 +52,7 @@ def held_out(name: str, fraction: float) -> bool:
     """Says whether the document called `name` belongs to the held-out split.
 
     The name is hashed (64-bit BLAKE2b, read as a number in [0, 1)) and compared with `fraction`.
-    So the split depends on nothing but the name: it is the same on every machine, in every order
+    So the split depends only on the name: it is the same on every machine, in every order
     of the documents, and a document held out at some fraction stays so at any larger one.
 
     Args:

@@ -1,4 +1,4 @@
-"""What Lightning iterates over."""
+"""Endless loaders for Lightning, and checks that a run on them ends."""
 
 import warnings
 from collections import UserList
@@ -25,13 +25,13 @@ class EndlessBatches:
     """Batches of a buffer for as long as the trainer asks.
 
     Lightning asks a loader of unknown length for one batch more than it trains on, which a
-    checkpoint would then count as used. So the loader says a length that is never reached.
-    Iterating again goes on where the last iteration stopped. The state proper is the data
-    module's; the loader's own says how many batches that state should be behind.
+    checkpoint would then count as used. So the loader has a length that is never reached. Iterating
+    again continues where the last iteration stopped. The data module saves the buffer and the
+    stream; the loader's state is only the number of rows served.
 
     Args:
         buffer: Where the batches come from.
-        given_as: What is made of a batch's rows before it is given away.
+        given_as: Converts the rows of a batch to what the loader returns.
     """
 
     def __init__(self, buffer: ShuffleBuffer, given_as: Callable[[Tensor], Rows]) -> None:
@@ -52,22 +52,22 @@ class EndlessBatches:
 
 
 def as_asked_for(batches: Iterable[Rows], trainer: Any) -> Iterable[Rows]:
-    """The first `trainer.overfit_batches` again and again where that is set; else all batches."""
+    """All batches, or with `trainer.overfit_batches` the first ones repeatedly."""
     n = _overfit_batches(trainer)
     # Not a plain list, which Lightning takes for a list of loaders.
     return UserList(islice(batches, n)) if n else batches
 
 
 def begins_anew(trainer: Any, batch_size: int, present: int | None) -> bool:
-    """Whether a stream has to begin anew where Lightning asks for a loader.
+    """Whether the stream has to restart when Lightning asks for a loader.
 
-    So it does if batches had another size, which `BatchSizeFinder` tries, and with
-    `trainer.overfit_batches`, whose batches are the first ones also on resume.
+    It does if the batch size has changed, as `BatchSizeFinder` does, and with
+    `trainer.overfit_batches`, which uses the first batches also on resume.
 
     Args:
         trainer: The trainer of the run.
         batch_size: Activations in a batch.
-        present: The same of the stream that there is; None if there is none.
+        present: Batch size of the current stream; None without one.
     """
     return _overfit_batches(trainer) > 0 or present not in (None, batch_size)
 
@@ -77,10 +77,10 @@ def _overfit_batches(trainer: Any) -> int:
 
 
 def require_an_end(trainer: Any, batch_size: int) -> None:
-    """See to it that a run on an endless stream ends, and that nothing waits for an epoch to end.
+    """Check that a run on an endless stream ends, and that nothing waits for the end of an epoch.
 
-    Lightning sets `min_epochs` to 1 where `min_steps` is given. An epoch that never ends would keep
-    `EarlyStopping` and `max_time` from stopping the run for ever, so it is set to 0.
+    Lightning sets `min_epochs` to 1 if `min_steps` is given. As the epoch never ends, neither
+    `EarlyStopping` nor `max_time` could then stop the run, so it is set to 0.
 
     Args:
         trainer: The trainer of the run.
@@ -108,7 +108,7 @@ def require_an_end(trainer: Any, batch_size: int) -> None:
             "set `trainer.limit_train_batches` to the number of batches that shall count as an "
             "epoch, or go by steps: `trainer.max_steps`, `min_steps` and `val_check_interval`."
         )
-    # A time of validation is kept elsewhere, and then there is no such attribute.
+    # The attribute is missing if `val_check_interval` is a time.
     each_epoch = isinstance(getattr(trainer, "val_check_interval", None), float)
     if each_epoch and trainer.limit_val_batches:
         warnings.warn(
@@ -120,7 +120,7 @@ def require_an_end(trainer: Any, batch_size: int) -> None:
 
 
 def _require_numbers(trainer: Any) -> None:
-    """Raise a ValueError for a share of the stream: of what has no end, there is none."""
+    """Raise a ValueError for a share of the stream, which has no length."""
     for name in ("overfit_batches", "limit_train_batches"):
         value = getattr(trainer, name)
         if isinstance(value, float) and 0 < value < 1:
@@ -131,7 +131,7 @@ def _require_numbers(trainer: Any) -> None:
 
 
 def _at_ends_of_epochs(trainer: Any) -> list[str]:
-    """What was asked for that needs epochs to end."""
+    """Settings and callbacks that need the end of an epoch."""
     validates_at_ends = (
         getattr(trainer, "val_check_interval", None) == 1.0 and trainer.check_val_every_n_epoch == 1
     )
@@ -143,7 +143,7 @@ def _at_ends_of_epochs(trainer: Any) -> list[str]:
     for callback in trainer.callbacks:
         name = f"`{type(callback).__name__}`"
         if isinstance(callback, EarlyStopping):
-            # Not yet decided until its own `setup`, which decides so.
+            # None until its own `setup`, which then sets it to this.
             at_end = callback._check_on_train_epoch_end
             found[name] = validates_at_ends if at_end is None else at_end
         elif isinstance(callback, Timer):

@@ -1,4 +1,4 @@
-"""What a run says about its text without being asked, as lines of Lightning's log."""
+"""Messages about the text of a run, in Lightning's log."""
 
 import logging
 from typing import Any
@@ -9,11 +9,11 @@ from lightning.pytorch.utilities import rank_zero_only
 log = logging.getLogger("lightning.pytorch")
 
 OFTEN = 3
-"""Passes over the text above which a run says so."""
+"""Number of passes over the text above which a warning is logged."""
 
 
 def activations_asked_for(trainer: Trainer | None, batch_size: int) -> float | None:
-    """Activations that a rank trains on; None where no number of steps says so."""
+    """Activations that a rank trains on; None if `max_steps` does not determine it."""
     settings: Any = trainer
     if settings is None or settings.max_steps <= 0 or settings.overfit_batches:
         return None
@@ -21,9 +21,9 @@ def activations_asked_for(trainer: Trainer | None, batch_size: int) -> float | N
 
 
 def unknown_token(tokenizer: Any) -> int | None:
-    """The token that stands for characters the tokenizer does not know, if it has one of its own.
+    """The tokenizer's token for unknown characters; None without one.
 
-    Where the same token begins or ends documents, the two uses cannot be told apart.
+    Also None if the same token is BOS or EOS, because the two uses cannot be told apart.
     """
     unknown = None if tokenizer is None else tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -33,15 +33,15 @@ def unknown_token(tokenizer: Any) -> int | None:
 
 @rank_zero_only
 def say_passes(per_pass: float, wanted: float | None, epoch: int) -> bool:
-    """Say that the text is read more than `OFTEN` times, if so.
+    """Warn if the text is read more than `OFTEN` times.
 
     Args:
         per_pass: Activations that a pass over the text gives this rank.
-        wanted: Activations that the run asks for; None if unknown.
-        epoch: Passes done.
+        wanted: Activations that the run needs; None if unknown.
+        epoch: Passes so far.
 
     Returns:
-        Whether it was said.
+        Whether there was a warning.
     """
     if wanted is None and epoch >= OFTEN:
         log.warning(
@@ -65,7 +65,7 @@ def say_passes(per_pass: float, wanted: float | None, epoch: int) -> bool:
 
 @rank_zero_only
 def say_short(n: int, found: int, n_ranks: int) -> None:
-    """Say that the held-out text of this rank has fewer tokens than were asked for."""
+    """Warn that the held-out text of this rank has fewer tokens than requested."""
     log.warning(
         "The held-out text has %s tokens%s, fewer than the %s asked for: all are read. Give more "
         "`text` or a `validation_text`, raise `validation_fraction`, or ask for fewer "
@@ -78,10 +78,10 @@ def say_short(n: int, found: int, n_ranks: int) -> None:
 
 @rank_zero_only
 def say_unknown(unknown: int, tokens: int, part: str) -> None:
-    """Say which share of the tokens stand for characters that the tokenizer does not know.
+    """Warn of the share of tokens for characters that the tokenizer does not know.
 
     Args:
-        unknown: How many do.
+        unknown: Their number.
         tokens: Tokens read.
         part: `training` or `held-out`.
     """

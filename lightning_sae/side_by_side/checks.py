@@ -1,4 +1,4 @@
-"""What a run of several SAEs asks of its parts before it starts."""
+"""Checks of a run of several SAEs before it starts."""
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
@@ -15,7 +15,7 @@ from lightning_sae.side_by_side.member import Member
 
 
 def require_supported(trainer: Trainer) -> None:
-    """Raise a ValueError if members would not be, or not exactly, what they are alone."""
+    """Raise a ValueError if members would not train exactly as in separate runs."""
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise ValueError(
             "Expected argument `trainer.strategy` to be `auto` or `ddp` for SAEs side by side but "
@@ -24,17 +24,17 @@ def require_supported(trainer: Trainer) -> None:
     if trainer.precision == "16-mixed":
         raise ValueError(
             "Expected argument `trainer.precision` to be other than `16-mixed` for SAEs side by "
-            "side, for it scales the losses of all by one number: use `bf16-mixed`."
+            "side, because it scales all losses by one number: use `bf16-mixed`."
         )
     if any(isinstance(each, LearningRateFinder) for each in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(
-            "`LearningRateFinder` looks for one learning rate but SAEs side by side have one each: "
-            "have `sweep` try several of `lr`."
+            "`LearningRateFinder` finds one learning rate but SAEs side by side have one each: "
+            "use `sweep` with several values of `lr`."
         )
 
 
 def require_hook(member: Member, data: ActivationSource | None) -> None:
-    """Raise a ValueError if the data has not the hook that the member names, or has several."""
+    """Raise a ValueError if the data does not have the member's hook."""
     names = () if data is None else data.hook_names
     if not names or member.hook_name in names or (member.hook_name is None and len(names) == 1):
         return
@@ -45,7 +45,7 @@ def require_hook(member: Member, data: ActivationSource | None) -> None:
 
 
 def require_own_callbacks(member: Member, stage: str) -> None:
-    """Raise a ValueError if a callback would act on the whole run, not on its member."""
+    """Raise a ValueError if a callback would act on the whole run and not only its member."""
     for callback in member.callbacks:
         kind = type(callback).__name__
         if stage == "predict" and isinstance(callback, BasePredictionWriter):

@@ -1,4 +1,4 @@
-"""Where each member of a run logs to."""
+"""The loggers of the members of a run."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from lightning_sae.callbacks.loggers import NamedValues
 
 
 def loggers_of(run: Sequence[Logger], name: str) -> list[Logger]:
-    """A member's own logger for each of the run's.
+    """A logger for a member, for each logger of the run.
 
-    TensorBoard shows each member as a run of its own, from a folder inside the run's. In any other
-    logger the member's name stands before that of the value.
+    TensorBoard shows each member as a separate run, from a folder inside the run's. In other
+    loggers the names of values start with the member's name.
     """
     return [
         TensorBoardLogger(logger.log_dir, name="", version=name)

@@ -1,4 +1,4 @@
-"""One SAE among several in a run: its steps are those of Lightning's automatic optimisation."""
+"""One of several SAEs in a run, trained as by Lightning's automatic optimization."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,17 +15,17 @@ from lightning_sae.side_by_side.member_trainer import MemberTrainer
 
 
 class Member:
-    """An SAE with what a run of its own would have, and the order in which that is called.
+    """An SAE with the parts of a separate run, whose hooks are called in Lightning's order.
 
     Args:
         name: The member's name.
         sae: Its SAE.
         callbacks: Its callbacks.
-        hook_name: Its hook; None if the data has but one.
+        hook_name: Its hook; None if the data has only one.
 
     Attributes:
-        stopped: Why it takes no more steps; None while it does.
-        trainer: The run's trainer as the member sees it; there while a run is set up.
+        stopped: Why it was stopped; None if it is active.
+        trainer: The member's view of the run's trainer, set in `setup`.
     """
 
     trainer: MemberTrainer
@@ -50,7 +50,7 @@ class Member:
         return batch[self.hook_name] if isinstance(batch, dict) else batch
 
     def parts(self) -> dict[str, str | None]:
-        """What the member consists of, to be compared."""
+        """Names of the member's parts, to compare them between ranks."""
         kinds = ", ".join(type(callback).__name__ for callback in self.callbacks)
         return {"sae": type(self.sae).__name__, "hook_name": self.hook_name, "callbacks": kinds}
 
@@ -60,11 +60,11 @@ class Member:
         """Attach the member to a run."""
         self.trainer = MemberTrainer(run, self.name, self.sae, self.callbacks, self.hook_name)
         self.sae.trainer = self.trainer
-        # As Lightning does: in the place of those of the same kind. The trainer's list is this one.
+        # As in Lightning, they replace those of the same class. `trainer.callbacks` is this list.
         brought = self.sae.configure_callbacks()
         kinds = {type(callback) for callback in brought}
         self.callbacks[:] = [each for each in self.callbacks if type(each) not in kinds] + brought
-        # In the place of methods that serve a module which Lightning itself calls.
+        # Replace methods that only work in a module that Lightning itself calls.
         for part in (self.sae, *self.callbacks):
             vars(part).update(log=self.trainer.log, log_dict=self.trainer.log_dict)
         for callback in self.callbacks:
@@ -92,11 +92,11 @@ class Member:
                 vars(part).pop(name, None)
 
     def configure_optimizers(self) -> None:
-        """Make the optimiser and its schedule.
+        """Create the optimizer and its schedule.
 
         Raises:
-            ValueError: If the SAE wants anything but one optimiser, with or without a schedule
-                that is stepped with it.
+            ValueError: If the SAE does not have a single optimizer, with at most one schedule that
+                is stepped with it.
         """
         found: Any = self.sae.configure_optimizers()
         found = {"optimizer": found} if isinstance(found, Optimizer) else found
@@ -114,7 +114,7 @@ class Member:
         self.trainer.optimizers = [self.optimizer]
 
     def start_batch(self, batch: Any, batch_idx: int) -> None:
-        """What comes before a batch."""
+        """Call the hooks before a batch."""
         self.call_callbacks("on_train_batch_start", self.rows(batch), batch_idx)
         response: Any = self.sae.on_train_batch_start(self.rows(batch), batch_idx)
         if response == -1:
@@ -124,11 +124,11 @@ class Member:
             )
 
     def forward_and_backward(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
-        """Loss and gradients of a batch, or of a share of one where gradients are accumulated."""
+        """Loss and gradients of a batch, or of a micro-batch if gradients are accumulated."""
         sae, share = self.sae, self.trainer.accumulate_grad_batches
         outputs = sae.training_step(self.rows(batch), batch_idx)
         loss = outputs["loss"] / share
-        # Alone, this would run behind the context of the forward pass.
+        # In a separate run, this is outside of the autocast context.
         with torch.autocast(sae.device.type, enabled=False):
             if batch_idx % share == 0:
                 self.call("on_before_zero_grad", self.optimizer)
@@ -140,7 +140,7 @@ class Member:
         return self._outputs["loss"]
 
     def step(self) -> None:
-        """A step of the optimiser and of its schedule, on the gradients of all ranks."""
+        """A step of the optimizer and its schedule, with the gradients of all ranks."""
         if self.trainer.world_size > 1:
             self._average_gradients()
         self.call("on_before_optimizer_step", self.optimizer)
@@ -154,22 +154,22 @@ class Member:
             self.sae.lr_scheduler_step(self.scheduler, None)
 
     def _average_gradients(self) -> None:
-        """As DistributedDataParallel does, which cannot leave out a member that has stopped."""
+        """As DistributedDataParallel, which cannot leave out a stopped member."""
         weights = [weight for weight in self.sae.parameters() if weight.requires_grad]
         for weight in weights:
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            # As it lies in memory: what is exchanged has to be contiguous.
+            # In memory order, because tensors that are reduced must be contiguous.
             flat = gradient if gradient.is_contiguous() else gradient.mT.contiguous()
             mean = self.trainer.strategy.reduce(flat / self.trainer.world_size, reduce_op="sum")
             weight.grad = mean if gradient.is_contiguous() else mean.mT
 
     def end_batch(self, batch: Any, batch_idx: int) -> None:
-        """What follows a batch; logs are written every so many steps."""
+        """Call the hooks after a batch."""
         self.call("on_train_batch_end", self._outputs, self.rows(batch), batch_idx)
         self._outputs = {}
 
     def stop(self, error: Exception) -> None:
-        """Take no more steps; the weights stay those before the one that failed."""
+        """Stop training this member; its weights stay those before the failed step."""
         self.stopped, self.stopped_at = str(error), self.trainer.global_step
         self.trainer.stopped_at = self.stopped_at
         self.call_callbacks("on_exception", error)
@@ -179,29 +179,29 @@ class Member:
     # Checkpoints.
 
     def optimizer_state(self) -> dict[str, Any]:
-        """State of the optimiser and of its schedule."""
+        """State of the optimizer and its schedule."""
         schedule = None if self.scheduler is None else self.scheduler.state_dict()
         return {"optimizer": self.optimizer.state_dict(), "lr_scheduler": schedule}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore them."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["lr_scheduler"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the member alone would hold beside weights and optimiser."""
+        """The contents of a separate run's checkpoint, without weights and optimizer."""
         own: dict[str, Any] = {"hyper_parameters": dict(self.sae.hparams)}
         own["callbacks"] = {each.state_key: each.state_dict() for each in self.callbacks}
         self.call_callbacks("on_save_checkpoint", own)
-        # Weights that are not finite are why a member has stopped; of others they are an error.
+        # Weights that are not finite are an error only if the member has not stopped.
         with suppress(*([] if self.stopped is None else [FloatingPointError])):
             self.sae.on_save_checkpoint(own)
         own.pop("settings", None)  # noted once, for the whole run
         return {**own, "name": self.name, "stopped": self.stopped, "stopped_at": self.stopped_at}
 
     def load_state_dict(self, own: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; `own` has the weights, too, for comparison."""
+        """Restore the result of `state_dict`; `own` also has the weights, to compare shapes."""
         self.sae.on_load_checkpoint(own)
         self.call_callbacks("on_load_checkpoint", own)
         for callback in self.callbacks:

@@ -106,12 +106,12 @@ class SideBySide(LightningModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """One that calls members' hooks where Lightning calls those of a module too late."""
+        """A callback for members' hooks that Lightning calls too late on a module."""
         return [_MembersHooks()]
 
     @override
     def setup(self, stage: str) -> None:
-        """Attach the members, each of which looks at its part of the run."""
+        """Attach the members and set up each of them."""
         require_supported(self.trainer)
         require_supported_features(self, self.trainer, stage)
         parts = {member.name: member.parts() for member in self.members}
@@ -124,17 +124,17 @@ class SideBySide(LightningModule):
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        """Each member's own; to Lightning they are one."""
+        """The optimizers of all members, as one."""
         for member in self.members:
             with named(member.name):
                 member.configure_optimizers()
         return SideBySideOptimizer(self.members)
 
-    # Training. Lightning keeps count and calls; members do what it would do for each.
+    # Training. Lightning counts and calls hooks; each member does what Lightning would do for it.
 
     @override
     def on_train_start(self) -> None:
-        """Let members begin, and keep Lightning from exchanging gradients of all at once."""
+        """Start the members. They exchange gradients themselves, so DDP must not."""
         if isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy.model.require_backward_grad_sync = False  # type: ignore
         self._pass_on("on_train_start")
@@ -146,7 +146,7 @@ class SideBySide(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Gradients of each member in turn: no more than one keeps a graph in memory.
+        """Compute the gradients of one member after another, so only one graph is in memory.
 
         Returns:
             The mean of the members' losses, for display.
@@ -167,7 +167,7 @@ class SideBySide(LightningModule):
         return loss
 
     def stop_what_is_not_finite(self) -> None:
-        """Stop members whose last step gave weights that are not finite."""
+        """Stop members whose weights are not finite."""
         for member in self.active:
             try:
                 require_finite_weights(member.sae, self.trainer.global_step)
@@ -201,7 +201,7 @@ class SideBySide(LightningModule):
             member.step()
 
     def end_batch(self, batch: Any, batch_idx: int) -> None:
-        """What follows a batch; logs are written every so many steps."""
+        """End the batch of each member, and write logs every `log_every_n_steps`."""
         steps, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore
         for member in self.active:
             member.end_batch(batch, batch_idx)
@@ -212,12 +212,12 @@ class SideBySide(LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """What each member's own gives, by name."""
+        """The outputs of the members by name."""
         return {m.name: m.sae.validation_step(m.rows(batch), batch_idx) for m in self.active}
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """What each member's own gives, by name."""
+        """The outputs of the members by name."""
         return {m.name: m.sae.test_step(m.rows(batch), batch_idx) for m in self.active}
 
     @override
@@ -240,8 +240,8 @@ class SideBySide(LightningModule):
         for member in self.active:
             rows = member.rows(batch)
             latents = member.sae.predict_step(rows, batch_idx)
-            # Here and not in the run's own hook, or the latents of all would be there at a time.
-            # Alone, the hook would be called behind the context of the forward pass.
+            # Not in the hook of the run, where the latents of all members would be in memory.
+            # In a separate run, the hook is called outside of the autocast context.
             with torch.autocast(self.device.type, enabled=False):
                 member.call("on_predict_batch_end", latents, rows, batch_idx)
             found |= {member.name: latents} if kept else {}
@@ -268,7 +268,7 @@ class SideBySide(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note all that a member has beside weights and optimiser."""
+        """Save the state of members other than weights and optimizer."""
         self.stop_what_is_not_finite()
         checkpoint["members"] = [member.state_dict() for member in self.members]
         checkpoint["ranks"] = self.trainer.world_size
@@ -276,7 +276,7 @@ class SideBySide(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give it back to each.
+        """Restore the state of members.
 
         Raises:
             ValueError: If the checkpoint is not of a run of the same members, or the run cannot go
@@ -311,7 +311,7 @@ class SideBySide(LightningModule):
 
 
 def _passing_on(hook: str) -> Callable[..., None]:
-    """A method that passes a hook on to the members just as Lightning calls it."""
+    """A method that calls a hook of each member."""
 
     def method(self: SideBySide, *batch: Any) -> None:
         self._pass_on(hook, *batch)
@@ -343,10 +343,10 @@ for _hook in (
 
 
 class _MembersHooks(Callback):
-    """Calls members' hooks that Lightning calls of callbacks alone, or of a module too late.
+    """Calls members' hooks that Lightning calls only on callbacks, or on a module too late.
 
-    Callbacks that save a checkpoint come last, but before the module. What members do at the end
-    of a step, of a validation or of the training has to be in it.
+    Lightning calls callbacks that save checkpoints after all others but before the module. What
+    members do at the end of a step, a validation or the training has to be in the checkpoint.
     """
 
     @override
@@ -392,7 +392,7 @@ class _MembersHooks(Callback):
 
 
 def _share_workspaces(members: list[Member]) -> None:
-    """Members take turns, so those of one size can do with one's scratch memory."""
+    """Let members of the same size share scratch memory, as they take turns."""
     shared: dict[tuple[int, int | None], Workspace] = {}
     for sae in (member.sae for member in members):
         sae.layout.workspace = shared.setdefault((sae.d_sae, sae.chunk_rows), Workspace())

@@ -1,4 +1,4 @@
-"""All members' optimisers as the one that Lightning knows of."""
+"""The optimizers of all members, as one optimizer for Lightning."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from lightning_sae.side_by_side.member import Member
 
 
 class SideBySideOptimizer(Optimizer):
-    """Carries the state of the members' optimisers and schedules in a checkpoint.
+    """Saves the state of the members' optimizers and schedules in a checkpoint.
 
-    It takes no step: each member's optimiser does, when its turn comes.
+    It takes no steps itself; each member steps its own optimizer.
 
     Args:
-        members: The members, with their optimisers.
+        members: The members, with their optimizers.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -24,11 +24,11 @@ class SideBySideOptimizer(Optimizer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The state of each member, in their order."""
+        """The states of the members, in order."""
         return {"members": [member.optimizer_state() for member in self.members]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give each member its own."""
+        """Restore the state of each member."""
         for member, state in zip(self.members, state_dict["members"], strict=True):
             member.load_optimizer_state(state)

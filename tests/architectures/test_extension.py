@@ -1,5 +1,7 @@
 """What a subclass can get wrong ends in an error when the class is made, or works."""
 
+from typing import Any
+
 import pytest
 import torch
 from jaxtyping import Float
@@ -43,6 +45,28 @@ def test_activate_alone_is_refused_where_training_has_another_rule(
 ) -> None:
     with pytest.raises(TypeError, match="`Halved` defines `activate`, .* define `latents` and"):
         type("Halved", (base,), {"activate": halved})
+
+
+class Halving:
+    """A mixin."""
+
+    activate = halved
+
+
+def test_methods_of_a_mixin_count_as_those_of_the_class() -> None:
+    with pytest.raises(TypeError, match="`Mixed` defines `activate`"):
+        type("Mixed", (Halving, GatedSAE), {})
+    assert ReLUSAE.rows_are_independent
+    before: Any = type("Mixed", (Halving, ReLUSAE), {})
+    behind: Any = type("Mixed", (GatedSAE, Halving), {})
+    assert not before.rows_are_independent
+    assert behind.activate is GatedSAE.activate
+
+
+@pytest.mark.parametrize("given", [{}, {"activate": halved}, {"objective": ReLUSAE.objective}])
+def test_a_class_without_activate_or_objective_cannot_be_instantiated(given: dict) -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        type("Half", (SparseAutoencoder,), given)(4, 8)
 
 
 @pytest.mark.parametrize("base", OTHERS)

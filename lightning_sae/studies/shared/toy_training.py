@@ -20,7 +20,7 @@ def train_on_toy(
     """Train an SAE on the CPU and put it into evaluation mode.
 
     `barebones` leaves out all logging: at this size a step's calls of `self.log` cost more than the
-    step, and nobody reads them.
+    step, and they are not read.
     """
     with quiet():
         trainer = Trainer(
