@@ -459,10 +459,11 @@ class ActivationDataModule(ActivationSource):
         trainer: Any = self.trainer
         if stage == "fit":
             require_an_end(trainer, self.batch_size)
-        self.language_model.to(trainer.strategy.root_device)
+        if trainer is not None:
+            self.language_model.to(trainer.strategy.root_device)
         if stage == "fit":
             self._require_text(self.training_blocks())
-        if stage != "fit" or trainer.limit_val_batches:
+        if stage != "fit" or trainer is None or trainer.limit_val_batches:
             self._require_text(self.held_out_blocks())
 
     def _require_text(self, blocks: TokenBlocks) -> None:

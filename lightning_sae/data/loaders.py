@@ -83,13 +83,15 @@ def require_an_end(trainer: Any, batch_size: int) -> None:
     `EarlyStopping` nor `max_time` could then stop the run, so it is set to 0.
 
     Args:
-        trainer: The trainer of the run.
+        trainer: The trainer of the run; None in a loop of the user's own, which ends by itself.
         batch_size: Activations in a batch.
 
     Raises:
         ValueError: If the run has no end, or something is to happen at the end of an epoch though
             no epoch ends.
     """
+    if trainer is None:
+        return
     _require_numbers(trainer)
     timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
     has_epochs = isinstance(trainer.limit_train_batches, int)

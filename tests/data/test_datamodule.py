@@ -1,6 +1,7 @@
 import copy
 import json
 import threading
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -539,3 +540,31 @@ def test_reading_ahead_stops_when_the_run_fails(make_data: Any) -> None:
     with pytest.raises(RuntimeError, match="broken"):
         trainer(3).fit(Fails(), data)
     assert not [t for t in threading.enumerate() if t.name.startswith("activations")]
+
+
+def test_a_loop_without_a_trainer_gets_the_same_batches(make_data: Any) -> None:
+    recorder = Recorder()
+    trainer(4).fit(recorder, datamodule=make_data())
+    data = make_data()
+    data.setup("fit")
+    own = list(islice(data.train_dataloader(), 4))
+    held_out = list(data.val_dataloader())
+    data.teardown("fit")
+    assert all(map(torch.equal, own, recorder.batches))
+    assert all(map(torch.equal, held_out, recorder.held_out))
+
+
+def test_one_head_of_several_hooks(make_data: Any) -> None:
+    names = ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
+    every, one = make_data(hook_name=names), make_data(hook_name=names, head=1)
+    for data in (every, one):
+        data.setup("fit")
+    whole, part = (next(iter(data.train_dataloader())) for data in (every, one))
+    for data in (every, one):
+        data.teardown("fit")
+    for name in names:
+        width = part[name].shape[1]
+        assert one.d_in[name] == width
+        assert torch.equal(part[name], whole[name][:, width : 2 * width])
+    with pytest.raises(ValueError, match="`head`"):
+        make_data(hook_name=["blocks.0.attn.hook_z", HOOK], head=1).setup("fit")

@@ -327,7 +327,7 @@ class CachedDataModule(ActivationSource):
         splits: list[Split] = ["training"] if stage == "fit" else []
         if stage == "fit":
             require_an_end(self.trainer, self.batch_size)
-        if stage != "fit" or self.trainer.limit_val_batches:  # type: ignore[union-attr]
+        if stage != "fit" or self.trainer is None or self.trainer.limit_val_batches:
             splits.append("held_out")
         for split in splits:
             self._verify(split)
