@@ -341,6 +341,7 @@ REVIVED = {
 
 
 @pytest.mark.parametrize("name", REVIVED)
+@pytest.mark.usefixtures("unchecked")  # many steps, whose annotations other tests execute
 def test_a_dead_latent_comes_to_life(name, fit):
     """Its pre-activations are all negative; the others have learnt all features but its own."""
     kind, own = REVIVED[name]

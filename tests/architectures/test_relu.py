@@ -110,6 +110,7 @@ def train_on_one_feature(g: float, p: float, l1_coefficient: float) -> float:
 
 @pytest.mark.parametrize("l1_coefficient", [0.3, 1.0])
 @pytest.mark.parametrize("p", [0.05, 0.4])
+@pytest.mark.usefixtures("unchecked")  # many steps, whose annotations other tests execute
 def test_a_feature_of_strength_g_is_learnt_as_g_less_half_the_coefficient(
     l1_coefficient: float, p: float
 ) -> None:
@@ -118,5 +119,6 @@ def test_a_feature_of_strength_g_is_learnt_as_g_less_half_the_coefficient(
     assert learnt == pytest.approx(2.0 - l1_coefficient / 2, rel=0.02)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_feature_weaker_than_half_the_coefficient_is_killed() -> None:
     assert train_on_one_feature(0.4, 0.3, l1_coefficient=1.0) < 1e-3
