@@ -265,9 +265,9 @@ def test_thresholds_kept_as_logarithms_are_read(written: Callable[..., Path], x:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": "transcoder"}, "`transcoder`.* no transcoders"),
-        ({"architecture": "abstopk", "k": 3}, "`abstopk`.*none with signed latents"),
-        ({"activation_fn": "tanh-relu"}, "`standard` with `tanh-relu`"),
+        ({"architecture": "transcoder"}, "'transcoder'.* no transcoders"),
+        ({"architecture": "abstopk", "k": 3}, "'abstopk'.*none with signed latents"),
+        ({"activation_fn": "tanh-relu"}, "standard with 'tanh-relu'"),
         ({"normalize_activations": "layer_norm"}, "divided by its own norm, which decoding"),
         ({"normalize_activations": "constant"}, "`normalize_activations` is 'constant'"),
         ({"architecture": "topk", "k": 3.5}, "`k` is 3.5, and a row has a whole number"),
