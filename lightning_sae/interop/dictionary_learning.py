@@ -125,7 +125,7 @@ def of_tensors(content: Any, config: dict[str, Any], file: Path, wanted: str | N
     weights = _renamed(tensors)
     require_sizes(
         of,
-        weights["W_dec"],
+        weights,
         d_in__activation_dim=trainer.get("activation_dim"),
         d_sae__dict_size=trainer.get("dict_size"),
     )

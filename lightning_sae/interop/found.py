@@ -179,11 +179,23 @@ def text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def require_sizes(of: Path, W_dec: Tensor, **claimed: Any) -> None:
-    """Raise a ValueError if a description claims other sizes than its weights have."""
-    sizes = dict(zip(("d_sae", "d_in"), W_dec.shape, strict=True))
+def require_sizes(of: Path, weights: dict[str, Tensor], **claimed: Any) -> None:
+    """Raise a ValueError if weights do not fit each other, or a description claims other sizes.
+
+    Args:
+        of: The file, for messages.
+        weights: By the names of this package.
+        claimed: `d_in` and `d_sae` of a description, with its own name behind two underscores
+            where it has another: `d_sae__width`.
+    """
+    d_sae, d_in = weights["W_dec"].shape
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    for name, weight in weights.items():
+        if weight.dim() and tuple(weight.shape) != shapes.get(name, (d_sae,)):
+            shape, whole = tuple(weight.shape), f"d_in={d_in} and d_sae={d_sae}"
+            raise refusal(of, f"its decoder has {whole}, and {name} is of shape {shape}")
     for name, value in claimed.items():
-        own = sizes[name.split("__")[0]]
+        own = {"d_sae": d_sae, "d_in": d_in}[name.split("__")[0]]
         if value is not None and value != own:
             said = name.split("__")[-1]
             raise refusal(of, f"its `{said}` is {value!r:.40} but the weights are {own} wide")

@@ -59,7 +59,7 @@ def read(path: Path, _wanted: str | None = None) -> Found:
     config = read_config(of) if of.is_file() else {}
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise refusal(of, f"its `architecture` is {config['architecture']!r:.40}, not jump_relu")
-    require_sizes(of, weights["W_dec"], d_sae__width=config.get("width"))
+    require_sizes(of, weights, d_sae__width=config.get("width"))
     guessed: list[str] = []
     return Found(
         architecture="JumpReLUSAE",

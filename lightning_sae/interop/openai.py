@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from lightning_sae.interop.found import RAW, Found, free_rows, part, transposed, whole
+from lightning_sae.interop.found import (
+    RAW,
+    Found,
+    free_rows,
+    part,
+    require_sizes,
+    transposed,
+    whole,
+)
 from lightning_sae.interop.outgoing import Outgoing
 from lightning_sae.interop.reading import names_in_pt, pick, read_pt, refusal
 from lightning_sae.interop.writing import as_json, origin, refuse, write_files
@@ -74,6 +82,7 @@ def read_normalised(path: Path, _wanted: str | None = None) -> Found:
         "W_dec": found["encoder.weight"] if tied else transposed(found["decoder.weight"]),
         "b_dec": found["pre_bias"],
     }
+    require_sizes(file, weights)
     activation, units = content.get("activation", "ReLU"), RAW
     arguments: dict[str, Any] = {}
     if activation == "TopK":

@@ -95,7 +95,7 @@ def read(path: Path, _wanted: str | None = None) -> Found:
     if config.get("normalize_activations") in ("layer_norm", "constant_norm_rescale"):
         raise refusal(of, "each activation is divided by its own norm, which decoding cannot undo")
     weights = _weights(architecture, path / WEIGHTS)
-    require_sizes(of, weights["W_dec"], d_sae=config.get("d_sae"), d_in=config.get("d_in"))
+    require_sizes(of, weights, d_sae=config.get("d_sae"), d_in=config.get("d_in"))
     weights, units = _finished(config, weights, path, guessed)
     return Found(
         architecture=CLASSES[architecture],

@@ -66,7 +66,7 @@ def read(path: Path, _wanted: str | None = None) -> Found:
         "b_dec": found["b_dec"],
     }
     latents = config.get("num_latents") or None
-    require_sizes(of, weights["W_dec"], d_in=config.get("d_in"), d_sae__num_latents=latents)
+    require_sizes(of, weights, d_in=config.get("d_in"), d_sae__num_latents=latents)
     guessed: list[str] = []
     return Found(
         architecture="TopKSAE",

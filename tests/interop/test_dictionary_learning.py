@@ -168,7 +168,7 @@ def test_k_that_is_not_whole_has_a_nearest_format(
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"dict_class": "IdentityDict"}, "`dict_class` is IdentityDict"),
+        ({"dict_class": "IdentityDict"}, "`dict_class` is 'IdentityDict'"),
         ({"dict_size": 2048}, "`dict_size` is 2048 but the weights are 20 wide"),
     ],
 )

@@ -152,20 +152,28 @@ def test_a_matryoshka_in_training_keeps_its_widths(written: Callable[..., Path])
 
 
 @pytest.mark.parametrize("rescaled", [True, False])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_inputs_that_are_scaled_in_training_are_folded_as_saelens_does(
-    rescaled: bool, written: Callable[..., Path], x: Tensor, assert_same: Callable[..., None]
+    architecture: str,
+    rescaled: bool,
+    written: Callable[..., Path],
+    x: Tensor,
+    assert_same: Callable[..., None],
 ) -> None:
     config = {
-        "architecture": "topk",
+        "architecture": architecture,
         "k": 4.0,
         "rescale_acts_by_decoder_norm": rescaled,
         "normalize_activations": "expected_average_only_in",
     }
-    folder, s = written(config), 0.2
+    theta, s = torch.tensor(0.8, dtype=torch.float64), 0.2
+    own = {"topk_threshold": theta} if architecture == "batchtopk" else {}
+    folder = written(config, **own)
     (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": s}))
     w = weights_of(folder)
     norms = w["W_dec"].norm(dim=-1) if rescaled else torch.ones(D_SAE)
-    f = top_k(((s * x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norms, 4)
+    pre = ((s * x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norms
+    f = top_k(pre, 4) if architecture == "topk" else pre.relu() * (pre > theta)
     x_hat = ((f / norms) @ w["W_dec"] + w["b_dec"]) / s
     sae = lightning_sae.load(folder)
     assert_same((sae.encode(x), sae(x)), (f / s if rescaled else f, x_hat))
@@ -257,9 +265,9 @@ def test_thresholds_kept_as_logarithms_are_read(written: Callable[..., Path], x:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": "transcoder"}, "`transcoder`.* no transcoders"),
-        ({"architecture": "abstopk", "k": 3}, "`abstopk`.*none with signed latents"),
-        ({"activation_fn": "tanh-relu"}, "`standard` with `tanh-relu`"),
+        ({"architecture": "transcoder"}, "'transcoder'.* no transcoders"),
+        ({"architecture": "abstopk", "k": 3}, "'abstopk'.*none with signed latents"),
+        ({"activation_fn": "tanh-relu"}, "standard with 'tanh-relu'"),
         ({"normalize_activations": "layer_norm"}, "divided by its own norm, which decoding"),
         ({"normalize_activations": "constant"}, "`normalize_activations` is 'constant'"),
         ({"architecture": "topk", "k": 3.5}, "`k` is 3.5, and a row has a whole number"),
@@ -316,7 +324,7 @@ def test_thresholds_of_bfloat16_let_the_same_pre_activations_through(
         sae.b_enc.copy_(1 + torch.arange(D_SAE) / 128)  # neighbours in bfloat16
         sae.threshold.fill_(1.0390625)
         if name == "jumprelu":
-            sae.threshold.add_(0.003)
+            sae.threshold.add_(0.006)  # nearer to the next
     sae = sae.bfloat16()
     folder = export(sae, tmp_path / "out", "saelens")
     assert weights_of(folder)["threshold"].dtype == torch.bfloat16

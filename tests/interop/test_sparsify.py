@@ -101,7 +101,9 @@ def test_a_transposed_decoder_is_refused(theirs: Callable[..., Path]) -> None:
     folder = theirs("layers.0")
     w = load_file(folder / "sae.safetensors")
     save_file({**w, "W_dec": w["W_dec"].T.contiguous()}, folder / "sae.safetensors")
-    with pytest.raises(ValueError, match="but the weights are 20 wide"):
+    with pytest.raises(
+        ValueError, match="its decoder has d_in=20 and d_sae=6, and W_enc is of shape"
+    ):
         lightning_sae.load(folder)
 
 
