@@ -1,7 +1,7 @@
 """Whether latents are features: probing, absorption, compute, redundancy, stability."""
 
 from lightning_sae.analysis.evaluation.command import evaluate
-from lightning_sae.analysis.evaluation.evaluate import evaluate_saes, questions_of
+from lightning_sae.analysis.evaluation.figures import evaluate_saes, questions_of
 from lightning_sae.analysis.evaluation.passages import Passage, read_passages
 from lightning_sae.analysis.evaluation.table import flat
 

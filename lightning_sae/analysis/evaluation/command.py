@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning_sae.analysis.analyze import data_of
 from lightning_sae.analysis.evaluation import table
 from lightning_sae.analysis.evaluation.compute import read_curve
-from lightning_sae.analysis.evaluation.evaluate import Questions, evaluate_saes, questions_of
+from lightning_sae.analysis.evaluation.figures import Questions, evaluate_saes, questions_of
 from lightning_sae.analysis.evaluation.passages import read_passages
 from lightning_sae.analysis.evaluation.properties import Question
 from lightning_sae.architectures import SparseAutoencoder
@@ -96,27 +96,19 @@ def evaluate(
     loaded = {name: load(p, device=place) for name, p in zip(names_of(saes), saes, strict=True)}
     given = {"model": model, "hook_name": hook_name, "text": text, "text_column": text_column}
     chosen = {key: value for key, value in given.items() if value is not None}
-    groups = [
-        _Group(members, chosen, streaming, validation_fraction)
-        for members in _groups(loaded, chosen)
-    ]
-    asked = [group.questions(probe_tokens, questions, label_column) for group in groups]
+    groups = _groups(loaded, chosen)
+    of_groups = [_data(members, chosen, streaming, validation_fraction) for members in groups]
+    asked = [_questions(data, probe_tokens, questions, label_column) for data in of_groups]
 
     started = time.perf_counter()
     results, references = [], []
     paths = dict(zip(loaded, saes, strict=True))
-    for group, of_group in zip(groups, asked, strict=True):
-        group.data.language_model.to(place)
+    for members, data, of_group in zip(groups, of_groups, asked, strict=True):
+        data.language_model.to(place)
         figures, reference = evaluate_saes(
-            group.saes,
-            group.data,
-            of_group,
-            n_tokens=tokens,
-            curve=known_curve,
-            seed=seed,
-            say=_say,
+            members, data, of_group, n_tokens=tokens, curve=known_curve, seed=seed, say=_say
         )
-        results += [_result(n, paths[n], loaded[n], group.data, f) for n, f in figures.items()]
+        results += [_result(n, paths[n], loaded[n], data, f) for n, f in figures.items()]
         references.append({**reference, "left_out": of_group.left_out})
     settings = {
         "tokens": tokens,
@@ -129,37 +121,38 @@ def evaluate(
     return folder
 
 
-class _Group:
-    """SAEs of one model and hook, and their data."""
+def _data(
+    saes: Mapping[str, SparseAutoencoder],
+    given: Mapping[str, Any],
+    streaming: bool,
+    validation_fraction: float,
+) -> ActivationDataModule:
+    """What SAEs of one model and hook were trained on."""
+    first = next(iter(saes.values()))
+    known = {"text_column": first.source.get("text_column", "text"), **given}
+    column = known.pop("text_column")
+    data = data_of(first, known, column, streaming, validation_fraction)
+    for name, sae in saes.items():
+        expect(
+            data.d_in == sae.d_in,
+            "hook_name",
+            f"a hook of width {sae.d_in}, for which {name} was made,",
+            f"{data.hook_name} of width {data.d_in}",
+        )
+    return data
 
-    def __init__(
-        self,
-        saes: Mapping[str, SparseAutoencoder],
-        given: Mapping[str, Any],
-        streaming: bool,
-        validation_fraction: float,
-    ) -> None:
-        self.saes = saes
-        first = next(iter(saes.values()))
-        known = {"text_column": first.source.get("text_column", "text"), **given}
-        column = known.pop("text_column")
-        self.data = data_of(first, known, column, streaming, validation_fraction)
-        for name, sae in saes.items():
-            expect(
-                self.data.d_in == sae.d_in,
-                "hook_name",
-                f"a hook of width {sae.d_in}, for which {name} was made,",
-                f"{self.data.hook_name} of width {self.data.d_in}",
-            )
 
-    def questions(
-        self, probe_tokens: int, own: Mapping[str, Question], label_column: str | None
-    ) -> Questions:
-        """What to ask; found without running the model."""
-        longest = max(self.data.context_length, probe_tokens // 32)
-        passages = read_passages(self.data, probe_tokens, longest, label_column)
-        needed = () if label_column is None else ("label=",)
-        return questions_of(passages, self.data.context_length, own, needed)
+def _questions(
+    data: ActivationDataModule,
+    probe_tokens: int,
+    own: Mapping[str, Question],
+    label_column: str | None,
+) -> Questions:
+    """What to ask; found without running the model."""
+    longest = max(data.context_length, probe_tokens // 32)
+    passages = read_passages(data, probe_tokens, longest, label_column)
+    needed = () if label_column is None else ("label=",)
+    return questions_of(passages, data.context_length, own, needed)
 
 
 def _groups(

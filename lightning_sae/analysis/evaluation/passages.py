@@ -140,7 +140,7 @@ def _with_offsets(tokenizer: Any, text: str, most: int) -> tuple[list[int], list
 def _kind(document: Document) -> str:
     if "/" in document.name:
         return PurePosixPath(document.name).parts[0]
-    return document.where.rsplit(" of ", 1)[-1] or "no folder"
+    return PurePosixPath(document.where.rsplit(" of ", 1)[-1]).name or "no folder"
 
 
 def halves(passages: list[Passage]) -> Bool[Tensor, " passages"]:

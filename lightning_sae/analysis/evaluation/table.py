@@ -20,9 +20,9 @@ COLUMNS = {
     "nats added": "ce_added",
     "compute": "compute_share",
     "tokens, 1": "probing_token_1",
-    "5": "probing_token_5",
+    "tokens, 5": "probing_token_5",
     "contexts, 1": "probing_context_1",
-    " 5": "probing_context_5",
+    "contexts, 5": "probing_context_5",
     "absorbed": "absorption_fraction",
     "in full": "absorption_full",
     "latents": "latents_per_property",
@@ -101,7 +101,7 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def markdown(results: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> str:
     """The table, with rows of the activation and of neurons to compare probes with."""
     names = list(COLUMNS)
-    lines = ["| | " + " | ".join(name.strip() for name in names) + " |"]
+    lines = ["| | " + " | ".join(names) + " |"]
     lines.append("| --- |" + " ---: |" * len(names))
     for result in results:
         row = flat(result["figures"])
@@ -149,8 +149,9 @@ def picture(results: Sequence[Mapping[str, Any]]) -> Figure:
             for place, row in enumerate(rows):
                 ends = [row.get(f"{column}_{end}", float("nan")) for end in ("low", "high")]
                 axis.plot(ends, [place, place], color="black", linewidth=1)
-        if column.startswith("probing"):
-            axis.set_xlim(left=0.5)
+        ends = [row.get(f"{column}_high", v) for row, v in zip(rows, values, strict=True)]
+        largest = max((v for v in ends if not math.isnan(v)), default=0.0)
+        axis.set_xlim(0.5 if column.startswith("probing") else 0.0, 1.05 * largest or 1.0)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)

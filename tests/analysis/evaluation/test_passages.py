@@ -60,7 +60,7 @@ def test_token_ids_and_a_column_of_labels_are_read_together(tmp_path: Path) -> N
     path.write_text("\n".join(map(json.dumps, rows)))
     data = ActivationDataModule(HOOK, text=str(path), validation_fraction=0.5, context_length=8)
     found = read_passages(data, 300, 100, "topic")
-    assert {p.kind for p in found} == {str(path)}
+    assert {p.kind for p in found} == {"rows.jsonl"}
     for passage in found:
         odd = int(passage.text.split()[1]) % 2
         assert passage.label == ("odd" if odd else "even")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_sae.analysis.evaluation.evaluate import questions_of
+from lightning_sae.analysis.evaluation.figures import questions_of
 from lightning_sae.analysis.evaluation.passages import Passage
 from lightning_sae.analysis.evaluation.properties import labels_of, usable, word_labels
 
