@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +15,7 @@ from lightning_sae.analysis.weights import latent_geometry
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.architectures.orthogonality import WithOrthogonality
 from lightning_sae.callbacks.histograms import latent_statistics
-from lightning_sae.callbacks.loggers import hold_figures, log_figure
+from lightning_sae.callbacks.loggers import histogram, hold_figures, log_figure
 
 DECADES = (-7, 0)  # of frequencies that are told apart
 PER_DECADE = 5
@@ -152,8 +151,7 @@ def activations_and_thresholds(sae: WithOrthogonality, rows: Float[Tensor, "rows
     figure = Figure(figsize=(8, 4.5))
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.12, top=0.94, hspace=0.35, wspace=0.25)
     for axes, latent in zip(figure.subplots(2, 3).flat, shown, strict=False):
-        values = f[:, latent].float().cpu().numpy()
-        axes.stairs(*np.histogram(values[values > 0], bins=40), fill=True)
+        axes.stairs(*histogram(f[:, latent][f[:, latent] > 0], bins=40), fill=True)
         axes.axvline(float(thresholds[latent]), color="tab:red", linewidth=1)
         axes.set_title(f"latent {latent}", fontsize=8)
         axes.set_yscale("symlog", linthresh=1)
