@@ -163,8 +163,8 @@ def activations_and_thresholds(sae: WithOrthogonality, rows: Float[Tensor, "rows
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     # With fixed margins: a layout that is worked out takes a second drawing.
-    figure = Figure(figsize=(6, 4))
-    figure.subplots_adjust(left=0.13, right=0.96, bottom=0.13, top=0.96)
+    figure = Figure(figsize=(5.4, 4))
+    figure.subplots_adjust(left=0.14, right=0.96, bottom=0.13, top=0.96)
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)

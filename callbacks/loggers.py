@@ -96,7 +96,7 @@ def log_histograms(loggers: Sequence[Logger], values: Mapping[str, Tensor], step
 
 
 def histogram(values: Tensor, bins: int = 64) -> tuple[Any, Any]:
-    """Counts, and edges of their bins; in double precision, or nearly equal values could have no bins."""
+    """Counts, and edges of bins; in double precision, lest values nearly equal have no bins."""
     return np.histogram(values.detach().cpu().double().numpy(), bins=bins)
 
 

@@ -81,7 +81,8 @@ class SAEProgressBar(TQDMProgressBar):
             metrics = trainer.callback_metrics
             named = {name: metrics.get(f"val/{name}") for name in HELD_OUT}
             found = {name: f"{value:.4g}" for name, value in named.items() if value is not None}
-            self._write({"held out": "", **found})
+            if found:  # side by side, each SAE has its own
+                self._write({"held out": "", **found})
 
     def _write(self, values: dict[str, Any]) -> None:
         """One line: the step, and values by name."""

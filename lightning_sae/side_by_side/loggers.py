@@ -14,7 +14,7 @@ def loggers_of(run: Sequence[Logger], name: str) -> list[Logger]:
     loggers the names of values start with the member's name.
     """
     return [
-        TensorBoardLogger(logger.log_dir, name="", version=name)
+        TensorBoardLogger(logger.log_dir, name="", version=name, default_hp_metric=False)
         if isinstance(logger, TensorBoardLogger)
         else NamedValues(logger, _allowed(logger, name))
         for logger in run

@@ -210,8 +210,9 @@ def test_settings_and_figures_stand_side_by_side(run: Run) -> None:
     given = part("_hparams_/session_start_info").session_start_info.hparams
     assert given["architecture"].string_value == "ReLUSAE"
     assert given["l1_coefficient"].number_value == 0.5
-    assert given["hook_name"].string_value == "blocks.1.hook_resid_post"
-    assert given["max_steps"].number_value == 6
+    assert given["run.hook_name"].string_value == "blocks.1.hook_resid_post"
+    assert given["run.max_steps"].number_value == 6
+    assert "betas" not in given  # the default
     assert run.numbers.settings["architecture"] == "ReLUSAE"
 
 
