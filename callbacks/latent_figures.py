@@ -145,7 +145,7 @@ def frequency_against_projection(sae: SparseAutoencoder) -> Figure:
 def activations_and_thresholds(sae: WithOrthogonality, rows: Float[Tensor, "rows d_in"]) -> Figure:
     """Histograms of the activations of the latents that fire most on some rows."""
     assert sae.peaks is not None
-    f = sae.encode(rows)
+    f = sae.encode(rows[: max(1, 2**23 // sae.d_sae)])
     thresholds = sae.orthogonality_scale * sae.peaks.thresholds() / sae.input_scale
     shown = (f > 0).sum(0).topk(min(N_SHOWN, sae.d_sae)).indices.sort().values.tolist()
     figure = Figure(figsize=(8, 4.5))
