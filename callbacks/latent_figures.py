@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +15,7 @@ from lightning_sae.analysis.weights import latent_geometry
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.architectures.orthogonality import WithOrthogonality
 from lightning_sae.callbacks.histograms import latent_statistics
-from lightning_sae.callbacks.loggers import hold_figures, log_figure
+from lightning_sae.callbacks.loggers import histogram, hold_figures, log_figure
 
 DECADES = (-7, 0)  # of frequencies that are told apart
 PER_DECADE = 5
@@ -146,14 +145,13 @@ def frequency_against_projection(sae: SparseAutoencoder) -> Figure:
 def activations_and_thresholds(sae: WithOrthogonality, rows: Float[Tensor, "rows d_in"]) -> Figure:
     """Histograms of the activations of the latents that fire most on some rows."""
     assert sae.peaks is not None
-    f = sae.encode(rows)
+    f = sae.encode(rows[: max(1, 2**23 // sae.d_sae)])
     thresholds = sae.orthogonality_scale * sae.peaks.thresholds() / sae.input_scale
     shown = (f > 0).sum(0).topk(min(N_SHOWN, sae.d_sae)).indices.sort().values.tolist()
     figure = Figure(figsize=(8, 4.5))
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.12, top=0.94, hspace=0.35, wspace=0.25)
     for axes, latent in zip(figure.subplots(2, 3).flat, shown, strict=False):
-        values = f[:, latent].float().cpu().numpy()
-        axes.stairs(*np.histogram(values[values > 0], bins=40), fill=True)
+        axes.stairs(*histogram(f[:, latent][f[:, latent] > 0], bins=40), fill=True)
         axes.axvline(float(thresholds[latent]), color="tab:red", linewidth=1)
         axes.set_title(f"latent {latent}", fontsize=8)
         axes.set_yscale("symlog", linthresh=1)
@@ -165,8 +163,8 @@ def activations_and_thresholds(sae: WithOrthogonality, rows: Float[Tensor, "rows
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     # With fixed margins: a layout that is worked out takes a second drawing.
-    figure = Figure(figsize=(6, 4))
-    figure.subplots_adjust(left=0.13, right=0.96, bottom=0.13, top=0.96)
+    figure = Figure(figsize=(5.4, 4))
+    figure.subplots_adjust(left=0.14, right=0.96, bottom=0.13, top=0.96)
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)

@@ -89,10 +89,15 @@ def log_histograms(loggers: Sequence[Logger], values: Mapping[str, Tensor], step
             if isinstance(keeper, WandbLogger):
                 import wandb  # there where the logger is
 
-                histogram: Any = wandb.Histogram(np_histogram=np.histogram(each, bins=64))
-                keeper.log_metrics({own: histogram}, step)
+                of_wandb: Any = wandb.Histogram(np_histogram=histogram(each))
+                keeper.log_metrics({own: of_wandb}, step)
             elif isinstance(holder := _experiment(keeper), HoldsHistograms):
                 holder.add_histogram(own, each, step)
+
+
+def histogram(values: Tensor, bins: int = 64) -> tuple[Any, Any]:
+    """Counts, and edges of bins; in double precision, lest values nearly equal have no bins."""
+    return np.histogram(values.detach().cpu().double().numpy(), bins=bins)
 
 
 def log_table(

@@ -1,9 +1,11 @@
 """What one sees of a run first: its settings beside its figures, and the few curves that matter."""
 
+import inspect
 from numbers import Real
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
@@ -13,6 +15,9 @@ from lightning_sae.functional.penalties import plain_arguments
 
 FIGURES = ("l0", "fvu", "dead_fraction", "loss_recovered_zero", "loss_recovered_mean", "ce_spliced")
 """Held-out figures by which runs are compared, as `val/...` and, after a test, `test/...`."""
+
+ALWAYS = ("d_sae", "lr", "l1_coefficient", "l0_coefficient", "k", "target_l0")
+"""Arguments of an SAE in which runs of a sweep are likely to differ."""
 
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "SAE": {
@@ -39,9 +44,10 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 class RunOverview(Callback):
     """Gives loggers the settings of the run, and TensorBoard a first page of charts.
 
-    Settings are architecture, the SAE's arguments, model, hook, text, batch size and steps. In
-    TensorBoard they stand on the page "HParams" beside `FIGURES`, each with its latest value, so
-    that runs of a sweep can be sorted by what came out; other loggers get them as hyper-parameters.
+    Settings are architecture, the SAE's arguments that are no defaults and a few more, model, hook,
+    text, batch size and steps. In TensorBoard they stand on the page "HParams" beside `FIGURES`,
+    each with its latest value, so that runs of a sweep can be sorted by what came out; other
+    loggers get them as hyper-parameters.
     The page "Custom Scalars" shows the charts of `LAYOUT`.
     """
 
@@ -51,7 +57,7 @@ class RunOverview(Callback):
             return
         settings = settings_of_run(trainer, pl_module)
         for logger in trainer.loggers:
-            if not isinstance(logger, NamedValues):  # which stands for one of several SAEs
+            if not isinstance(logger, TensorBoardLogger | NamedValues):  # of one SAE among several
                 logger.log_hyperparams(settings)
         names = [f"{stage}/{figure}" for stage in ("val", "test") for figure in FIGURES]
         for writer in writers(trainer.loggers):
@@ -61,15 +67,29 @@ class RunOverview(Callback):
 
 
 def settings_of_run(trainer: Trainer, sae: LightningModule) -> dict[str, Any]:
-    """Plain values by name; what was not given is left out."""
+    """Plain values by name; of the SAE's arguments `ALWAYS`, and all that are no defaults."""
     data = source_of(trainer)
     source = {} if data is None else data.source
-    given = {
-        "architecture": type(sae).__name__,
-        **plain_arguments(sae.hparams),
+    defaults = _defaults(type(sae))
+    own = {
+        name: value
+        for name, value in plain_arguments(sae.hparams).items()
+        if name in ALWAYS or value != defaults.get(name, value)
+    }
+    # TensorBoard sorts by name and shows the first five: those of the SAE come before the run's.
+    run = {
         **{name: source.get(name) for name in ("model", "hook_name", "text")},
         "batch_size": None if data is None else vars(data).get("batch_size"),
         "max_steps": trainer.max_steps,
     }
+    given = {"architecture": type(sae).__name__, **own}
+    given |= {f"run.{name}": value for name, value in run.items()}
     shown = {name: value for name, value in given.items() if name[0] != "_" and value is not None}
     return {name: v if isinstance(v, Real | str) else str(v) for name, v in shown.items()}
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Defaults of the arguments of a class and its bases."""
+    inits = [vars(each)["__init__"] for each in reversed(kind.__mro__) if "__init__" in vars(each)]
+    parameters = [p for init in inits[1:] for p in inspect.signature(init).parameters.values()]
+    return {p.name: p.default for p in parameters if p.default is not p.empty}

@@ -27,6 +27,7 @@ class SAEProgressBar(TQDMProgressBar):
         self._activations = 0
         self._since = time.perf_counter()
         self.rate = 0.0
+        self._step = 0
 
     @property
     @override
@@ -48,8 +49,9 @@ class SAEProgressBar(TQDMProgressBar):
         return super().total_train_batches
 
     @override
-    def on_train_start(self, *_: Any) -> None:
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         super().on_train_start()
+        self._step = trainer.global_step
         self._activations, self._since = 0, time.perf_counter()
 
     @override
@@ -58,7 +60,7 @@ class SAEProgressBar(TQDMProgressBar):
     ) -> None:
         rows = next(iter(batch.values())) if isinstance(batch, dict) else batch  # by hook
         self._activations += len(rows) * trainer.world_size
-        due = self.writes_lines and self._is_due(batch_idx + 1)
+        due = self.writes_lines and self._is_due(trainer.global_step, trainer.max_steps)
         if due or (self.refresh_rate and (batch_idx + 1) % self.refresh_rate == 0):
             now = time.perf_counter()
             self.rate = self._activations / (now - self._since)
@@ -67,11 +69,11 @@ class SAEProgressBar(TQDMProgressBar):
         if due:
             self._write(self.get_metrics(trainer, pl_module))
 
-    def _is_due(self, n: int) -> bool:
-        """Whether a tenth of the run ends with its n-th batch; of an endless one, 1000 batches."""
-        total = self.total_train_batches
-        every = total / N_LINES if 0 < total < float("inf") else 1000
-        return int(n / every) > int((n - 1) / every)
+    def _is_due(self, step: int, total: int) -> bool:
+        """Whether a tenth of the run has just ended; where its length is unknown, 1000 steps."""
+        every = total / N_LINES if total > 0 else 1000
+        new, self._step = step > self._step, step  # else gradients are being accumulated
+        return new and int(step / every) > int((step - 1) / every)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,7 +83,8 @@ class SAEProgressBar(TQDMProgressBar):
             metrics = trainer.callback_metrics
             named = {name: metrics.get(f"val/{name}") for name in HELD_OUT}
             found = {name: f"{value:.4g}" for name, value in named.items() if value is not None}
-            self._write({"held out": "", **found})
+            if found:  # side by side, each SAE has its own
+                self._write({"held out": "", **found})
 
     def _write(self, values: dict[str, Any]) -> None:
         """One line: the step, and values by name."""

@@ -113,7 +113,10 @@ def read(sae: SparseAutoencoder, data: ActivationDataModule, n_tokens: int) -> F
         kept = data.filter.kept(tokens, x).flatten()
         before = sum(len(block) for block in blocks) * data.context_length
         numbers = kept.nonzero().squeeze(1) + before
-        for own, rows in zip(numbers.split(2048), x.flatten(0, 1)[kept].split(2048), strict=True):
+        size = max(1, 2**23 // sae.d_sae)  # rows whose latents may exist as a matrix
+        for own, rows in zip(
+            numbers.split(size), x.flatten(0, 1)[kept.to(x.device)].split(size), strict=True
+        ):
             firings = _firings(sae, rows.float(), own)
             contexts.update(firings, data.context_length)
             token = tokens.flatten()[firings.token - before]

@@ -54,7 +54,13 @@ def evaluate_in_model(
         ablated - CE clean); `perplexity_clean`, `perplexity_spliced`; `n_tokens`, predictions
         counted.
     """
-    return evaluate_all_in_model({"": sae.forward}, data, n_tokens, known)[""]
+    size = max(1, 2**25 // sae.d_sae)  # rows whose latents may exist as a matrix
+
+    def replace(x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        parts = x.flatten(0, -2).split(size)
+        return torch.cat([sae(rows) for rows in parts]).view_as(x)
+
+    return evaluate_all_in_model({"": replace}, data, n_tokens, known)[""]
 
 
 @torch.no_grad()

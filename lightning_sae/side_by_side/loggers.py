@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 
 from lightning_sae.callbacks.loggers import NamedValues
 
@@ -14,8 +14,13 @@ def loggers_of(run: Sequence[Logger], name: str) -> list[Logger]:
     loggers the names of values start with the member's name.
     """
     return [
-        TensorBoardLogger(logger.log_dir, name="", version=name)
+        TensorBoardLogger(logger.log_dir, name="", version=name, default_hp_metric=False)
         if isinstance(logger, TensorBoardLogger)
-        else NamedValues(logger, name)
+        else NamedValues(logger, _allowed(logger, name))
         for logger in run
     ]
+
+
+def _allowed(logger: Logger, name: str) -> str:
+    """The name as the logger takes it: MLflow knows no `=`."""
+    return name.replace("=", " ") if isinstance(logger, MLFlowLogger) else name

@@ -29,7 +29,13 @@ from lightning_sae.callbacks import (
     TopContexts,
 )
 from lightning_sae.callbacks.latent_figures import frequency_over_training
-from lightning_sae.callbacks.loggers import NamedValues, log_figure, log_histograms, log_table
+from lightning_sae.callbacks.loggers import (
+    NamedValues,
+    histogram,
+    log_figure,
+    log_histograms,
+    log_table,
+)
 
 N_TOKENS = 512
 
@@ -204,8 +210,9 @@ def test_settings_and_figures_stand_side_by_side(run: Run) -> None:
     given = part("_hparams_/session_start_info").session_start_info.hparams
     assert given["architecture"].string_value == "ReLUSAE"
     assert given["l1_coefficient"].number_value == 0.5
-    assert given["hook_name"].string_value == "blocks.1.hook_resid_post"
-    assert given["max_steps"].number_value == 6
+    assert given["run.hook_name"].string_value == "blocks.1.hook_resid_post"
+    assert given["run.max_steps"].number_value == 6
+    assert "betas" not in given  # the default
     assert run.numbers.settings["architecture"] == "ReLUSAE"
 
 
@@ -294,6 +301,12 @@ def test_what_stands_for_one_of_several_passes_pictures_on_under_its_name() -> N
     log_histograms(loggers, {"b": torch.ones(3)}, 4)
     log_table(loggers, "c", ["x"], [["y"]], 5)
     assert kept == {"relu/a": 3, "relu/b": 4}
+
+
+def test_values_that_differ_in_their_last_digit_have_a_histogram() -> None:
+    counts, edges = histogram(torch.tensor([1.0, 1.0, 1.0 + 2**-23]))
+    assert len(edges) == len(counts) + 1
+    assert sum(counts) == 3
 
 
 def test_number_of_tokens_is_not_negative() -> None:

@@ -90,6 +90,34 @@ def test_progress_bar_counts_the_whole_run_and_shows_the_rate(
     assert {"loss", "l0", "dead"} <= bar.get_metrics(fit, fit.lightning_module).keys()
 
 
+def test_a_log_file_gets_a_line_for_each_tenth_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = SAEProgressBar(refresh_rate=1)
+    fit = trainer(
+        tmp_path,
+        max_steps=20,  # of two batches each, in four epochs
+        max_epochs=-1,
+        accumulate_grad_batches=2,
+        callbacks=[bar],
+        enable_progress_bar=True,
+    )
+    fit.fit(ReLUSAE(4, 6, decoder_norm="free"), datamodule=Counted())
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split("  ") for line in lines if line.startswith("step")]
+    assert len(shown) == len(lines)  # and no bar
+    assert [line[0] for line in shown] == [f"step {step}/20" for step in range(2, 21, 2)]
+    assert all({"loss", "l0", "dead"} <= {cell.split()[0] for cell in line} for line in shown)
+    assert SAEProgressBar(refresh_rate=0).writes_lines is False
+
+
+def test_a_terminal_gets_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    bar = SAEProgressBar()
+    assert bar.is_enabled
+    assert not bar.writes_lines
+
+
 def test_sae_is_exported_at_the_end_beside_an_earlier_one(tmp_path: Path) -> None:
     for name in ("sae", "sae-2"):
         export = ExportSAE()

@@ -9,6 +9,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 import lightning_sae
@@ -77,6 +78,13 @@ def side_by_side(members: list[dict[str, Any]]) -> dict[str, Any]:
     return {"class_path": "lightning_sae.SideBySide", "init_args": {"members": members}}
 
 
+def held_out_curves(folder: Path) -> dict[str, list[float]]:
+    """What TensorBoard shows of validations, by name."""
+    events = EventAccumulator(str(folder)).Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith(("val/", "hp_metric"))]
+    return {name: [event.value for event in events.Scalars(name)] for name in names}
+
+
 def test_members_are_what_the_command_makes_of_each_alone(tmp_path: Path) -> None:
     root = tmp_path / "together"
     cli = run(root, side_by_side(MEMBERS), HOOKS)
@@ -94,7 +102,9 @@ def test_members_are_what_the_command_makes_of_each_alone(tmp_path: Path) -> Non
         assert all(torch.equal(found[key], expected[key]) for key in expected)
         sae = lightning_sae.load(root / "members" / member / "sae")
         assert sae.source == lightning_sae.load(tmp_path / other / "sae").source
-        assert (root / "tensorboard" / member).is_dir()
+        together = held_out_curves(root / "tensorboard" / member)
+        assert together == held_out_curves(tmp_path / other / "tensorboard")
+        assert together["val/ce_clean"] < together["val/ce_spliced"]
     last = str(root / "checkpoints" / "last.ckpt")
     main(["test", "--config", str(root / "config.yaml"), "--ckpt_path", last])
     last = str(tmp_path / "topk" / "checkpoints" / "last.ckpt")

@@ -24,6 +24,7 @@ FIGURES = {
     "loss_recovered_zero": ("loss recovered, zero", ".4f"),
     "loss_recovered_mean": ("loss recovered, mean", ".4f"),
     "ce_spliced": ("CE", ".3f"),
+    "ce_clean": ("CE, clean", ".3f"),
     "fvu": ("FVU", ".3f"),
     BIAS: ("gamma", ".3f"),
     "l2_ratio": ("L2 ratio", ".3f"),
@@ -61,7 +62,7 @@ def equal_loss(swept: Swept, n_levels: int = 5) -> Table | None:
         rows.append([f"{level:.3f}", *(_l0_at(of, level) for of in found)])
     headings = ["loss recovered, mean", *swept.labels.values()]
     note = "L0, straight over log L0; none where some repetition does not reach it."
-    return Table(headings, rows, note)
+    return Table(headings, rows, f"{note} {swept.clean()}".rstrip())
 
 
 def _l0_at(of_seeds: Sequence[Curve | None], level: float) -> str:
@@ -94,6 +95,7 @@ def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
         comparison(answers),
         "Rajamanoharan et al., Improving Dictionary Learning with Gated Sparse Autoencoders "
         "(2024), and its discussion",
+        caution=swept.caution(),
     )
 
 
@@ -117,7 +119,7 @@ def _against(swept: Swept, answers: Mapping[str, Answers]) -> Table:
         for family in swept.families
     ]
     headings = ["", "L0 at equal loss, baseline = 1", "gamma", "gamma of baseline there"]
-    return Table(headings, rows)
+    return Table(headings, rows, swept.clean())
 
 
 def in_words(label: str, answers: Answers) -> str:

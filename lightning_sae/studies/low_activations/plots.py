@@ -9,7 +9,7 @@ from matplotlib.ticker import NullFormatter
 
 from lightning_sae.studies.low_activations.costs import names, of_way
 from lightning_sae.studies.low_activations.measure import WAYS, WHOLE
-from lightning_sae.studies.shared.plots import Point, curves, panels, save
+from lightning_sae.studies.shared.plots import Point, curves, name_point, panels, save
 from lightning_sae.studies.shared.rows import Row, distinct, spread
 
 L0_TICKS = (0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
@@ -34,6 +34,8 @@ def draw_ways(points: Sequence[Row], path: Path) -> Path:
         _label_once(axes)
         _cut_the_highest(axes, points, name)
         whole = [_means(points, sae, WHOLE, name)[0] for sae in names(points)]
+        for sae, point in zip(names(points), whole, strict=True):
+            name_point(axes, point, sae)
         axes.plot(*zip(*whole, strict=True), "ko", markersize=6, zorder=5, label="nothing removed")
         _plain_numbers(axes)
     ratio = mean(point["mse"] / point["fvu"] for point in points)

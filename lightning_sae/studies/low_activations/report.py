@@ -6,9 +6,9 @@ from statistics import mean
 from typing import Any
 
 from lightning_sae.studies.low_activations.costs import first_places, frontier, halving, mean_rises
-from lightning_sae.studies.low_activations.measure import WAYS
+from lightning_sae.studies.low_activations.measure import WAYS, WHOLE
 from lightning_sae.studies.low_activations.plots import draw_frontier, draw_ways
-from lightning_sae.studies.shared.page import Compared, Page, Section, Table
+from lightning_sae.studies.shared.page import Compared, Page, Section, Table, caution
 from lightning_sae.studies.shared.rows import Row, distinct, known, select, with_spread
 
 SOURCE = (
@@ -39,6 +39,7 @@ def report(
         halved += [{"seed": seed, **row} for row in halving(each["points"])]
         compared += [{"seed": seed, **row} for row in frontier(each["points"], families)]
         points += [{"seed": seed, **point} for point in each["points"]]
+    clean = _clean(results)
     removal = draw_ways(points, folder / "removal.png")
     sweep = draw_frontier(points, families, folder / "frontier.png")
     return Page(
@@ -51,18 +52,18 @@ def report(
             Section(
                 "Cross-entropy paid to halve L0",
                 _ways_text(halved),
-                [_ways_table(halved)],
+                [_ways_table(halved, clean)],
                 {removal: REMOVAL},
             ),
             Section(
                 "Do low activations matter for more than the squared error?",
                 [f"Cross-entropy and squared error {_both_rise(halved)}."],
-                [_costs_table(halved)],
+                [_costs_table(halved, clean)],
             ),
             Section(
                 "Removing from a denser SAE, or training a sparser one?",
                 [_verdict(compared)],
-                [_frontier_table(compared)],
+                [_frontier_table(compared, clean)],
                 {sweep: "The sweep as trained, and each SAE of it under one threshold."},
             ),
         ],
@@ -70,6 +71,14 @@ def report(
         SOURCE,
         {"settings": settings, "seeds": results, "halving": halved, "frontier": compared},
         {"points": points, "halving": halved, "frontier": compared},
+        caution({sae: select(points, sae=sae, way=WHOLE) for sae in distinct(points, "sae")}),
+    )
+
+
+def _clean(results: Sequence[Row]) -> str:
+    """The cross-entropy beside which all others are read."""
+    return (
+        f"Without an SAE the model's CE is {mean(each['ce_clean'] for each in results):.3f} nats."
     )
 
 
@@ -95,7 +104,7 @@ def _method(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _ways_table(rows: Sequence[Row]) -> Table:
+def _ways_table(rows: Sequence[Row], clean: str) -> Table:
     lines = []
     for sae in distinct(rows, "sae"):
         own = {way: select(rows, sae=sae, way=way) for way in WAYS}
@@ -111,7 +120,7 @@ def _ways_table(rows: Sequence[Row]) -> Table:
         "L0 and cross-entropy of the whole SAE, then the rise of cross-entropy, in nats per token, "
         "when half of L0 is removed in each way."
     )
-    return Table(["SAE", "L0", "cross-entropy", *SHORT.values()], lines, note)
+    return Table(["SAE", "L0", "cross-entropy", *SHORT.values()], lines, f"{note} {clean}")
 
 
 def _ways_text(rows: Sequence[Row]) -> list[str]:
@@ -126,7 +135,7 @@ def _ways_text(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _costs_table(rows: Sequence[Row]) -> Table:
+def _costs_table(rows: Sequence[Row], clean: str) -> Table:
     lines = []
     for sae in distinct(rows, "sae"):
         own = select(rows, sae=sae, way="global")
@@ -150,7 +159,7 @@ def _costs_table(rows: Sequence[Row]) -> Table:
         "alone, the squared error would rise and cross-entropy would not."
     )
     headings = ["SAE", "CE rise", "KL rise", "FVU rise", "KL rise, %", "MSE rise, %"]
-    return Table(headings, lines, note)
+    return Table(headings, lines, f"{note} {clean}")
 
 
 def _both_rise(rows: Sequence[Row]) -> str:
@@ -159,7 +168,7 @@ def _both_rise(rows: Sequence[Row]) -> str:
     return f"both rise for {both} of {len(own)} SAEs"
 
 
-def _frontier_table(rows: Sequence[Row]) -> Table:
+def _frontier_table(rows: Sequence[Row], clean: str) -> Table:
     lines = []
     for trained, removed_from in dict.fromkeys((r["trained"], r["removed_from"]) for r in rows):
         own = select(rows, trained=trained, removed_from=removed_from)
@@ -179,7 +188,7 @@ def _frontier_table(rows: Sequence[Row]) -> Table:
         "Each SAE beside denser ones of the sweep, whose activations below one threshold are "
         "removed until they have its L0. Below 0, removing is better than training."
     )
-    return Table([*headings, "FVU then - its FVU"], lines, note)
+    return Table([*headings, "FVU then - its FVU"], lines, f"{note} {clean}")
 
 
 def _verdict(rows: Sequence[Row]) -> str:

@@ -16,6 +16,7 @@ from lightning_sae.studies.shared.sweep import (
 FIGURES = {
     "l0": ("L0", ".1f"),
     "ce_spliced": ("CE", ".3f"),
+    "ce_clean": ("CE, clean", ".3f"),
     "mse": ("MSE", ".2f"),
     "fvu": ("FVU", ".3f"),
     "loss_recovered_zero": ("loss recovered, zero", ".4f"),
@@ -46,7 +47,7 @@ def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
     labels = swept.labels
     text = [in_words(labels[name], own) for name, own in answers.items()]
     tables = [
-        _against(labels, answers, "ce_spliced", "CE (nats)", ".4f"),
+        _against(labels, answers, "ce_spliced", "CE (nats)", ".4f", swept.clean()),
         _against(labels, answers, "mse", "MSE", ".3f"),
     ]
     return Page(
@@ -63,6 +64,7 @@ def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
         "Riggs Smith, Improving SAE's by Sqrt()-ing L1 & Removing Lowest Activating Features "
         "(2024); for the logarithm the discussion of Rajamanoharan et al., Improving Dictionary "
         "Learning with Gated Sparse Autoencoders (2024)",
+        caution=swept.caution(),
     )
 
 
@@ -77,7 +79,12 @@ CURVES = (
 
 
 def _against(
-    labels: Mapping[str, str], answers: Mapping[str, Answers], cost: str, words: str, form: str
+    labels: Mapping[str, str],
+    answers: Mapping[str, Answers],
+    cost: str,
+    words: str,
+    form: str,
+    clean: str = "",
 ) -> Table:
     rows = [
         [
@@ -97,7 +104,7 @@ def _against(
         "L0 at equal cost, L1 = 1",
     ]
     note = "The area is the mean distance times the e-folds of L0 that the penalty and L1 share."
-    return Table(headings, rows, note)
+    return Table(headings, rows, f"{note} {clean}".rstrip())
 
 
 def in_words(label: str, answers: Answers) -> str:

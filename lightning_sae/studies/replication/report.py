@@ -30,8 +30,8 @@ from lightning_sae.studies.replication.tables import (
     rare_text,
     time_text,
 )
-from lightning_sae.studies.shared.page import Page, Section
-from lightning_sae.studies.shared.rows import Row
+from lightning_sae.studies.shared.page import Page, Section, caution
+from lightning_sae.studies.shared.rows import Row, distinct, select
 
 SOURCE = (
     "Neel Nanda, Open Source Replication & Commentary on Anthropic's Dictionary Learning Paper "
@@ -82,6 +82,7 @@ def report(folder: Path, settings: Row, results: Results) -> Page:
         SOURCE,
         {"settings": settings, "seeds": plain, "rare_mean_across_seeds": across},
         {"members": rows, "frequencies": list(_frequency_rows(results))},
+        caution({LABELS[name]: select(rows, sae=name) for name in distinct(rows, "sae")}),
     )
 
 

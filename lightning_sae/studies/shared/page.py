@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,6 +16,11 @@ from lightning_sae.studies.shared.rows import Row, known, with_spread
 
 Compared = tuple[str, str, str]
 """What is compared, what the document reports, and what this study found."""
+
+POOR = 0.5
+"""FVU above which an SAE misses more of the activations than it keeps."""
+
+BLANK = {"", "-", "none", "nan"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,10 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+
+    def says_something(self) -> bool:
+        """Whether any cell behind the names has a figure."""
+        return any(cell not in BLANK for row in self.rows for cell in row[1:] or row)
 
     def lines(self) -> Iterator[str]:
         """The table for the terminal."""
@@ -61,6 +71,28 @@ def figures_table(
     return Table(["", *(heading for heading, _ in columns.values())], lines, note)
 
 
+def caution(groups: Mapping[str, Sequence[Row]]) -> str:
+    """A warning that names the SAEs whose mean FVU is above `POOR`; empty if there are none.
+
+    Args:
+        groups: Rows with `fvu` by the name of an SAE.
+
+    Example:
+        >>> caution({"a": [{"fvu": 0.3}], "b": [{"fvu": 0.5}, {"fvu": 0.7}]})[:37]
+        'Caution: FVU is above 0.5 for b (0.60'
+    """
+    found = {name: known(rows, "fvu") for name, rows in groups.items()}
+    poor = {name: mean(values) for name, values in found.items() if values}
+    named = [f"{name} ({value:.2f})" for name, value in poor.items() if not value <= POOR]
+    if not named:
+        return ""
+    return (
+        f"Caution: FVU is above {POOR:g} for {', '.join(named)}. Such an SAE misses more than half "
+        "of the variance of the activations: what is said of it says little about the model. "
+        "Train for longer, or with a weaker penalty."
+    )
+
+
 @dataclass(frozen=True)
 class Section:
     """A result in words, tables and pictures.
@@ -68,7 +100,7 @@ class Section:
     Attributes:
         title: Its heading.
         text: Paragraphs.
-        tables: Tables.
+        tables: Tables; those without a figure are not shown.
         pictures: Files, each with its caption.
         details: Sections that a reader unfolds; they are not shown in the terminal.
     """
@@ -78,6 +110,10 @@ class Section:
     tables: Sequence[Table] = ()
     pictures: Mapping[Path, str] = field(default_factory=dict)
     details: Sequence["Section"] = ()
+
+    def shown(self) -> list[Table]:
+        """The tables that have figures."""
+        return [table for table in self.tables if table.says_something()]
 
 
 @dataclass(frozen=True)
@@ -94,6 +130,7 @@ class Page:
         source: The document, if there is one.
         results: Plain values for `results.json`.
         csv: Rows of CSV files by name.
+        caution: What a reader has to know before any figure; see `caution`.
     """
 
     title: str
@@ -105,11 +142,14 @@ class Page:
     source: str = ""
     results: Any = None
     csv: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    caution: str = ""
 
     def lines(self) -> Iterator[str]:
-        """Tables and comparison for the terminal."""
+        """Caution, tables and comparison for the terminal."""
+        if self.caution:
+            yield f"\n{self.caution}"
         for section in self.sections:
-            for table in section.tables:
+            for table in section.shown():
                 yield f"\n{section.title}"
                 yield from table.lines()
         if self.comparison:

@@ -74,6 +74,13 @@ def curves(
     axes.set(xlabel=x, ylabel=y)
 
 
+def name_point(axes: Axes, point: Point, name: str) -> None:
+    """Write a name beside a point."""
+    axes.annotate(
+        name, point, xytext=(3, 3), textcoords="offset points", fontsize=6, color="#5b6673"
+    )
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write a picture, with one legend beside the panels if their curves have labels."""
     labelled = [axes for axes in figure.axes if axes.get_legend_handles_labels()[0]]

@@ -7,11 +7,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
+from matplotlib.axes import Axes
+
 from lightning_sae.studies.shared.evaluation import evaluate, scalars
 from lightning_sae.studies.shared.families import Family, choose
 from lightning_sae.studies.shared.frontier import Curve
-from lightning_sae.studies.shared.page import Page, Section, Table, publish
-from lightning_sae.studies.shared.plots import Point, curves, panels, save
+from lightning_sae.studies.shared.page import Page, Section, Table, caution, publish
+from lightning_sae.studies.shared.plots import Point, curves, name_point, panels, save
 from lightning_sae.studies.shared.rows import Row, known, select, spread, with_spread
 from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.shared.training import train_together
@@ -99,9 +101,20 @@ class Swept:
         for panel, (name, label) in zip(axes, figures.items(), strict=True):
             means, spreads = self.points(name)
             curves(panel, means, x="L0 (active latents)", y=label, spread=spreads, logarithmic=True)
+            if panel is axes[0]:
+                self._name_points(panel, means)
             if name in dotted:
                 panel.axhline(dotted[name], color="#5b6673", linewidth=0.8, linestyle=":")
         return save(picture, path)
+
+    def _name_points(self, axes: Axes, means: Mapping[str, list[Point]]) -> None:
+        """Write the coefficient beside each SAE."""
+        for family in self.families:
+            living = [
+                c for c in family.coefficients if any(r["l0"] > 0 for r in self.at(family, c))
+            ]
+            for coefficient, point in zip(living, means[family.label], strict=True):
+                name_point(axes, point, f"{coefficient:g}")
 
     def points(self, figure: str) -> tuple[dict[str, list[Point]], dict[str, list[Point]]]:
         """Means over seeds of L0 and a figure by label and coefficient, and their spreads."""
@@ -116,6 +129,21 @@ class Swept:
             means[family.label] = [(mean(l0), mean(values)) for l0, values in both]
             spreads[family.label] = [(spread(l0), spread(values)) for l0, values in both]
         return means, spreads
+
+    def clean(self) -> str:
+        """The cross-entropy beside which those with a reconstruction are read."""
+        found = known(self.rows, "ce_clean")
+        return f"Without an SAE the model's CE is {mean(found):.3f} nats." if found else ""
+
+    def caution(self) -> str:
+        """Names the SAEs that are poor."""
+        return caution(
+            {
+                f"{family.label}, {coefficient:g}": self.at(family, coefficient)
+                for family in self.families
+                for coefficient in family.coefficients
+            }
+        )
 
     def section(self, figures: Mapping[str, tuple[str, str]]) -> Section:
         """The table of all families and coefficients.

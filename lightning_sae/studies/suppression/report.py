@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sae.studies.shared.page import Page, Section, Table, figures_table
+from lightning_sae.studies.shared.page import Page, Section, Table, caution, figures_table
 from lightning_sae.studies.shared.rows import Row, distinct, known, select, with_spread
 from lightning_sae.studies.suppression.comparison import comparison, killed, of_method, theory_text
 from lightning_sae.studies.suppression.measure import LEAST_GAP, RARE, associations
@@ -87,6 +87,7 @@ def report(folder: Path, settings: Row, results: Results) -> Page:
             "comparison": compared,
         },
         {"methods": methods, "latents": latents, "toy": toy},
+        caution(_groups(methods)),
     )
 
 
@@ -142,22 +143,25 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "perplexity_spliced": ("perplexity", ".2f"),
     "perplexity_recovered": ("recovered", ".3f"),
     "ce_spliced": ("CE", ".3f"),
+    "ce_clean": ("CE, clean", ".3f"),
 }
 
 
 def _table(methods: Sequence[Row]) -> Table:
-    groups = {
+    note = (
+        f"The model's own perplexity is {methods[0]['perplexity_clean']:.2f}. "
+        f"Dead: of {methods[0]['d_sae']}, those that never fire on {methods[0]['n_tokens']:,} "
+        "tokens. Mean and standard deviation over seeds."
+    )
+    return figures_table(_groups(methods), COLUMNS, note)
+
+
+def _groups(methods: Sequence[Row]) -> dict[str, list[Row]]:
+    return {
         f"{label}, {words(method)}": select(methods, hook=hook, method=method)
         for hook, label in short(distinct(methods, "hook")).items()
         for method in (ORIGINAL, *METHODS)
     }
-    clean, ce = methods[0]["perplexity_clean"], methods[0]["ce_clean"]
-    note = (
-        f"The model's own perplexity is {clean:.2f}, its cross-entropy {ce:.3f} nats per token. "
-        f"Dead: of {methods[0]['d_sae']}, those that never fire on {methods[0]['n_tokens']:,} "
-        "tokens. Mean and standard deviation over seeds."
-    )
-    return figures_table(groups, COLUMNS, note)
 
 
 def _averages(methods: Sequence[Row]) -> Table:
@@ -167,7 +171,11 @@ def _averages(methods: Sequence[Row]) -> Table:
         for method in (ORIGINAL, *METHODS)
     ]
     headings = ["", "MSE removed", "perplexity gap recovered", "L2 ratio", "L0"]
-    return Table(headings, rows, "Means over hooks; their mean and standard deviation over seeds.")
+    note = (
+        "Means over hooks; their mean and standard deviation over seeds. Without an SAE the "
+        f"model's cross-entropy is {methods[0]['ce_clean']:.3f} nats per token."
+    )
+    return Table(headings, rows, note)
 
 
 def _correlation_table(found: Sequence[Row]) -> Table:

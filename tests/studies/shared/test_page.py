@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from lightning_sae.studies.shared.page import Page, Section, Table, publish
+from lightning_sae.studies.shared.page import Page, Section, Table, caution, publish
 from lightning_sae.studies.shared.plots import COLORS, curves, panels, save
+from lightning_sae.studies.shared.rows import Row
 
 
 def page(**parts: object) -> Page:
@@ -89,6 +90,29 @@ def test_the_terminal_has_all_tables_and_the_comparison() -> None:
     assert "B  1" in lines
     assert lines[-1] == "  gamma: about 1 | 0.9"
     assert list(page().lines()) == []
+
+
+def test_a_table_without_figures_is_not_shown(tmp_path: Path) -> None:
+    tables = [Table(["", "empty"], []), Table(["", "blank"], [["relu", ""], ["gated", "-"]])]
+    shown = page(sections=[Section("All", (), [*tables, Table(["", "full"], [["relu", "1"]])])])
+    on_page = shown.write(tmp_path / "p.html").read_text(encoding="utf-8")
+    for text in (on_page, "\n".join(shown.lines())):
+        assert "full" in text
+        assert "empty" not in text
+        assert "blank" not in text
+
+
+def test_poor_saes_are_named_before_all_figures(tmp_path: Path) -> None:
+    good: list[Row] = [{"fvu": 0.5}]
+    poor: list[Row] = [{"fvu": 0.4}, {"fvu": 0.8}, {"fvu": None}]
+    assert caution({"good": good, "unknown": [{}]}) == ""
+    words = caution({"good": good, "poor": poor})
+    assert "above 0.5 for poor (0.60)" in words
+    assert "good" not in words.split(":")[1].split("(")[0]
+    warned = page(caution=words, sections=[Section("All", (), [Table(["", "L0"], [["a", "1"]])])])
+    on_page = warned.write(tmp_path / "p.html").read_text(encoding="utf-8")
+    for text in (on_page, "\n".join(warned.lines())):
+        assert text.index("poor (0.60)") < text.index("L0")
 
 
 def test_curves_are_drawn_from_left_to_right_each_in_its_colour() -> None:
