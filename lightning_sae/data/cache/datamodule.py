@@ -174,8 +174,7 @@ class CachedDataModule(ActivationSource):
         if not isinstance(self.activations, str | Path):
             return None
         folder = Path(self.activations).expanduser()
-        files = folder.is_dir() and any(folder.glob("*.npy"))
-        return folder if is_cache(folder) or (folder.is_dir() and not files) else None
+        return folder if is_cache(folder) or any(folder.glob("part-*.json")) else None
 
     def _checked(self, names: list[str]) -> list[str]:
         """Hooks to read; those of the cache if none are named."""

@@ -351,6 +351,10 @@ def test_a_shard_that_is_cut_short_missing_or_of_another_cache_is_named(own: Pat
     path.unlink()
     with pytest.raises(ValueError, match=f"{path.name} of SHA-256 .* is missing"):
         open_cache(own)
+    (own / "manifest.json").rename(own / "gone.json")
+    with pytest.raises(ValueError, match="has no manifest.json"):
+        open_cache(own)
+    (own / "gone.json").rename(own / "manifest.json")
     save_file({HOOKS[0]: torch.zeros(3, 16)}, path)
     manifest = json.loads((own / "manifest.json").read_text())
     manifest["shards"]["training"][1]["nbytes"] = path.stat().st_size
@@ -406,6 +410,9 @@ def theirs(tmp_path: Path) -> dict[str, Any]:
     np.save(tmp_path / "x.npy", x.numpy())
     save_file({"acts": flat}, tmp_path / "x.safetensors")
     (tmp_path / "parts").mkdir()
+    (tmp_path / "shards").mkdir()
+    for i, part in enumerate(flat.split(170)):
+        save_file({"acts": part.clone()}, tmp_path / "shards" / f"{i}.safetensors")
     for i, part in enumerate(flat.split(150)):
         np.save(tmp_path / "parts" / f"{i}.npy", part.numpy())
     parts = [str(tmp_path / "parts" / f"{i}.npy") for i in range(3)]
@@ -416,7 +423,8 @@ def theirs(tmp_path: Path) -> dict[str, Any]:
         "npy": tmp_path / "x.npy",
         "safetensors": str(tmp_path / "x.safetensors"),
         "list": parts,
-        "folder": tmp_path / "parts",
+        "folder of arrays": tmp_path / "parts",
+        "folder of safetensors": tmp_path / "shards",
     }
 
 
@@ -457,7 +465,7 @@ def test_short_dtypes_are_read_as_they_are(tmp_path: Path) -> None:
         ("x.txt", "name .npy, .safetensors files but got x.txt"),
         ("short.npy", "short.npy: it is no whole array"),
         ("short.safetensors", "short.safetensors: it is no whole safetensors file"),
-        ("folder", "folder has no manifest.json"),
+        ("folder", "there is none at folder"),
         (["x.npy", "y.npy"], "files of one kind but y.npy holds"),
         (7, "a cache, a tensor, an array, or files"),
     ],
