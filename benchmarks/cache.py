@@ -1,9 +1,9 @@
 """Rows from files beside rows in memory: `python -m benchmarks.cache`.
 
 Batches are taken in random order from the same rows: in a tensor, by indexing; and in safetensors
-files that lie in the page cache, by `CachedDataModule`, shuffled singly and in pieces. They are read
-alone, and in a run of a TopK SAE. All take turns, so that what else the machine does meets all of
-them; the median of the turns counts.
+files that lie in the page cache, by `CachedDataModule`, shuffled singly and in pieces. They are
+read alone, and in a run of a TopK SAE. All take turns, so that what else the machine does meets
+all of them; the median of the turns counts.
 """
 
 import argparse
