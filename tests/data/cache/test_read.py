@@ -262,6 +262,7 @@ def test_saes_side_by_side_train_each_at_its_hook(cache: Path) -> None:
         data.d_in,
     )
     trainer(5).fit(together, data)
+    assert "_text_data" not in vars(data)  # nobody asked for the model
     for hook in HOOKS:
         torch.manual_seed(0)
         alone = TopKSAE(WIDTHS[hook], 64, k=4)
@@ -293,6 +294,18 @@ def test_a_test_finds_the_model_by_the_manifest(
         assert found[name] == evaluation.results[name]
     assert sae.source["model"] == str(models["llama"])
     assert sae.source["hook_name"] == HOOKS[0]
+
+
+def test_each_hook_has_the_model_at_that_hook(cache: Path) -> None:
+    data = open_cache(cache)
+    whole = data.text_data()
+    assert whole is not None
+    for hook in HOOKS:
+        one = data.at(hook).text_data()
+        assert one is not None
+        assert one.hook_name == hook
+        assert one.d_in == WIDTHS[hook]
+        assert one.language_model.network is whole.language_model.network
 
 
 def test_without_the_model_a_test_gives_the_rest_and_says_so(
