@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_sae import (
+    ActivationDataModule,
     BatchTopKSAE,
     GatedSAE,
     JumpReLUSAE,
@@ -29,6 +31,7 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.functional.penalties import Sqrt
 
+CACHED: Any = {"tokens": 600, "held_out": 128, "shard_bytes": 50_000}
 D_IN, D_SAE, BATCH, STEPS = 8, 24, 32, 8
 DEAD = [3, 10, 11, 17]
 
@@ -168,3 +171,14 @@ def train(case: Case, batches: Tensor, **flags: Any) -> dict[str, Any]:
         "penalty_factor": sae.penalty_factor,
     }
     return copy.deepcopy(result)
+
+
+def to_cache(folder: Path) -> ActivationDataModule:
+    """What is cached by one rank or two."""
+    return ActivationDataModule(
+        "blocks.0.hook_resid_post",
+        text=folder / "text.txt",
+        validation_fraction=0.3,
+        context_length=16,
+        blocks_per_pass=4,
+    )

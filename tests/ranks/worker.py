@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sae import ReLUSAE
+from lightning_sae import CachedDataModule, ReLUSAE, write_cache
 from lightning_sae.cli import main as lightning_sae
-from tests.ranks.cases import BATCH, CASES, activations, train
+from tests.ranks.cases import BATCH, CACHED, CASES, activations, to_cache, train
 from tests.ranks.command import resumable
 
 RANKS = {"strategy": "ddp", "devices": 2}
@@ -76,11 +77,35 @@ def go_on(folder: Path) -> dict[str, Any]:
     return {"warned": [str(getattr(each, "message", each)) for each in caught]}
 
 
+class Kept(ReLUSAE):
+    """Keeps the batches it is trained on."""
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        vars(self).setdefault("batches", []).append(batch)
+
+
+def cache(folder: Path) -> dict[str, Any]:
+    """The batches of a run on a cache that both ranks wrote."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    data = to_cache(folder)
+    write_cache(data, folder / "cache", **CACHED, fabric=fabric)
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings: dict[str, Any] = {**dict.fromkeys(silent, False), **RANKS, "limit_val_batches": 0}
+    sae = Kept(128, 16)
+    Trainer(accelerator="cpu", max_steps=20, **settings).fit(
+        sae, CachedDataModule(folder / "cache", batch_size=16, buffer_size=32)
+    )
+    return {"batches": torch.cat(vars(sae)["batches"])}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rank = int(os.environ["LOCAL_RANK"])
     results = {"agree": agree(rank), "end_early": end_early(rank), "go_on": go_on(folder)}
+    results["cache"] = cache(folder)
     torch.save(results, folder / f"rank-{rank}.pt")
 
 

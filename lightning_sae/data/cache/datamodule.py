@@ -44,7 +44,10 @@ Data = TypeVar("Data", bound="CachedDataModule")
 LOOKED_AT = 2**13
 """Rows, spread over all, that are looked at before a run begins."""
 
-OPEN = ("_rows", "_text_data")
+LARGE = 2**30
+"""Bytes from which on it is said that files are being compared, which takes a while."""
+
+OPEN = ("_rows", "_at_each", "_text_data")
 """Attributes that hold files or models."""
 
 
@@ -163,6 +166,7 @@ class CachedDataModule(ActivationSource):
         self._restored: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
         self._verified: set[Split] = set()
+        self._whole: CachedDataModule | None = None  # of which this is one hook; see `at`
         if len(self.rows("training")) < batch_size:
             raise ValueError(
                 f"Expected argument `batch_size` to be at most {len(self.rows('training')):,}, the "
@@ -174,8 +178,7 @@ class CachedDataModule(ActivationSource):
         if not isinstance(self.activations, str | Path):
             return None
         folder = Path(self.activations).expanduser()
-        files = folder.is_dir() and any(folder.glob("*.npy"))
-        return folder if is_cache(folder) or (folder.is_dir() and not files) else None
+        return folder if is_cache(folder) or any(folder.glob("part-*.json")) else None
 
     def _checked(self, names: list[str]) -> list[str]:
         """Hooks to read; those of the cache if none are named."""
@@ -217,11 +220,17 @@ class CachedDataModule(ActivationSource):
         one = type(self).__new__(type(self))
         vars(one).update(vars(self))
         one.hook_names = one._names = [hook_name]
-        one.d_in = self.d_in[hook_name]
-        rows = {split: rows.only([hook_name]) for split, rows in self._rows.items()}
-        text_data = self.text_data()
-        vars(one).update(_rows=rows, _text_data=text_data and text_data.at(hook_name))
+        one.d_in, one._whole = self.d_in[hook_name], self
+        vars(one).pop("_text_data", None)
+        vars(one).update(_rows=self._at_each[hook_name])
         return one
+
+    @cached_property
+    def _at_each(self) -> dict[str, dict[Split, CachedRows]]:
+        return {
+            name: {split: rows.only([name]) for split, rows in self._rows.items()}
+            for name in self.hook_names
+        }
 
     def place(self) -> tuple[int, int]:
         """This process's rank, and the number of ranks."""
@@ -286,6 +295,9 @@ class CachedDataModule(ActivationSource):
 
     @cached_property
     def _text_data(self) -> ActivationDataModule | None:
+        if self._whole is not None:
+            of_all = self._whole.text_data()
+            return None if of_all is None else of_all.at(self.hook_names[0])
         given = {"model": self.evaluation_model, "text": self.evaluation_text}
         own = {name: value for name, value in given.items() if value is not None}
         noted = {} if self.manifest is None else self.manifest.data
@@ -345,9 +357,24 @@ class CachedDataModule(ActivationSource):
         if self.manifest is None or self.folder is None or split in self._verified:
             return
         if self.verify:
-            rank, n_ranks = self.place()
-            require_hashes(self.folder, self.manifest.shards[split][rank::n_ranks])
+            (rank, n_ranks), failure = self.place(), None
+            shards = self.manifest.shards[split][rank::n_ranks]
+            if sum(shard.nbytes for shard in shards) > LARGE:
+                log.info("Comparing all files with their hashes; `verify=False` leaves that out.")
+            try:
+                require_hashes(self.folder, shards)
+            except ValueError as error:
+                failure = error
+            self._end_together(failure)
         self._verified.add(split)
+
+    def _end_together(self, failure: ValueError | None) -> None:
+        """Raise what this rank has found, or that another one has found something."""
+        fine = failure is None
+        if self.place()[1] > 1:
+            fine = self.trainer.strategy.reduce_boolean_decision(fine)  # type: ignore[union-attr]
+        if not fine:
+            raise failure or ValueError("Another rank found an altered shard; it says which.")
 
     @rank_zero_only
     def _say_passes(self) -> None:

@@ -40,22 +40,27 @@ class Rows:
         return Rows([{name: shard[name] for name in hook_names} for shard in self.shards])
 
     def take(self, index: Int[Tensor, " n"]) -> ByHook:
-        """Copies of some rows, in the order of `index`.
-
-        They are read in the order in which they lie, shard by shard.
-        """
+        """Copies of some rows, in the order of `index`; read in the order in which they lie."""
         ordered, places = index.sort()
-        bounds = torch.searchsorted(ordered, self._starts).tolist()
         back = torch.empty_like(places)
         back[places] = torch.arange(len(places))
-        read: dict[str, list[Tensor]] = {name: [] for name in self.widths}
+        return {name: rows.index_select(0, back) for name, rows in self.read(ordered).items()}
+
+    def read(self, ordered: Int[Tensor, " n"]) -> ByHook:
+        """Copies of some rows whose numbers ascend."""
+        bounds = torch.searchsorted(ordered, self._starts).tolist()
+        found = {
+            name: part.new_empty(len(ordered), part.shape[1])
+            for name, part in self.shards[0].items()
+        }
         for shard, start, first, end in zip(
             self.shards, self._starts.tolist(), bounds[:-1], bounds[1:], strict=False
         ):
             if first < end:
+                own = ordered[first:end] - start
                 for name, part in shard.items():
-                    read[name].append(part.index_select(0, ordered[first:end] - start))
-        return {name: _joined(parts).index_select(0, back) for name, parts in read.items()}
+                    torch.index_select(part, 0, own, out=found[name][first:end])
+        return found
 
     def between(self, start: int, stop: int) -> "Rows":
         """The rows from `start` on, up to but without `stop`; nothing is copied."""

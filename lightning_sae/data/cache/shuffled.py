@@ -40,15 +40,17 @@ class Order:
     def between(self, start: int, stop: int) -> Int[Tensor, " rows"]:
         """Numbers of the rows from place `start` on in the passes that follow one another.
 
-        Of each pass, those that are asked for are shuffled.
+        Where pieces are long, those of each pass that are asked for are shuffled.
         """
         found = []
         while start < stop:
             number, first = divmod(start, self.n)
             end = min(first + stop - start, self.n)
             rows = self._of_pass(number, first, end)
-            generator = torch.Generator().manual_seed(seed_of(self.seed, f"places {start}"))
-            found.append(rows[torch.randperm(len(rows), generator=generator)])
+            if self.together > 1:
+                generator = torch.Generator().manual_seed(seed_of(self.seed, f"places {start}"))
+                rows = rows[torch.randperm(len(rows), generator=generator)]
+            found.append(rows)
             start += end - first
         return torch.cat(found)
 
@@ -76,7 +78,8 @@ class ShuffledRows(Iterator[Any]):
 
     A window of rows is read at a time, in pieces from anywhere, shuffled, and served; a thread
     reads the next one meanwhile. In one pass each row is served once. Several ranks take turns:
-    window k of rank r is window k * n_ranks + r of all. Memory: about three windows.
+    window k of rank r is window k * n_ranks + r of all. Memory: about three windows, if
+    rows come in pieces, and else two.
 
     The number of batches served is the whole state: every window can be read at any time.
 
@@ -118,8 +121,8 @@ class ShuffledRows(Iterator[Any]):
         self.served = 0
         self._reader = ThreadPoolExecutor(1, "cache") if prefetch else None
         self._number, self._ahead_number = -1, -1
-        self._present: ByHook = {}
-        self._ahead: Future[ByHook] | None = None
+        self._present: list[ByHook] = []
+        self._ahead: Future[list[ByHook]] | None = None
 
     def __len__(self) -> int:
         return ENDLESS
@@ -133,9 +136,8 @@ class ShuffledRows(Iterator[Any]):
         number, place = divmod(self.served, self.batches_per_window)
         if number != self._number:
             self._open(number)
-        own = slice(place * self.batch_size, (place + 1) * self.batch_size)
         self.served += 1
-        return self.given_as({name: rows[own].float() for name, rows in self._present.items()})
+        return self.given_as({name: rows.float() for name, rows in self._present[place].items()})
 
     def _open(self, number: int) -> None:
         ahead = None if self._ahead is None else self._ahead.result()
@@ -146,9 +148,20 @@ class ShuffledRows(Iterator[Any]):
             self._ahead_number = number + 1
             self._ahead = self._reader.submit(self._read, number + 1)
 
-    def _read(self, number: int) -> ByHook:
+    def _read(self, number: int) -> list[ByHook]:
+        """The batches of a window."""
         start = (number * self.n_ranks + self.rank) * self.window
-        return self.rows.take(self.order.between(start, start + self.window))
+        index = self.order.between(start, start + self.window)
+        if self.together == 1:
+            return [self.rows.take(own) for own in index.split(self.batch_size)]
+        ordered, places = index.sort()  # whole pieces at a time, whichever batch they go to
+        window = self.rows.read(ordered)
+        back = torch.empty_like(places)
+        back[places] = torch.arange(len(places))
+        return [
+            {name: rows.index_select(0, own) for name, rows in window.items()}
+            for own in back.split(self.batch_size)
+        ]
 
     def close(self) -> None:
         """Stop reading ahead."""

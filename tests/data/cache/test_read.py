@@ -262,6 +262,7 @@ def test_saes_side_by_side_train_each_at_its_hook(cache: Path) -> None:
         data.d_in,
     )
     trainer(5).fit(together, data)
+    assert "_text_data" not in vars(data)  # nobody asked for the model
     for hook in HOOKS:
         torch.manual_seed(0)
         alone = TopKSAE(WIDTHS[hook], 64, k=4)
@@ -293,6 +294,18 @@ def test_a_test_finds_the_model_by_the_manifest(
         assert found[name] == evaluation.results[name]
     assert sae.source["model"] == str(models["llama"])
     assert sae.source["hook_name"] == HOOKS[0]
+
+
+def test_each_hook_has_the_model_at_that_hook(cache: Path) -> None:
+    data = open_cache(cache)
+    whole = data.text_data()
+    assert whole is not None
+    for hook in HOOKS:
+        one = data.at(hook).text_data()
+        assert one is not None
+        assert one.hook_name == hook
+        assert one.d_in == WIDTHS[hook]
+        assert one.language_model.network is whole.language_model.network
 
 
 def test_without_the_model_a_test_gives_the_rest_and_says_so(
@@ -351,6 +364,10 @@ def test_a_shard_that_is_cut_short_missing_or_of_another_cache_is_named(own: Pat
     path.unlink()
     with pytest.raises(ValueError, match=f"{path.name} of SHA-256 .* is missing"):
         open_cache(own)
+    (own / "manifest.json").rename(own / "gone.json")
+    with pytest.raises(ValueError, match="has no manifest.json"):
+        open_cache(own)
+    (own / "gone.json").rename(own / "manifest.json")
     save_file({HOOKS[0]: torch.zeros(3, 16)}, path)
     manifest = json.loads((own / "manifest.json").read_text())
     manifest["shards"]["training"][1]["nbytes"] = path.stat().st_size
@@ -406,6 +423,9 @@ def theirs(tmp_path: Path) -> dict[str, Any]:
     np.save(tmp_path / "x.npy", x.numpy())
     save_file({"acts": flat}, tmp_path / "x.safetensors")
     (tmp_path / "parts").mkdir()
+    (tmp_path / "shards").mkdir()
+    for i, part in enumerate(flat.split(170)):
+        save_file({"acts": part.clone()}, tmp_path / "shards" / f"{i}.safetensors")
     for i, part in enumerate(flat.split(150)):
         np.save(tmp_path / "parts" / f"{i}.npy", part.numpy())
     parts = [str(tmp_path / "parts" / f"{i}.npy") for i in range(3)]
@@ -416,7 +436,8 @@ def theirs(tmp_path: Path) -> dict[str, Any]:
         "npy": tmp_path / "x.npy",
         "safetensors": str(tmp_path / "x.safetensors"),
         "list": parts,
-        "folder": tmp_path / "parts",
+        "folder of arrays": tmp_path / "parts",
+        "folder of safetensors": tmp_path / "shards",
     }
 
 
@@ -457,7 +478,7 @@ def test_short_dtypes_are_read_as_they_are(tmp_path: Path) -> None:
         ("x.txt", "name .npy, .safetensors files but got x.txt"),
         ("short.npy", "short.npy: it is no whole array"),
         ("short.safetensors", "short.safetensors: it is no whole safetensors file"),
-        ("folder", "folder has no manifest.json"),
+        ("folder", "there is none at folder"),
         (["x.npy", "y.npy"], "files of one kind but y.npy holds"),
         (7, "a cache, a tensor, an array, or files"),
     ],

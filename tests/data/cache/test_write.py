@@ -323,6 +323,13 @@ def test_other_weights_under_the_same_name_are_noticed(
         write_cache(data, cache, **SMALL)
 
 
+def test_one_process_at_a_time_writes_into_a_folder(make_data: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with writing._held(folder), pytest.raises(ValueError, match="another process writes a cache"):
+        write_cache(make_data(), folder, **SMALL)
+    assert not folder.exists()
+
+
 def test_what_was_not_made_by_it_is_not_written_into(make_data: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="`output` to be a new or empty folder"):
