@@ -12,8 +12,8 @@ from lightning_sae.metrics import held_out_metrics
 
 def arguments(*kinds: type) -> set[str]:
     """Of these classes and their bases."""
-    bases = {base for kind in kinds for base in kind.__mro__ if "__init__" in vars(base)}
-    return {name for base in bases for name in inspect.signature(base.__init__).parameters}
+    of_bases = (vars(base).get("__init__") for kind in kinds for base in kind.__mro__)
+    return {name for init in of_bases if init for name in inspect.signature(init).parameters}
 
 
 def test_every_setting_class_and_metric_named_is_there(repository: Path) -> None:

@@ -1,5 +1,6 @@
 """The results as Markdown, between two marks in docs/interop.md."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,9 +52,19 @@ def _section(title: str, found: Sequence[dict[str, Any]]) -> str:
         _table([row for row in rows if row.verdict != "refused"]),
     ]
     if refused:
-        lines = [f"- {row.library}, {row.sae}: {row.note}" for row in refused]
-        parts += ["Refused, with the reason that the user gets:", "\n".join(lines)]
+        parts += ["Refused, with the reason that the user gets:", "\n".join(_reasons(refused))]
     return "\n\n".join(parts)
+
+
+def _reasons(refused: Sequence[Row]) -> list[str]:
+    """A line for each reason, and the SAEs that it was given for."""
+    saes: dict[tuple[str, str], list[str]] = {}
+    for row in refused:
+        reason = re.sub(r"\S*/tmp\S*/", "", row.note)
+        saes.setdefault((row.library, reason), []).append(row.sae)
+    return [
+        f"- {library}: {reason} ({'; '.join(names)})" for (library, reason), names in saes.items()
+    ]
 
 
 def _table(rows: Sequence[Row]) -> str:
