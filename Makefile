@@ -4,17 +4,20 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 PEERS ?= .venv-benchmark
 BENCHMARK ?= all
+NEIGHBOURS ?= .venv-interop
+INTEROP ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup test lint quickstart benchmark clean
+.PHONY: help setup test lint quickstart benchmark interop clean
 
 help:
 	@echo "make quickstart   train and evaluate an SAE on the embedded language model, into RUN=$(RUN)"
 	@echo "make test         every check: ruff, mypy, tests and doctests, on WORKERS=$(WORKERS) cores"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make benchmark    step time, memory and whole runs beside other libraries, into docs/benchmark.md"
+	@echo "make interop      SAEs handed to other libraries and back, judged by them, into docs/interop.md"
 	@echo "make setup        the pinned environment alone, in $(VENV)"
 	@echo "make clean        remove caches and build products, not the environment and not the runs"
 
@@ -61,6 +64,21 @@ $(PEERS)/.installed: pyproject.toml benchmarks/requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet torch==2.13.0
 	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/requirements.txt -e .
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
+# As for the benchmark: an environment of their own, or one that is given as NEIGHBOURS=/path/to/venv.
+ifeq ($(origin NEIGHBOURS),file)
+interop: $(NEIGHBOURS)/.installed
+endif
+
+interop:
+	HF_HUB_OFFLINE=1 $(NEIGHBOURS)/bin/python -m benchmarks.interop $(INTEROP)
+
+$(NEIGHBOURS)/.installed: pyproject.toml benchmarks/interop/requirements.txt
+	test -x $(NEIGHBOURS)/bin/python || $(PYTHON) -m venv $(NEIGHBOURS)
+	$(NEIGHBOURS)/bin/python -m pip install --quiet torch==2.13.0
+	$(NEIGHBOURS)/bin/python -m pip install --quiet -r benchmarks/interop/requirements.txt -e .
+	$(NEIGHBOURS)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean:
