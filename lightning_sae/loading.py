@@ -75,6 +75,8 @@ def load(
     """
     require_place(device, dtype)
     path = on_disk(path, revision)
+    if path.suffix == ".safetensors" and path.is_file():  # what describes it is beside it
+        path = path.parent
     if format is None and _is_checkpoint(path):
         sae = _load_checkpoint(path, architecture, member)
     elif format is None and interop.is_ours(path):

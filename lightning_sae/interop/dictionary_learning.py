@@ -270,6 +270,8 @@ def write(sae: Outgoing, folder: Path) -> None:
         sae = sae.subtracting(True)
     elif kind == "JumpReluAutoEncoder":
         sae = sae.subtracting(False)
+    if kind == "AutoEncoder" and free_rows(sae.weights["W_dec"]) == "free":
+        sae = sae._replace(notes=[*sae.notes, NORMALISED])
     tensors = _tensors_of(kind, sae)
     config = {
         "trainer": {
@@ -283,6 +285,12 @@ def write(sae: Outgoing, folder: Path) -> None:
         "lightning_sae": origin(sae),
     }
     write_files(folder, {WEIGHTS: lambda path: torch.save(tensors, path), CONFIG: as_json(config)})
+
+
+NORMALISED = (
+    "`load_dictionary` makes decoder rows of norm 1, and latents times their norms; "
+    "`AutoEncoder.from_pretrained(path, normalize_decoder=False)` leaves them"
+)
 
 
 def _dict_class(sae: Outgoing) -> str:

@@ -35,6 +35,15 @@ def test_an_sae_goes_out_and_comes_back(
         export_main([str(own), "--format", "safetensors", "--output", str(tmp_path / "x")])
 
 
+def test_a_file_of_weights_stands_for_its_folder(
+    sae_of: Callable[..., Any], x: Tensor, tmp_path: Path
+) -> None:
+    sae = sae_of("gated")
+    folder = export(sae, tmp_path / "there", "saelens")
+    found = lightning_sae.load(folder / "sae_weights.safetensors")
+    torch.testing.assert_close(found.encode(x), sae.encode(x))
+
+
 def test_what_was_guessed_is_shown(
     sae_of: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
