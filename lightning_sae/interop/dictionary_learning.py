@@ -29,6 +29,7 @@ from lightning_sae.interop.found import (
     RAW,
     Found,
     free_rows,
+    from_on,
     number,
     own_source,
     own_units,
@@ -41,7 +42,6 @@ from lightning_sae.interop.found import (
 )
 from lightning_sae.interop.outgoing import Outgoing
 from lightning_sae.interop.reading import names_in_pt, pick, read_config, read_pt, refusal
-from lightning_sae.interop.thresholds import just_above
 from lightning_sae.interop.writing import as_json, origin, refuse, write_files
 
 NAME = "dictionary_learning"
@@ -231,14 +231,13 @@ def _arguments(
 def _from_on(weights: dict[str, Tensor], guessed: list[str]) -> Tensor:
     """A threshold from which on latents fire, of one above which they do."""
     threshold = weights["threshold"]
-    dtype = torch.promote_types(weights["W_enc"].dtype, torch.float32)
     if threshold < 0:
         guessed.append(
             "no threshold, for it has none: every positive pre-activation is a latent, as with "
             "dictionary_learning; train it on, and it gets one"
         )
-        return torch.full((), -torch.inf, dtype=dtype)
-    return just_above(threshold, dtype)
+        return threshold.new_full((), -torch.inf)
+    return from_on(threshold, weights)
 
 
 SITES = ("resid_post", "resid_pre", "mlp_out", "attn_out")

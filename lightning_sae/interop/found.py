@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sae.interop.reading import refusal
+from lightning_sae.interop.thresholds import just_above
 
 
 class Found(NamedTuple):
@@ -107,6 +108,12 @@ def with_window(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     positive = threshold[threshold > 0]
     unit = positive.mean() if len(positive) else torch.ones((), dtype=dtype)
     return {**weights, "threshold": threshold, "threshold_unit": unit}
+
+
+def from_on(threshold: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The threshold from which on latents fire, of one above which they do; in float32 or more."""
+    dtype = weights["W_enc"].dtype
+    return just_above(threshold, dtype).to(torch.promote_types(dtype, torch.float32))
 
 
 def own_source(config: dict[str, Any]) -> dict[str, Any]:

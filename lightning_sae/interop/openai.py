@@ -33,8 +33,9 @@ NEEDED = {"pre_bias": 1, "encoder.weight": 2, "latent_bias": 1}
 DECODER = {"decoder.weight": 2, "decoder.linear.weight": 2}
 STATISTICS = (
     "stats_last_nonzero", "latents_activation_frequency", "latents_mean_square", "activation",
-    "activation_state_dict",
+    "activation_state_dict", "activation.k", "activation.postact_fn",
 )  # fmt: skip
+"""What is no weight; the TopK is described twice."""
 
 
 def _file(path: Path) -> Path:

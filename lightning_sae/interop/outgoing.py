@@ -194,7 +194,8 @@ def _as(name: str, weight: Tensor, sae: SparseAutoencoder, dtype: torch.dtype) -
         return weight.to(dtype)
     if not isinstance(sae, BatchTopKSAE):
         return rounded_down(weight, dtype)
-    return torch.where(weight > 0, just_below(weight, dtype), 0.0).to(dtype)
+    in_force = weight.to(dtype)  # torch compares with one number in the dtype of the many
+    return torch.where(in_force > 0, just_below(in_force, dtype), 0.0).to(dtype)
 
 
 def _magnitudes(sae: GatedSAE, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ version 6 `cfg.json` was flat.
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_sae.interop.found import (
@@ -28,6 +27,7 @@ from lightning_sae.interop.found import (
     fold_norms,
     fold_scale,
     free_rows,
+    from_on,
     number,
     own_source,
     own_units,
@@ -38,7 +38,6 @@ from lightning_sae.interop.found import (
 )
 from lightning_sae.interop.outgoing import Outgoing
 from lightning_sae.interop.reading import pick, read_config, read_safetensors, refusal
-from lightning_sae.interop.thresholds import just_above
 from lightning_sae.interop.writing import as_json, as_safetensors, origin, write_files
 
 NAME = "saelens"
@@ -192,9 +191,7 @@ def _finished(
     if "threshold" in weights:
         weights = with_window(weights)
     if "topk_threshold" in weights:
-        dtype = torch.promote_types(weights["W_enc"].dtype, torch.float32)
-        threshold = weights["topk_threshold"].clamp(min=0.0)
-        weights["threshold"] = just_above(threshold, dtype)
+        weights["threshold"] = from_on(weights["topk_threshold"].clamp(min=0.0), weights)
         del weights["topk_threshold"]
     return weights, units
 

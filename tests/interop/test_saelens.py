@@ -145,6 +145,15 @@ def test_a_pre_activation_at_the_threshold_is_no_latent(written: Callable[..., P
     assert torch.equal(f[0] > 0, zeros["b_enc"] > 0.5)
 
 
+def test_likewise_in_bfloat16(written: Callable[..., Path]) -> None:
+    pre = (1 + torch.arange(D_SAE) / 128).bfloat16()
+    zeros = {"W_enc": torch.zeros(D_IN, D_SAE), "b_enc": pre, "W_dec": torch.ones(D_SAE, D_IN)}
+    short = {name: tensor.bfloat16() for name, tensor in zeros.items()}
+    short |= {"b_dec": torch.zeros(D_IN).bfloat16(), "topk_threshold": pre[5].double()}
+    sae = lightning_sae.load(written({"architecture": "batchtopk", "k": 2}, **short))
+    assert torch.equal(sae.encode(torch.zeros(1, D_IN))[0] > 0, torch.arange(D_SAE) > 5)
+
+
 def test_a_matryoshka_in_training_keeps_its_widths(written: Callable[..., Path]) -> None:
     config = {"architecture": "matryoshka_batchtopk", "k": 3.0, "matryoshka_widths": [4, 8]}
     sae: Any = lightning_sae.load(written(config, topk_threshold=torch.tensor(0.1)))
@@ -314,17 +323,16 @@ def test_heads_side_by_side_are_reshaped_there(sae_of: Callable[..., Any], tmp_p
     assert (config["reshape_activations"], config["metadata"]["hook_head_index"]) == ("none", 2)
 
 
+@pytest.mark.parametrize("more", [0.0, 0.002, 0.006])  # the next number is 0.0078 away
 @pytest.mark.parametrize("name", ["batch topk", "jumprelu"])
 def test_thresholds_of_bfloat16_let_the_same_pre_activations_through(
-    name: str, sae_of: Callable[..., Any], tmp_path: Path
+    name: str, more: float, sae_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     sae = sae_of(name, scaled=False)
     with torch.no_grad():
         sae.W_enc.zero_()
         sae.b_enc.copy_(1 + torch.arange(D_SAE) / 128)  # neighbours in bfloat16
-        sae.threshold.fill_(1.0390625)
-        if name == "jumprelu":
-            sae.threshold.add_(0.006)  # nearer to the next
+        sae.threshold.fill_(1.0390625 + more)
     sae = sae.bfloat16()
     folder = export(sae, tmp_path / "out", "saelens")
     assert weights_of(folder)["threshold"].dtype == torch.bfloat16

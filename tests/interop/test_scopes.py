@@ -259,6 +259,8 @@ def test_openai_top_k_wants_normalised_rows(
         "stats_last_nonzero": torch.zeros(D_SAE, dtype=torch.long),
         "activation": "TopK",
         "activation_state_dict": {"k": 4, "postact_fn": "ReLU"},
+        "activation.k": 4,
+        "activation.postact_fn": "ReLU",
     }
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"`decode` cannot undo.*`format='openai_normalised'`"):
