@@ -129,9 +129,7 @@ def _data(
 ) -> ActivationDataModule:
     """What SAEs of one model and hook were trained on."""
     first = next(iter(saes.values()))
-    known = {"text_column": first.source.get("text_column", "text"), **given}
-    column = known.pop("text_column")
-    data = data_of(first, known, column, streaming, validation_fraction)
+    data = data_of(first, {**given}, None, streaming, validation_fraction)
     for name, sae in saes.items():
         expect(
             data.d_in == sae.d_in,

@@ -2,8 +2,9 @@
 
     python -m lightning_sae.analysis.evaluation.family --output curve.json
 
-Each has a third of the compute of the one above it, with the tokenizer, text, context, batch and
-learning rate of the embedded model. The package keeps what they scored as `embedded_curve.json`.
+The largest has a 9th of the embedded model's compute, each other one a third of the next;
+tokenizer, text, context, batch and learning rate are those of the embedded model. The package keeps
+what they scored as `embedded_curve.json`.
 """
 
 import json
@@ -43,7 +44,6 @@ SIZES = (
     Size(32, 2, 81, 2),
     Size(64, 1, 27, 2),
     Size(64, 3, 9, 1),
-    Size(96, 3, 3, 1),
 )
 
 

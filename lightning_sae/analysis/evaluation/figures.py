@@ -27,7 +27,7 @@ from lightning_sae.data import ActivationDataModule
 
 Figures = dict[str, Any]
 FIRST_LETTER = "first_letter="
-NOWHERE: Mapping[str, properties.Question] = {}
+NO_QUESTIONS: Mapping[str, properties.Question] = {}
 
 
 def say_nothing(text: str) -> None:
@@ -57,7 +57,7 @@ class Questions(NamedTuple):
 def questions_of(
     passages: list[Passage],
     context_length: int,
-    own: Mapping[str, properties.Question] = NOWHERE,
+    own: Mapping[str, properties.Question] = NO_QUESTIONS,
     needed: tuple[str, ...] = (),
 ) -> Questions:
     """Labels of a text, of properties of which both halves have examples of both classes.
@@ -204,15 +204,12 @@ def _reference(sample: Sample, tasks: Mapping[str, _Task]) -> Figures:
 
 
 def _probed(latents: Any, sample: Sample, tasks: Mapping[str, _Task]) -> Figures:
-    rows = _rows(latents, sample)
-    return {
-        name: {"of": of, **{f"latents_{k}": a for k, a in _few(rows[of], task).items()}}
-        for name, (of, task) in tasks.items()
-    }
-
-
-def _few(rows: Any, task: probing.Task) -> dict[int, float]:
-    return probing.sparse_probes(rows, task)
+    """What probes reach on few latents."""
+    rows, found = _rows(latents, sample), {}
+    for name, (of, task) in tasks.items():
+        few = probing.sparse_probes(rows[of], task)
+        found[name] = {"of": of, **{f"latents_{k}": accuracy for k, accuracy in few.items()}}
+    return found
 
 
 def _compute(curve: Curve | None, held_out: Mapping[str, float]) -> Figures | None:
@@ -253,8 +250,8 @@ def _absorption(
     sae: SparseAutoencoder, latents: Any, sample: Sample, probes: Mapping[str, _Probed]
 ) -> Figures:
     W_dec = sae.W_dec.detach().float().cpu()
-    nothing = torch.zeros(1, sae.d_sae, device=sae.W_dec.device)
-    origin = sae.decode(nothing)[0].float().cpu()
+    silent = torch.zeros_like(sae.encode(sample.x[:1].to(sae.W_dec.device)))
+    origin = sae.decode(silent)[0].float().cpu()
     found = {}
     for name, (rows, probe) in probes.items():
         own, f1 = absorption.own_latents(latents, rows)

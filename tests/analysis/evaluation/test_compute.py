@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_sae.analysis.evaluation import family
 from lightning_sae.analysis.evaluation.compute import (
     EMBEDDED_CURVE,
     Curve,
@@ -66,6 +67,20 @@ def test_the_embedded_models_curve_comes_with_the_package() -> None:
     assert content["fit"]["coefficients"] == pytest.approx(fit.coefficients.tolist(), rel=1e-6)
     assert content["fit"]["residual"] == pytest.approx(fit.residual, rel=1e-6)
     assert "lightning_sae.analysis.evaluation.family" in content["made_by"]
+
+
+def test_the_kept_points_are_those_of_the_command() -> None:
+    *smaller, own = json.loads(EMBEDDED_CURVE.read_text())["points"]
+    made = [
+        family.settings_of(size, seed, family.Settings(), own["parameters"])
+        for size in family.SIZES
+        for seed in range(size.seeds)
+    ]
+    for point, settings in zip(smaller, made, strict=True):
+        assert all(point[name] == getattr(settings, name) for name in ("width", "steps", "seed"))
+        assert point["compute"] == family.compute(point["parameters"], settings)
+    parts = [size.part for size in family.SIZES for _ in range(size.seeds)]
+    assert [own["compute"] / p["compute"] for p in smaller] == pytest.approx(parts, rel=0.01)
 
 
 @pytest.mark.parametrize(
