@@ -138,6 +138,22 @@ class ActivationStream:
                 require_precision(part, self.dtype)
         return rows.to(self.dtype)
 
+    def sample(self, n: int) -> Float[Tensor, "n d_in"]:
+        """Activations of the text that follows, not counted in `statistics`.
+
+        About 128 activations of one block in every 1024 tokens, because activations of one document
+        are similar.
+        """
+        length, found = self.blocks.context_length, list[Tensor]()
+        apart, step = max(2, 1024 // length), max(1, length // 128)
+        while sum(len(rows) for rows in found) < n:
+            blocks = [self.blocks.read(apart)[-1:] for _ in range(self.blocks_per_pass)]
+            tokens = torch.cat(blocks)
+            activations = self.model.activations(tokens)
+            kept = self.keep.kept(tokens, activations)
+            found.append(activations[kept.to(activations.device)][::step].float().cpu())
+        return torch.cat(found)[:n]
+
     def _count(self, tokens: Int[Tensor, "batch seq"], n_rows: int) -> None:
         self.seen += tokens.numel()
         self.kept += n_rows
