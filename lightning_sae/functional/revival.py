@@ -47,10 +47,11 @@ def auxk(
     row's error, which bounds the loss for any bias. The gradient ignores the floor.
 
     A bias far below zero hardly moves, because an Adam step is about as large as the learning rate.
-    Of 24 latents of a TopK SAE on toy data with `b_enc` of -20, none fired again within 400 steps at
-    `lr=1e-3` (with -5 none either); at `lr=1e-2` 21 did, because their encoder rows grew, and none
-    without AuxK. `DeadFeatureResampling` resets biases: with `reinitialize` all 24 fired again at
-    `lr=1e-3`, with `loss_squared`, whose encoder rows are small (`encoder_scale`), none did.
+    Of 24 latents of a TopK SAE on toy data with `b_enc` of -20, none fired again within 400 steps
+    at `lr=1e-3` (with -5 none either); at `lr=1e-2` 21 did, although their biases were still -18
+    on average, and none without AuxK. `DeadFeatureResampling` resets biases: with `reinitialize`
+    all 24 fired again at `lr=1e-3`, with `loss_squared`, whose encoder rows are small
+    (`encoder_scale`), none did.
 
     Args:
         residual: The error e, detached.
