@@ -489,7 +489,12 @@ class ActivationDataModule(ActivationSource):
         if self.buffer is None:
             self.buffer = self._new_buffer()
             self._restore(self.buffer)
-        return as_asked_for(EndlessBatches(self.buffer, self.by_hook), self.trainer)
+        return as_asked_for(EndlessBatches(self.buffer, self._batch), self.trainer)
+
+    def _batch(self, rows: Float[Tensor, "rows d"]) -> Rows:
+        """Rows of the buffer as training gets them."""
+        source = None if self.buffer is None else self.buffer.source
+        return self.by_hook(source.restored(rows) if isinstance(source, ActivationStream) else rows)
 
     def _close(self) -> None:
         if self.buffer is not None:
@@ -549,7 +554,7 @@ class ActivationDataModule(ActivationSource):
             source.say_unknown()
 
     def _parts(self, rows: Float[Tensor, "rows d"]) -> dict[str, Float[Tensor, "rows d_hook"]]:
-        parts = self.by_hook(rows)
+        parts = self._batch(rows)
         return parts if isinstance(parts, dict) else {self.hook_names[0]: parts}
 
     def val_dataloader(self) -> HeldOutBatches:

@@ -93,6 +93,8 @@ class ActivationStream:
 
     Attributes:
         seconds: Time that the model has taken, in this process.
+        offset: Subtracted before rows are stored in a shorter dtype than the model's, the mean of
+            the first pass. A coordinate with a large mean would lose its digits otherwise.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class ActivationStream:
         self.seen = self.kept = self.unknown = 0
         self.dropped = dict.fromkeys(REASONS, 0)
         self.seconds = 0.0
+        self.offset: Tensor | None = None
         self._said_passes = self._said_unknown = False
 
     def read(self) -> Float[Tensor, "rows d_in"]:
@@ -129,14 +132,25 @@ class ActivationStream:
         for reason, mask in left_out.items():
             self.dropped[reason] += int(mask.sum())
         rows = activations[kept.to(activations.device)]
+        if self.kept == 0 and len(rows) and self.dtype.itemsize < rows.dtype.itemsize:
+            self.offset = rows[rows.isfinite().all(-1)].mean(0).nan_to_num().cpu()  # NaN of no row
+            for part in self._stored(rows, rows.dtype).split(self._widths(rows), -1):
+                require_precision(part, self.dtype)
         seen = self.seen
         self._count(tokens, len(rows))
         if self.blocks.epoch > epoch:
             self._count_passes(seen)
-        if seen == 0 and len(rows) and self.dtype.itemsize < rows.dtype.itemsize:
-            for part in rows.split(self.keep.widths or rows.shape[-1], -1):
-                require_precision(part, self.dtype)
-        return rows.to(self.dtype)
+        return self._stored(rows, self.dtype)
+
+    def _widths(self, rows: Tensor) -> list[int]:
+        return self.keep.widths or [rows.shape[-1]]
+
+    def _stored(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return (rows if self.offset is None else rows - self.offset.to(rows)).to(dtype)
+
+    def restored(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+        """Activations from rows that `read` gave."""
+        return rows if self.offset is None else rows.float() + self.offset
 
     def sample(self, n: int) -> Float[Tensor, "n d_in"]:
         """Activations of the text that follows, not counted in `statistics`.
@@ -186,10 +200,12 @@ class ActivationStream:
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
         counts = {name: getattr(self, name) for name in ("seen", "kept", "unknown")}
-        return {"blocks": self.blocks.state_dict(), "dropped": {**self.dropped}, **counts}
+        own = {"dropped": {**self.dropped}, "offset": self.offset}
+        return {"blocks": self.blocks.state_dict(), **own, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` stood."""
         self.blocks.load_state_dict(state["blocks"])
+        self.offset = state.get("offset")
         self.seen, self.dropped = state["seen"], self.dropped | state["dropped"]
         self.kept, self.unknown = state.get("kept", self.seen), state.get("unknown", 0)

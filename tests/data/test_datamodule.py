@@ -280,6 +280,26 @@ def test_a_checkpoint_of_the_middle_of_a_run_gives_the_rest_of_it(
         assert torch.equal(rest, torch.stack(recorder.batches[step:]))
 
 
+def test_a_large_mean_costs_no_digits_of_a_short_dtype_and_a_resume_is_exact(
+    make_data: Any, tmp_path: Path
+) -> None:
+    def make(dtype: str) -> ActivationDataModule:
+        data = make_data(dtype=dtype, center=True)
+        model, large = data.language_model, torch.zeros(16).index_fill(0, torch.tensor(3), 1e5)
+        plain = model.activations
+        model.activations = lambda tokens: plain(tokens) + large
+        return data
+
+    full, short = (batches_of_a_fit(make(dtype), 20) for dtype in ("float32", "bfloat16"))
+    spread = (full - full.mean((0, 1))).abs().amax()
+    assert (short - full).abs().max() < 0.01 * spread  # in bfloat16, 1e5 is exact to 256
+    run = trainer(7)
+    run.fit(Recorder(), make("bfloat16"))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    rest = batches_of_a_fit(make("bfloat16"), 20, ckpt_path=tmp_path / "run.ckpt")
+    assert torch.equal(rest, short[7:])
+
+
 class Asks(Callback):
     """Asks for unseen activations at the end, and notes what a checkpoint would hold then."""
 
