@@ -8,6 +8,7 @@ table for readers.
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ WATCHING = {
     "SplicedLossMonitor",
     "StepMonitor",
     "StreamMonitor",
+    "ThresholdCalibration",
     "TopContexts",
 }
 
@@ -159,7 +161,7 @@ def _of_trainer(trainer: Trainer) -> Settings:
     )
     fixed = [name for name in FIXED_IN_TRAINER if not (scheduled and name.startswith("acc"))]
     names = {name: name not in FIXED_IN_TRAINER for name in (*fixed, *CHANGING_IN_TRAINER)}
-    found = {f"trainer.{n}": Setting(getattr(trainer, n), may) for n, may in names.items()}
+    found = {f"trainer.{n}": Setting(_plain(getattr(trainer, n)), may) for n, may in names.items()}
     seed = os.environ.get("PL_GLOBAL_SEED")  # where Lightning keeps it
     if seed is not None:
         found["seed_everything"] = Setting(int(seed), False)
@@ -239,6 +241,8 @@ def _plain(value: Any) -> Any:
     """A value of Python's own types; lists as tuples, for configuration files know none."""
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
+    if isinstance(value, Enum):  # as Lightning's, which are strings, too
+        return value.value
     if value is None or isinstance(value, bool):
         return value
     kind = next((kind for kind in (int, float) if isinstance(value, kind)), str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from lightning_sae import ReLUSAE, SideBySide, TopKSAE, ToyDataModule
+from lightning_sae import JumpReLUSAE, ReLUSAE, SideBySide, TopKSAE, ToyDataModule
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, RunCheckpoint
 
 
@@ -54,6 +54,10 @@ CHANGING: dict[str, dict[str, Any]] = {
     "model.clip_grad_norm: 0.5 (was 1.0)": {"clip_grad_norm": 0.5},
     "trainer.max_steps: 9 (was 4)": {"max_steps": 9},
     "trainer.gradient_clip_val: 2.0 (was None)": {"gradient_clip_val": 2.0},
+    "trainer.gradient_clip_algorithm: value (was None)": {
+        "gradient_clip_algorithm": "value",
+        "gradient_clip_val": 0.01,
+    },
     "callbacks.Mine.weight: 3.0 (was 1.0)": {"callbacks": [L1Warmup(3), Mine(3.0)]},
     "callbacks: DecoderNormProjection, L1Warmup (was DecoderNormProjection, L1Warmup, Mine)": {
         "callbacks": [L1Warmup(3)]
@@ -71,7 +75,13 @@ FIXED: dict[str, dict[str, Any]] = {
     "`model.b_dec_init` to be mean but got zero": {"b_dec_init": "zero"},
     "`trainer.max_steps` to be at least 4": {"max_steps": 3},
 }
-OF_TRAINER = {"max_steps", "gradient_clip_val", "accumulate_grad_batches", "precision"}
+OF_TRAINER = {
+    "max_steps",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+    "precision",
+}
 
 
 def go_on(root: Path, last: Path, changes: dict[str, Any]) -> Trainer:
@@ -109,6 +119,16 @@ def test_another_architecture_and_width_are_refused(last: Path, tmp_path: Path) 
         fit(tmp_path, sae_of(TopKSAE, k=3), ckpt_path=last)
     with pytest.raises(ValueError, match=r"set the `d_in` and `d_sae` it was made with"):
         fit(tmp_path, ReLUSAE(8, 32), ckpt_path=last)
+
+
+def test_where_thresholds_started_may_not_change(tmp_path: Path) -> None:
+    fit(tmp_path, sae_of(JumpReLUSAE, threshold_init=0.1), max_steps=4)
+    with pytest.raises(ValueError, match="`model.threshold_init` to be 0.1 but got 0.2"):
+        fit(
+            tmp_path,
+            sae_of(JumpReLUSAE, threshold_init=0.2),
+            ckpt_path=tmp_path / "checkpoints" / "last.ckpt",
+        )
 
 
 def test_another_seed_is_refused(tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch import Callback
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_sae.architectures.batch_topk import BatchTopKSAE
 from lightning_sae.architectures.objective import Step
+from lightning_sae.architectures.threshold import ThresholdCalibration
 from lightning_sae.checks import require_at_least, require_not_negative
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.sparse.code import Code
@@ -93,6 +96,13 @@ class MatryoshkaSAE(BatchTopKSAE):
             cost = batch_penalty(self.penalty, f, self.penalty_norms())
             losses["l1"] = self.weight_of_penalty() * cost
         return Step(losses, f, x_hats[-1], errors[-1])
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """As in the base class; a ReLU has no threshold to set."""
+        brought = super().configure_callbacks()
+        calibrates = not self.uses_relu
+        return [c for c in brought if calibrates or not isinstance(c, ThresholdCalibration)]
 
     def nested(self, f: Code, widths: Sequence[int]) -> list[Float[Tensor, "batch d_in"]]:
         """The reconstruction from each prefix."""

@@ -23,7 +23,10 @@ class TopKSAE(SparseAutoencoder):
 
     There is no penalty. The loss `lightning_sae.functional.revival.auxk` trains dead latents. As
     nothing penalises strong latents, decoder norms may be free (`decoder_norm="free"`), which finds
-    more features of toy data. Source: Gao et al., Scaling and evaluating sparse autoencoders
+    more features of toy data. Latents are then still chosen by their pre-activations, so that their
+    scale matters although a decoder row can undo it; training uses it like a threshold per latent.
+    Choosing by the pre-activation times the norm of the decoder row, as SAELens does, finds fewer
+    features (`docs/studies.md`). Source: Gao et al., Scaling and evaluating sparse autoencoders
     (2024).
 
     Args:

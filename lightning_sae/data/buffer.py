@@ -150,6 +150,10 @@ class ShuffleBuffer(Iterator[Tensor]):
             "`positions` or `max_norm_multiple`, or look at what `data/dropped_...` says."
         )
 
+    def finish_reading(self) -> None:
+        """Finish the refill under way; no batch may be asked for afterwards."""
+        self._receive()
+
     def nbytes(self) -> int:
         """Bytes of the rows held."""
         return 0 if self.rows is None else self.rows.nbytes

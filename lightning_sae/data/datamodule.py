@@ -220,6 +220,7 @@ class ActivationDataModule(ActivationSource):
         self._restored: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
         self._said: set[int | str] = set()
+        self._unseen: dict[str, Tensor] = {}  # by hook, shared with what `at` gives
 
     # The model at its hooks.
 
@@ -488,7 +489,12 @@ class ActivationDataModule(ActivationSource):
         if self.buffer is None:
             self.buffer = self._new_buffer()
             self._restore(self.buffer)
-        return as_asked_for(EndlessBatches(self.buffer, self.by_hook), self.trainer)
+        return as_asked_for(EndlessBatches(self.buffer, self._batch), self.trainer)
+
+    def _batch(self, rows: Float[Tensor, "rows d"]) -> Rows:
+        """Rows of the buffer as training gets them."""
+        source = None if self.buffer is None else self.buffer.source
+        return self.by_hook(source.restored(rows) if isinstance(source, ActivationStream) else rows)
 
     def _close(self) -> None:
         if self.buffer is not None:
@@ -548,7 +554,7 @@ class ActivationDataModule(ActivationSource):
             source.say_unknown()
 
     def _parts(self, rows: Float[Tensor, "rows d"]) -> dict[str, Float[Tensor, "rows d_hook"]]:
-        parts = self.by_hook(rows)
+        parts = self._batch(rows)
         return parts if isinstance(parts, dict) else {self.hook_names[0]: parts}
 
     def val_dataloader(self) -> HeldOutBatches:
@@ -569,12 +575,28 @@ class ActivationDataModule(ActivationSource):
             self._say_unknown()  # of characters that came late
             self._left = self.state_dict()
             self._close()
+            self._unseen.clear()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Stop reading ahead, so that the process does not wait for the current fill."""
         if self.buffer is not None:
             self.buffer.close()
+
+    @override
+    def unseen(self, n: int) -> Float[Tensor, "n d_in"] | None:
+        """Activations of the text that follows, from many documents.
+
+        The first call reads them at all hooks; later calls return the same rows.
+        """
+        if self.buffer is None or not isinstance(self.buffer.source, ActivationStream):
+            return None
+        if not self._unseen:
+            self.buffer.finish_reading()
+            rows, model = self.buffer.source.sample(n), self.buffer.source.model
+            by_hook = model.split(rows) if isinstance(model, SeveralHooks) else None
+            self._unseen.update(by_hook or {self.hook_names[0]: rows})
+        return self._unseen[self.hook_names[0]]
 
     @override
     def statistics(self) -> dict[str, float]:
@@ -612,7 +634,8 @@ class ActivationDataModule(ActivationSource):
         """
         kept = {name: value for name, value in super().__getstate__().items() if name not in OPEN}
         position = self._restored if self.buffer is None else self.state_dict()
-        return {**kept, "buffer": None, "_restored": copy.deepcopy(position)}
+        restored = copy.deepcopy(position)
+        return {**kept, "buffer": None, "_restored": restored, "_unseen": {}}
 
 
 def _check(data: ActivationDataModule) -> None:

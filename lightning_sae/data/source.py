@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from jaxtyping import Float
 from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
 
 from lightning_sae.data.scaling import Scaling
 
@@ -51,6 +53,19 @@ class ActivationSource(LightningDataModule):
 
         Raises:
             ValueError: If the model or the text that the data names cannot be opened.
+        """
+        return None
+
+    def unseen(self, n: int) -> Float[Tensor, "n d_in"] | None:  # noqa: ARG002
+        """Activations that no training step has seen; called when training is over.
+
+        The state that a checkpoint saves must not depend on it.
+
+        Args:
+            n: Number of activations, on each rank.
+
+        Returns:
+            Exactly that many, or None if the data cannot give any.
         """
         return None
 

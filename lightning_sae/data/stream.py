@@ -93,6 +93,8 @@ class ActivationStream:
 
     Attributes:
         seconds: Time that the model has taken, in this process.
+        offset: Subtracted before rows are stored in a shorter dtype than the model's, the mean of
+            the first pass. A coordinate with a large mean would lose its digits otherwise.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class ActivationStream:
         self.seen = self.kept = self.unknown = 0
         self.dropped = dict.fromkeys(REASONS, 0)
         self.seconds = 0.0
+        self.offset: Tensor | None = None
         self._said_passes = self._said_unknown = False
 
     def read(self) -> Float[Tensor, "rows d_in"]:
@@ -129,14 +132,41 @@ class ActivationStream:
         for reason, mask in left_out.items():
             self.dropped[reason] += int(mask.sum())
         rows = activations[kept.to(activations.device)]
+        if self.kept == 0 and len(rows) and self.dtype.itemsize < rows.dtype.itemsize:
+            self.offset = rows[rows.isfinite().all(-1)].mean(0).nan_to_num().cpu()  # NaN of no row
+            for part in self._stored(rows, rows.dtype).split(self._widths(rows), -1):
+                require_precision(part, self.dtype)
         seen = self.seen
         self._count(tokens, len(rows))
         if self.blocks.epoch > epoch:
             self._count_passes(seen)
-        if seen == 0 and len(rows) and self.dtype.itemsize < rows.dtype.itemsize:
-            for part in rows.split(self.keep.widths or rows.shape[-1], -1):
-                require_precision(part, self.dtype)
-        return rows.to(self.dtype)
+        return self._stored(rows, self.dtype)
+
+    def _widths(self, rows: Tensor) -> list[int]:
+        return self.keep.widths or [rows.shape[-1]]
+
+    def _stored(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return (rows if self.offset is None else rows - self.offset.to(rows)).to(dtype)
+
+    def restored(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+        """Activations from rows that `read` gave."""
+        return rows if self.offset is None else rows.float() + self.offset
+
+    def sample(self, n: int) -> Float[Tensor, "n d_in"]:
+        """Activations of the text that follows, not counted in `statistics`.
+
+        About 128 activations of one block in every 1024 tokens, because activations of one document
+        are similar.
+        """
+        length, found = self.blocks.context_length, list[Tensor]()
+        apart, step = max(2, 1024 // length), max(1, length // 128)
+        while sum(len(rows) for rows in found) < n:
+            blocks = [self.blocks.read(apart)[-1:] for _ in range(self.blocks_per_pass)]
+            tokens = torch.cat(blocks)
+            activations = self.model.activations(tokens)
+            kept = self.keep.kept(tokens, activations)
+            found.append(activations[kept.to(activations.device)][::step].float().cpu())
+        return torch.cat(found)[:n]
 
     def _count(self, tokens: Int[Tensor, "batch seq"], n_rows: int) -> None:
         self.seen += tokens.numel()
@@ -170,10 +200,12 @@ class ActivationStream:
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
         counts = {name: getattr(self, name) for name in ("seen", "kept", "unknown")}
-        return {"blocks": self.blocks.state_dict(), "dropped": {**self.dropped}, **counts}
+        own = {"dropped": {**self.dropped}, "offset": self.offset}
+        return {"blocks": self.blocks.state_dict(), **own, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` stood."""
         self.blocks.load_state_dict(state["blocks"])
+        self.offset = state.get("offset")
         self.seen, self.dropped = state["seen"], self.dropped | state["dropped"]
         self.kept, self.unknown = state.get("kept", self.seen), state.get("unknown", 0)

@@ -1,12 +1,13 @@
 import copy
-import math
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 import lightning_sae
-from lightning_sae import BatchTopKSAE, TopKSAE
-from lightning_sae.callbacks import DecoderNormProjection
+from lightning_sae import BatchTopKSAE, TopKSAE, ToyDataModule
+from lightning_sae.callbacks import DecoderNormProjection, RunCheckpoint
+from lightning_sae.callbacks.results import ExportSAE
 from lightning_sae.functional.sparse.code import Code
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -59,7 +60,7 @@ def test_on_a_batch_of_one_it_is_a_topk_sae(k, dense, randomised, evaluate, asse
 def test_the_threshold_is_a_running_mean_of_the_smallest_latent_led_on(decay, dense, randomised):
     sae = randomised(BatchTopKSAE(4, 9, 2, threshold_decay=decay))
     sae.layout.dense, sae.layout.thresholds = dense, ((-1.0, -1.0) if dense else (2.0, 2.0))
-    assert sae.threshold == -math.inf
+    assert sae.threshold == 0
     mean = behind = 0.0
     for n, x in enumerate(torch.randn(40, 8, 4, dtype=torch.float64), start=1):
         sae.objective(x)
@@ -102,7 +103,19 @@ def test_a_batch_without_latents_leaves_the_threshold_unset(randomised):
     with torch.no_grad():
         sae.b_enc.sub_(1e3)
     sae.objective(X)
-    assert sae.threshold == -math.inf
+    assert sae.threshold == 0
+
+
+def test_without_a_threshold_a_trained_sae_is_exported_with_a_warning(fit, tmp_path):
+    sae = BatchTopKSAE(4, 9, 2)
+    sae.save_pretrained(tmp_path / "untrained")  # as it was made, which needs no warning
+    with pytest.warns(UserWarning, match="All 8 activations of the first batch are zero"):
+        fit(sae, torch.zeros(3, 8, 4))
+    with pytest.warns(UserWarning, match=r"`BatchTopKSAE` has no threshold, .* not k=2\."):
+        folder = sae.save_pretrained(tmp_path / "sae")
+    loaded = lightning_sae.load(folder)
+    assert loaded.threshold == 0
+    torch.testing.assert_close(loaded.encode(X.float()), sae.encode(X.float()))
 
 
 def test_outside_of_training_a_row_does_not_depend_on_its_batch(randomised):
@@ -137,6 +150,67 @@ def test_outside_of_training_as_many_fire_as_in_training(fit):
     with torch.no_grad():
         sae.threshold.copy_(sae.threshold_means[0])
     assert (sae.encode(x) > 0).sum(-1).double().mean() < 2.9  # the mean alone is late
+
+
+def test_a_calibrated_threshold_gives_k_latents_and_leaves_the_running_means(randomised):
+    sae = randomised(BatchTopKSAE(4, 9, 2))
+    sae.input_mean.fill_(0.3)
+    sae.input_scale.fill_(2.0)
+    sae.objective(X)
+    before = copy.deepcopy(sae.state_dict())
+    rows = torch.randn(100, 4, dtype=torch.float64)
+    sae.calibrate(rows)
+    pre = pre_activations(sae, 2 * (rows - 0.3))
+    expected = naive_latents(pre, 200)
+    assert (expected > 0).sum() == 200
+    found = sae.encode(rows)
+    assert (found > 0).sum() in (199, 200)  # the last may differ by rounding
+    torch.testing.assert_close(found[found > 0] * 2, expected[found > 0])
+    assert not torch.equal(sae.threshold, before.pop("threshold"))
+    assert all(torch.equal(sae.state_dict()[name], w) for name, w in before.items())
+    known = sae.threshold.clone()
+    with torch.no_grad():
+        sae.b_enc.sub_(1e3)
+    sae.calibrate(rows)  # nothing fires
+    assert torch.equal(sae.threshold, known)
+
+
+def toy_run(root, ckpt_path=None, **flags):
+    """A run on known features, whose weights move fast to the end."""
+    torch.manual_seed(0)
+    sae = BatchTopKSAE(16, 64, k=3, lr=0.01)
+    data = ToyDataModule(24, 16, directions="random", batch_size=64, n_validation=65536)
+    plain = ("logger", "enable_progress_bar", "enable_model_summary")
+    flags = {**dict.fromkeys(plain, False), "limit_val_batches": 0, **flags}
+    trainer = Trainer(
+        default_root_dir=root, accelerator="cpu", callbacks=[RunCheckpoint(7), ExportSAE()], **flags
+    )
+    trainer.fit(sae, datamodule=data, ckpt_path=ckpt_path)
+    return sae, data
+
+
+def test_a_run_ends_with_k_latents_on_unseen_activations(tmp_path):
+    sae, data = toy_run(tmp_path, max_steps=60)
+    unseen = torch.cat([*data.val_dataloader()])
+    assert (sae.encode(unseen) > 0).sum(-1).double().mean().item() == pytest.approx(3, rel=0.02)
+    mean, behind = sae.threshold_means
+    running = copy.deepcopy(sae)
+    running.threshold.copy_(2 * mean - behind)
+    l0 = (running.encode(unseen) > 0).sum(-1).double().mean().item()
+    assert abs(l0 - 3) > 0.06, "the running threshold would do"
+    for path in (tmp_path / "checkpoints" / "last.ckpt", tmp_path / "sae"):
+        assert torch.equal(lightning_sae.load(path).threshold, sae.threshold)
+
+
+def test_a_prolonged_run_and_one_of_epochs_end_with_the_same_threshold(tmp_path):
+    whole, _ = toy_run(tmp_path / "whole", max_steps=20)
+    toy_run(tmp_path / "parts", max_steps=10)
+    last = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+    parts, _ = toy_run(tmp_path / "parts", last, max_steps=20)
+    epochs, _ = toy_run(tmp_path / "epochs", max_epochs=2, limit_train_batches=10)
+    for other in (parts, epochs):
+        for name, w in whole.state_dict().items():
+            assert torch.equal(w, other.state_dict()[name]), name
 
 
 def test_the_threshold_is_in_checkpoints_and_folders(fit, tmp_path):

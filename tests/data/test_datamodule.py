@@ -280,6 +280,74 @@ def test_a_checkpoint_of_the_middle_of_a_run_gives_the_rest_of_it(
         assert torch.equal(rest, torch.stack(recorder.batches[step:]))
 
 
+def test_a_large_mean_costs_no_digits_of_a_short_dtype_and_a_resume_is_exact(
+    make_data: Any, tmp_path: Path
+) -> None:
+    def make(dtype: str) -> ActivationDataModule:
+        data = make_data(dtype=dtype, center=True)
+        model, large = data.language_model, torch.zeros(16).index_fill(0, torch.tensor(3), 1e5)
+        plain = model.activations
+        model.activations = lambda tokens: plain(tokens) + large
+        return data
+
+    full, short = (batches_of_a_fit(make(dtype), 20) for dtype in ("float32", "bfloat16"))
+    spread = (full - full.mean((0, 1))).abs().amax()
+    assert (short - full).abs().max() < 0.01 * spread  # in bfloat16, 1e5 is exact to 256
+    run = trainer(7)
+    run.fit(Recorder(), make("bfloat16"))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    rest = batches_of_a_fit(make("bfloat16"), 20, ckpt_path=tmp_path / "run.ckpt")
+    assert torch.equal(rest, short[7:])
+
+
+class Asks(Callback):
+    """Asks for unseen activations at the end, and notes what a checkpoint would hold then."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        before = copy.deepcopy(data.state_dict())
+        self.rows = data.unseen(90)
+        for state in (before, after := data.state_dict()):
+            del state["hook_names"]  # text cannot be compared so
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_unseen_activations_are_of_text_that_follows_and_change_nothing(
+    make_data: Any, tmp_path: Path
+) -> None:
+    recorder, asks = Recorder(), Asks()
+    run = trainer(9, asks)
+    run.fit(recorder, make_data())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert asks.rows.shape == (90, 16)
+    nearest = distances(asks.rows, torch.cat(recorder.batches)).amin(1)
+    assert (nearest > 1e-4).float().mean() > 0.8
+    later = Asks()  # of a run that stopped there and had nothing left to train but one step
+    trainer(10, later).fit(Recorder(), make_data(prefetch=False), ckpt_path=tmp_path / "run.ckpt")
+    whole = Asks()
+    trainer(10, whole).fit(Recorder(), make_data())
+    assert torch.equal(later.rows, whole.rows)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"dtype": "bfloat16"}, r"`data.dtype` to be torch.float32 but got torch.bfloat16"),
+        ({"buffer_size": 160}, r"`data.buffer_size` to be 128 but got 160"),
+        ({"refill_fraction": 0.25}, r"`data.refill_fraction` to be 0.5 but got 0.25"),
+        ({"document_start": "none"}, r"`data.document_start` to be auto but got none"),
+    ],
+)
+def test_what_makes_another_buffer_may_not_change(
+    changed: dict[str, Any], words: str, make_data: Any, tmp_path: Path
+) -> None:
+    run, path = trainer(2), tmp_path / "run.ckpt"
+    run.fit(ReLUSAE(16, 8), make_data())
+    run.save_checkpoint(path)
+    with pytest.raises(ValueError, match=words):
+        trainer(4).fit(ReLUSAE(16, 8), make_data(**changed), ckpt_path=path)
+
+
 def test_a_second_run_with_the_same_data_starts_at_the_beginning(
     make_data: Any, tmp_path: Path
 ) -> None:

@@ -46,6 +46,16 @@ class Case:
     flags: dict[str, Any] = field(default_factory=dict)
 
 
+class Calibrates(Callback):
+    """Sets the threshold by the last batch, whose halves differ much."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        if trainer.global_step == trainer.max_steps:
+            pl_module.calibrate(batch)
+
+
 def orthogonal_to() -> OrthogonalTo:
     return OrthogonalTo(torch.ones(D_IN))
 
@@ -106,6 +116,7 @@ CASES = {
     "topk": Case(TopKSAE, {"k": 3, "k_aux": 2}),
     "topk-ghost": Case(TopKSAE, {"k": 3, "revive": "ghost"}, resampled),
     "batch-topk": Case(BatchTopKSAE, {"k": 2.6, "k_aux": 2}, resampled),
+    "batch-topk-calibrated": Case(BatchTopKSAE, {"k": 2.6}, lambda: [Calibrates()]),
     "batch-topk-chunks": Case(BatchTopKSAE, {"k": 2.6, "chunk_rows": 5, **AUX}),
     "batch-topk-many": Case(BatchTopKSAE, {"k": 20, "chunk_rows": 5}),
     "matryoshka": Case(MatryoshkaSAE, {"k": 3, "prefixes": (4, 12, D_SAE)}),

@@ -225,6 +225,11 @@ class ToyDataModule(ActivationSource):
         generator = torch.Generator().manual_seed(seed_of(self.seed, "scaling"))
         return estimate_scaling(self._draw(2**14, generator), self.center, self.scale)
 
+    @override
+    def unseen(self, n: int) -> Float[Tensor, "n d_in"]:
+        """Samples of a separate stream, the same each time."""
+        return torch.cat([*HeldOutToyBatches(self._blocks("unseen"), n)])
+
     # Lightning.
 
     def setup(self, stage: str) -> None:
