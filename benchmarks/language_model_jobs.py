@@ -29,7 +29,7 @@ def open_stream(source: Source, **options: Any) -> ActivationDataModule:
         context_length=source.context_length,
         blocks_per_pass=source.blocks_per_pass,
         buffer_size=source.buffer_size,
-        **options,
+        **{"center": False, "scale": False, **options},
     )
 
 
@@ -131,7 +131,8 @@ def fit(
 
 
 def _our_run(data: ActivationDataModule, d_sae: int, n_steps: int) -> Callable[[], Any]:
-    sae = ReLUSAE(data.d_in, d_sae, l1_coefficient=L1_COEFFICIENT, lr=LR)
+    rates: dict[str, Any] = {"lr": LR, "lr_warmup_steps": 0, "lr_decay_steps": 0}
+    sae = ReLUSAE(data.d_in, d_sae, l1_coefficient=L1_COEFFICIENT, **rates)
     projection = DecoderNormProjection()
     trainer = Trainer(max_steps=n_steps, limit_val_batches=0, callbacks=projection, **QUIET)
 

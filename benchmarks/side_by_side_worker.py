@@ -77,7 +77,7 @@ class Plan(NamedTuple):
         """Descriptions of the members, in the form of a YAML config."""
         callbacks = "lightning_sae.callbacks."
         n_steps = max(1, self.steps // 5)
-        rates = {"lr": self.lr, "lr_warmup_steps": self.steps // 10}
+        rates = {"lr": self.lr, "lr_warmup_steps": self.steps // 10, "lr_decay_steps": 0}
         return [
             {
                 "name": name,

@@ -4,6 +4,7 @@ if __name__ != "lightning_sae.callbacks":
     raise ImportError(f"import lightning_sae.callbacks, not {__name__}")
 
 from lightning_sae.architectures.decoder_norm import DecoderNormProjection as DecoderNormProjection
+from lightning_sae.architectures.target_l0 import TargetL0 as TargetL0
 from lightning_sae.callbacks.aux_threshold_warmup import AuxThresholdWarmup as AuxThresholdWarmup
 from lightning_sae.callbacks.checkpoint import RunCheckpoint as RunCheckpoint
 from lightning_sae.callbacks.histograms import Histograms as Histograms
@@ -19,7 +20,6 @@ from lightning_sae.callbacks.results import LatentWriter as LatentWriter
 from lightning_sae.callbacks.spliced_loss import SplicedLossMonitor as SplicedLossMonitor
 from lightning_sae.callbacks.step_monitor import StepMonitor as StepMonitor
 from lightning_sae.callbacks.stream_monitor import StreamMonitor as StreamMonitor
-from lightning_sae.callbacks.target_l0 import TargetL0 as TargetL0
 from lightning_sae.callbacks.top_contexts import TopContexts as TopContexts
 
 __all__ = [

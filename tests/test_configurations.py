@@ -52,3 +52,19 @@ def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     configurations.main([])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == configurations.names()
+
+
+DOCUMENTS = {"full/replication-gelu-1l", "full/suppression-pythia-70m"}
+"""Settings of documents that give a coefficient."""
+
+
+@pytest.mark.parametrize("name", sorted({*configurations.names()} - DOCUMENTS))
+def test_each_asks_for_an_l0_and_not_for_a_coefficient(name: str) -> None:
+    model = yaml.safe_load(Path(configurations.found(name)).read_text())["model"]
+    saes = [model["init_args"]]
+    if "members" in model["init_args"]:
+        members = model["init_args"]["members"]
+        saes = [member["sae"]["init_args"] | member.get("sweep", {}) for member in members]
+    for arguments in saes:
+        assert arguments.keys() & {"k", "target_l0"}
+        assert "l1_coefficient" not in arguments

@@ -21,7 +21,8 @@ class Mine(Callback):
 
 def sae_of(kind: Any = ReLUSAE, **arguments: Any) -> Any:
     torch.manual_seed(0)
-    return kind(8, 16, **{"lr": 0.01, **arguments})
+    rates = {"lr": 0.01, "lr_warmup_steps": 0, "lr_decay_steps": 0}
+    return kind(8, 16, **{**rates, **arguments})
 
 
 def fit(

@@ -32,6 +32,7 @@ from lightning_sae.architectures.optimizer import (
     set_peak_rates,
 )
 from lightning_sae.architectures.supported import require_supported_features
+from lightning_sae.architectures.target_l0 import TargetL0
 from lightning_sae.checks import (
     compare_sources,
     require_a_batch,
@@ -124,6 +125,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     tied = False  # whether `W_enc` is a view of `W_dec`
     length_names = NAMES  # of arguments that are lengths, see `lightning_sae.lengths`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
+    steered_l0: float | None = None  # the L0 to which `TargetL0` steers this weight
     latent_units: tuple[str, ...] = ("b_enc",)  # weights in the units of the latents
     input_units: tuple[str, ...] = ("b_dec",)  # points in the space of the activations
     # Thresholds and running means, where small changes matter: they stay in float32 or more when
@@ -377,12 +379,26 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     def configure_callbacks(self) -> list[Callback]:
         """`DecoderNormProjection` for `decoder_norm="unit"`, unless a callback already does this.
 
-        Without unit norms a penalty has no effect: latents shrink and decoder rows grow.
+        Without unit norms a penalty has no effect: latents shrink and decoder rows grow. And
+        `TargetL0`, where the SAE has a target for it.
+
+        Raises:
+            ValueError: If the SAE has a target and the trainer a `TargetL0` with another.
         """
         trainer = trainer_of(self)
         given = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
         kept = any(getattr(callback, "constrains_decoder_norm", False) for callback in given)
-        return [] if kept or self.decoder_norm == "free" else [DecoderNormProjection()]
+        norms = [] if kept or self.decoder_norm == "free" else [DecoderNormProjection()]
+        if self.steered_l0 is None:
+            return [*norms]
+        targets = {each.target for each in given if isinstance(each, TargetL0)}
+        if targets - {self.steered_l0}:
+            raise ValueError(
+                f"Expected one target but the SAE has `target_l0`={self.steered_l0:g} and the "
+                "trainer a `TargetL0` of its own: remove one of them."
+            )
+        # An earlier fit of this trainer has added it already.
+        return [*norms] if targets else [*norms, TargetL0(self.steered_l0)]
 
     @override
     def on_train_start(self) -> None:

@@ -48,6 +48,8 @@ class GatedSAE(SparseAutoencoder):
             `auxiliary_decoder` by default.
         use_b_mag: Whether the bias of the magnitudes, `b_mag`, is trained; otherwise it is 0.
         auxiliary_coefficient: Weight of the auxiliary loss, 1 in the paper.
+        target_l0: L0 to which `TargetL0` steers the penalty, from `l1_coefficient` on; null for a
+            fixed coefficient.
         kwargs: Arguments of `SparseAutoencoder`.
 
     Raises:
@@ -71,6 +73,7 @@ class GatedSAE(SparseAutoencoder):
         norms_in_penalty: Literal["frozen", "live"] | None = None,
         use_b_mag: bool = True,
         auxiliary_coefficient: float = 1.0,
+        target_l0: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
@@ -89,6 +92,7 @@ class GatedSAE(SparseAutoencoder):
                 stacklevel=2,
             )
         self.l1_coefficient, self.penalty = l1_coefficient, penalty or L1()
+        self.steered_l0 = target_l0
         self.auxiliary_decoder, self.norms_in_penalty = auxiliary_decoder, norms_in_penalty
         self.auxiliary_coefficient = auxiliary_coefficient
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))

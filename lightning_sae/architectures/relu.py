@@ -32,6 +32,8 @@ class ReLUSAE(WithOrthogonality):
         d_sae: Number of latents; 8 times `d_in` by default.
         l1_coefficient: Weight lambda of the penalty.
         penalty: The function p, one of `lightning_sae.functional.penalties`; `L1` by default.
+        target_l0: L0 to which `TargetL0` steers the penalty, from `l1_coefficient` on; null for a
+            fixed coefficient.
         kwargs: Arguments of `WithOrthogonality` and `SparseAutoencoder`.
 
     Raises:
@@ -48,12 +50,13 @@ class ReLUSAE(WithOrthogonality):
         d_sae: int | None = None,
         l1_coefficient: float = 1.0,
         penalty: Penalty | None = None,
+        target_l0: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
         self.save_hyperparameters()
         require_not_negative(l1_coefficient=l1_coefficient)
-        self.l1_coefficient = l1_coefficient
+        self.l1_coefficient, self.steered_l0 = l1_coefficient, target_l0
         self.penalty = penalty or L1()
 
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:

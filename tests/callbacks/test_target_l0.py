@@ -6,11 +6,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
-from lightning_sae import JumpReLUSAE, ReLUSAE, TopKSAE
+from lightning_sae import GatedSAE, JumpReLUSAE, ReLUSAE, TiedSAE, TopKSAE
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, TargetL0
-
-# Norms matter to none of these runs, and most are too short for a target.
-pytestmark = pytest.mark.filterwarnings("ignore:`TargetL0` did not reach its target")
 
 D_IN, D_SAE, ROWS, BATCHES = 6, 24, 32, 12
 
@@ -45,15 +42,17 @@ class Watch(Callback):
 
 
 def by_hand(fired: list[float], target: float, per_step: int, **settings: float) -> list[float]:
-    """The factor of each micro-batch, from the formula."""
-    change, n, h = (settings[name] for name in ("change", "n", "h"))
+    """The factor of each micro-batch, from the formula; `total` if the run's length is known."""
+    change, n, longest, total = (settings[name] for name in ("change", "n", "h", "total"))
     factor, mean, factors = 1.0, None, []
     for i in range(0, len(fired), per_step):
         factors += [factor] * per_step
         y = math.log(sum(fired[i : i + per_step]) / (per_step * ROWS) / target)
         last = y if mean is None else mean
-        mean = last + (y - last) / n
-        factor *= (1 + change) ** max(-1, min(1, mean + h * (mean - last)))
+        mean = last + (y - last) / (min(n, max(5, total / 50)) if total else n)
+        left = (0.8 * total - (i // per_step + 1)) / 2
+        h = min(longest, max(left, min(total / 25, 100), 20)) if total else longest
+        factor *= (1 + change) ** max(-5, min(1, 3 * (mean + h * (mean - last))))
     return factors
 
 
@@ -67,12 +66,24 @@ def test_the_factor_follows_the_formula_step_by_step(precision, accumulate, targ
         callback, watch, precision=precision, accumulate_grad_batches=accumulate
     )
     trainer.fit(sae, batches())
-    expected = by_hand(watch.fired, target, accumulate, change=0.03, n=4, h=2)
+    expected = by_hand(watch.fired, target, accumulate, change=0.03, n=4, h=2, total=0)
     assert watch.factors == pytest.approx(expected, rel=1e-12)
     changes = [b / a for a, b in zip(watch.factors, watch.factors[1:], strict=False)]
-    assert all(1 / 1.03 - 1e-12 < change < 1.03 + 1e-12 for change in changes)
+    assert all(1.03**-5 - 1e-12 < change < 1.03 + 1e-12 for change in changes)
     assert len(set(watch.factors)) > 1
     assert trainer.callback_metrics["train/penalty_factor"] == pytest.approx(sae.penalty_factor)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_in_a_run_of_known_length_it_looks_less_far_ahead_towards_the_end():
+    watch, total = Watch(), 90
+    callback = TargetL0(10.0, max_change=0.02, smoothing_steps=7, foresight_steps=30)
+    trainer = build_trainer(callback, watch, max_epochs=-1, max_steps=total)
+    trainer.fit(build_sae(), batches())
+    settings = {"change": 0.02, "n": 7, "h": 30}
+    expected = by_hand(watch.fired, 10.0, 1, total=total, **settings)
+    assert watch.factors == pytest.approx(expected, rel=1e-12)
+    assert expected != by_hand(watch.fired, 10.0, 1, total=0, **settings)
 
 
 @pytest.mark.parametrize(("kind", "coefficient"), [(ReLUSAE, 0.3), (JumpReLUSAE, 0.1)])
@@ -86,7 +97,7 @@ def test_l0_comes_to_the_target_whatever_the_coefficient(kind, coefficient):
 
     torch.manual_seed(1)
     sae, last = kind(D_IN, D_SAE, coefficient, lr=0.02), Last()
-    steering = TargetL0(4.0, max_change=0.05, smoothing_steps=5, foresight_steps=25)
+    steering = TargetL0(4.0, smoothing_steps=5, foresight_steps=25)
     build_trainer(steering, DecoderNormProjection(), last, max_epochs=25).fit(sae, batches())
     assert last.l0 == pytest.approx(4.0, rel=0.1)
 
@@ -107,7 +118,7 @@ def test_the_mean_is_kept_while_it_waits():
     mean = before = math.log(watch.fired[0] / ROWS / 2.0)
     for fired in watch.fired[1:6]:
         before, mean = mean, mean + (math.log(fired / ROWS / 2.0) - mean) / 20
-    expected = math.exp(TargetL0(2.0).step_of(mean, before))
+    expected = math.exp(TargetL0(2.0).step_of(mean, before, 200))
     assert watch.factors[6] == pytest.approx(expected, rel=1e-12)
 
 
@@ -139,7 +150,7 @@ def test_another_fit_starts_from_the_factor_that_was_reached_and_without_a_mean(
     build_trainer(callback, watch).fit(sae, batches())
     assert watch.factors[0] == reached
     first = math.log(watch.fired[0] / ROWS / 2.0)
-    change = math.exp(callback.step_of(first, first))
+    change = math.exp(callback.step_of(first, first, 200))
     assert watch.factors[1] == pytest.approx(reached * change, rel=1e-12)
 
     afresh = build_sae()
@@ -164,14 +175,14 @@ def test_l0_is_that_of_all_ranks(monkeypatch):
     trainer.callbacks.append(watch)
     trainer.fit(build_sae(), batches())
     halved = math.log(watch.fired[0] / (2 * ROWS) / 2.0)
-    assert watch.factors[1] == pytest.approx(1.01 ** max(-1, min(1, halved)))
+    assert watch.factors[1] == pytest.approx(1.01 ** max(-5, min(1, 3 * halved)))
 
 
 def test_latents_that_are_all_silent_let_the_penalty_fall():
     sae, watch = build_sae(b_dec_init="zero"), Watch()
     sae.b_enc.data.fill_(-100.0)
     build_trainer(TargetL0(2.0), watch).fit(sae, batches())
-    assert watch.factors == pytest.approx([1.01**-n for n in range(BATCHES)])
+    assert watch.factors == pytest.approx([1.01 ** (-5 * n) for n in range(BATCHES)])
 
 
 @pytest.mark.parametrize(
@@ -208,6 +219,34 @@ def test_two_of_them_are_refused():
         build_trainer(TargetL0(3.0), Mine(4.0)).fit(build_sae(), batches())
 
 
+def brought(trainer):
+    return [callback for callback in trainer.callbacks if isinstance(callback, TargetL0)]
+
+
+def test_an_sae_with_a_target_brings_it_along_and_trains_as_if_it_were_given():
+    watches = [Watch(), Watch()]
+    own, given = build_sae(target_l0=2.0), build_sae()
+    trainer = build_trainer(watches[0])
+    trainer.fit(own, batches())
+    build_trainer(TargetL0(2.0), watches[1]).fit(given, batches())
+    assert watches[0].factors == watches[1].factors
+    assert len(set(watches[0].factors)) > 1
+    assert own.hparams["target_l0"] == 2.0
+    # Fitted again, it still has one; a tied SAE and a gated one bring it, too.
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(own, batches())
+    assert [callback.target for callback in brought(trainer)] == [2.0]
+    for kind in (TiedSAE, GatedSAE):
+        trainer = build_trainer(max_steps=1, max_epochs=-1)
+        trainer.fit(build_sae(kind, target_l0=3.0), batches())
+        assert [callback.target for callback in brought(trainer)] == [3.0]
+
+
+def test_two_targets_are_refused():
+    with pytest.raises(ValueError, match="the SAE has `target_l0`=2 and the trainer a `TargetL0`"):
+        build_trainer(TargetL0(3.0)).fit(build_sae(target_l0=2.0), batches())
+
+
 MISSED = "`TargetL0` did not reach its target"
 
 
@@ -231,3 +270,18 @@ def test_what_is_within_a_twentieth_is_reached(share, missed, recwarn):
     warnings.simplefilter("always")
     build_trainer(TargetL0(l0 * share)).fit(sae, DataLoader(x, batch_size=None))
     assert any(MISSED in str(each.message) for each in recwarn) == missed
+
+
+@pytest.mark.parametrize(("held_out", "said"), [(1.0, False), (0.0, True)])
+def test_another_l0_on_held_out_activations_is_said(held_out, said, recwarn):
+    """Where held-out activations are all zeros, nothing fires."""
+    sae = build_sae(b_dec_init="zero")
+    sae.lr = 1e-30
+    x = batches().dataset[:1].expand(BATCHES, -1, -1)
+    l0 = (sae.encode(x[0]) > 0).sum(-1).double().mean().item()
+    loaders = [DataLoader(rows, batch_size=None) for rows in (x, x[:1] * held_out)]
+    trainer = build_trainer(TargetL0(l0), num_sanity_val_steps=0)
+    warnings.simplefilter("always")
+    trainer.fit(sae, *loaders)
+    found = [str(each.message) for each in recwarn if "on held-out activations L0 is" in str(each)]
+    assert len(found) == said

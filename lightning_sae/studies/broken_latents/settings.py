@@ -26,7 +26,12 @@ from lightning_sae.studies.broken_latents.checks import (
 )
 
 BATCH_SIZE = 1024
-OPTIMISATION: dict[str, Any] = {"lr": 1e-3, "b_dec_init": "zero"}
+OPTIMISATION: dict[str, Any] = {
+    "lr": 1e-3,
+    "lr_warmup_steps": 0,
+    "lr_decay_steps": 0,
+    "b_dec_init": "zero",
+}
 
 UNTIED, TIED, WITH_LOSS = "untied", "tied", "tied + auxiliary loss"
 

@@ -90,6 +90,7 @@ def _trained(toy: ToyDataModule, seed: int, steps: int, l1_coefficient: float) -
         toy.n_features,
         l1_coefficient,
         lr=3e-3,
+        lr_warmup_steps=0,
         lr_decay_steps=steps // 2,
         clip_grad_norm=None,  # clipping would weight batches by how many features fire
         b_dec_init="zero",

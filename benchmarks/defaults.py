@@ -1,0 +1,177 @@
+"""What every architecture gives with its defaults: `python -m benchmarks.defaults --model FOLDER`.
+
+All SAEs at a hook are trained in one run, two widths and several seeds of each architecture.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.command_line import say
+from benchmarks.formatting import Row, table
+from benchmarks.language_model_source import absolute
+from benchmarks.machine import surroundings
+from lightning_sae.cli import main as lightning_sae
+
+L0 = 32
+"""The default `k`, and so the L0 that SAEs without a `k` are asked for."""
+
+STEERED = {"target_l0": L0}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "ReLUSAE": STEERED,
+    "TiedSAE": STEERED,
+    "GatedSAE": STEERED,
+    "JumpReLUSAE": STEERED,
+    "TopKSAE": {},
+    "BatchTopKSAE": {},
+    "MatryoshkaSAE": {},
+}
+"""Each with its arguments besides the number of latents."""
+
+COLUMNS = {"l0": 1, "fvu": 3, "loss_recovered_zero": 3, "dead_fraction": 3}
+HEADINGS = ("L0", "FVU", "loss recovered", "dead")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train at one hook, and write the page with the figures of all hooks so far."""
+    asked = parser().parse_args(arguments)
+    output = Path(asked.output).with_suffix(".json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results: Row = json.loads(output.read_text()) if output.exists() else {}
+    plan = {name: vars(asked)[name] for name in ("hook", "steps", "batch_size", "seeds")}
+    about = surroundings(1, "benchmarks.defaults")
+    sys.argv[1:] = []  # or Lightning's command line warns that it is given others
+    with tempfile.TemporaryDirectory() as folder:
+        found = trained(asked, Path(folder))
+    results[asked.name] = {"surroundings": about, "plan": plan, "rows": found}
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    output.with_suffix(".md").write_text(page(results))
+    say(f"Wrote {output.with_suffix('.md')} and {output}.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; every size is an option."""
+    found = argparse.ArgumentParser(prog="python -m benchmarks.defaults", description=__doc__)
+    found.add_argument("--name", default="embedded", help="of the language model, on the page")
+    found.add_argument("--model", default="embedded", help="a transformers folder")
+    found.add_argument("--text", default="embedded", help="a text file")
+    found.add_argument("--hook", default="blocks.2.hook_resid_post", help="%(default)s")
+    found.add_argument("--output", default="docs/settings", help="path of the page, less .md")
+    found.add_argument("--latents", type=int, nargs="+", default=(512, 1024), help="%(default)s")
+    sizes = {"steps": 1000, "batch-size": 1024, "seeds": 2, "n-tokens": 32768}
+    for name, default in sizes.items():
+        found.add_argument(f"--{name}", type=int, default=default, help="%(default)s")
+    return found
+
+
+def trained(asked: argparse.Namespace, folder: Path) -> list[Row]:
+    """Figures of all SAEs on held-out text, each with its architecture, width and seed."""
+    config = folder / "plan.yaml"
+    config.write_text(yaml.safe_dump(run(asked, folder / "run")))
+    lightning_sae(["fit", "--config", str(config)])
+    last = folder / "run" / "checkpoints" / "last.ckpt"
+    lightning_sae(["test", "--config", str(config), "--ckpt_path", str(last)])
+    return [
+        {"architecture": kind, "d_sae": d_sae, "seed": seed, **figures(folder / "run", name)}
+        for kind in ARCHITECTURES
+        for d_sae in asked.latents
+        for seed in range(asked.seeds)
+        for name in [f"{kind}-d_sae={d_sae}-seed={seed}"]
+    ]
+
+
+def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The configuration of the run."""
+    members = [
+        {
+            "name": kind,
+            "sae": {"class_path": f"lightning_sae.{kind}", "init_args": arguments},
+            "sweep": {"d_sae": list(asked.latents), "seed": list(range(asked.seeds))},
+        }
+        for kind, arguments in ARCHITECTURES.items()
+    ]
+    data = {
+        "hook_name": asked.hook,
+        "model": absolute(asked.model),
+        "text": absolute(asked.text),
+        "batch_size": asked.batch_size,
+    }
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "default_root_dir": str(folder),
+            "accelerator": "cpu",
+            "max_steps": asked.steps,
+            "limit_val_batches": 0,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        "evaluation": {"n_tokens": asked.n_tokens},
+        "model": {"class_path": "lightning_sae.SideBySide", "init_args": {"members": members}},
+        "data": {"class_path": "lightning_sae.ActivationDataModule", "init_args": data},
+    }
+
+
+def figures(root: Path, name: str) -> Row:
+    """Those of the page; none for an SAE that was stopped."""
+    path = root / "members" / name / "results.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {column: found.get(column) for column in COLUMNS}
+
+
+def page(results: Row) -> str:
+    """The page in Markdown."""
+    lines = [
+        "# What the defaults give",
+        "",
+        "Every architecture with its defaults: learning rate, schedule, initialisation, losses",
+        f"and callbacks are those of the class. `k` is {L0} by default; SAEs that have none are",
+        f"asked for the same by `target_l0={L0}`. Figures are of held-out text: means over seeds,",
+        "± half the distance of the largest from the smallest. Widths are numbers of latents; loss",
+        "recovered is against zero ablation.",
+    ]
+    for name, part in results.items():
+        plan = part["plan"]
+        lines += [
+            "",
+            f"## {name}, `{plan['hook']}`",
+            "",
+            f"{plan['steps']} steps of {plan['batch_size']} activations, {plan['seeds']} seeds.",
+            f"Made by {part['surroundings']['command']}, {part['surroundings']['date']}.",
+            "",
+            *table(("", "latents", *HEADINGS), _rows(part["rows"])),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(rows: Sequence[Row]) -> list[list[str]]:
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["architecture"], row["d_sae"]), []).append(row)
+    return [
+        [f"`{kind}`", str(d_sae), *(_cell(group, name) for name in COLUMNS)]
+        for (kind, d_sae), group in groups.items()
+    ]
+
+
+def _cell(group: Sequence[Row], name: str) -> str:
+    values = [row[name] for row in group]
+    if None in values:
+        return "stopped"
+    digits = COLUMNS[name]
+    return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
