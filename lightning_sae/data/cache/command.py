@@ -114,10 +114,20 @@ def of_cache(config: str) -> str:
     found = yaml.safe_load(text)
     if not isinstance(found, dict):
         raise ValueError(f"Could not read {config}: it holds no configuration.")
+    _require_text(found.get("data"))
     trainer: dict[str, Any] = found.get("trainer") or {}
     own = {name: trainer[name] for name in OF_TRAINER if name in trainer}
     given = {name: value for name, value in found.items() if name not in OF_RUNS}
     return json.dumps({**own, **given})
+
+
+def _require_text(data: Any) -> None:
+    kind = str(data.get("class_path", "")) if isinstance(data, dict) else ""
+    if kind.rpartition(".")[2] in ("CachedDataModule", "ToyDataModule"):
+        raise ValueError(
+            f"Expected argument `config` to have data that a language model reads from text, an "
+            f"ActivationDataModule, but it has a {kind}: give the configuration of another run."
+        )
 
 
 def main(args: Sequence[str]) -> None:

@@ -398,6 +398,12 @@ evaluation: {{n_tokens: 100}}
     assert data.manifest.data["blocks_per_pass"] == 32
 
 
+def test_data_that_no_model_reads_is_not_cached() -> None:
+    Path("run.yaml").write_text("data: {class_path: lightning_sae.ToyDataModule}")
+    with pytest.raises(ValueError, match="`config` to have data that a language model reads"):
+        main(["--config", "run.yaml", "--output", "cache"])
+
+
 def test_ctrl_c_says_how_to_go_on(
     models: dict[str, Path], text_file: Path, tmp_path: Path, capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
