@@ -1,5 +1,6 @@
 """Token blocks through the language model: rows of activations, less those left out."""
 
+import math
 import time
 from typing import Any, cast
 
@@ -155,14 +156,14 @@ class ActivationStream:
     def sample(self, n: int) -> Float[Tensor, "n d_in"]:
         """Activations of the text that follows, not counted in `statistics`.
 
-        About 128 activations of one block in every 1024 tokens, because activations of one document
-        are similar.
+        About 128 activations of one block in every 4096 tokens, because activations of one document
+        are similar, and documents differ.
         """
         length, found = self.blocks.context_length, list[Tensor]()
-        apart, step = max(2, 1024 // length), max(1, length // 128)
+        apart, step = max(2, 4096 // length), max(1, length // 128)
+        per_pass = min(self.blocks_per_pass, math.ceil(n * step / length))
         while sum(len(rows) for rows in found) < n:
-            blocks = [self.blocks.read(apart)[-1:] for _ in range(self.blocks_per_pass)]
-            tokens = torch.cat(blocks)
+            tokens = torch.cat([self.blocks.read(apart)[-1:] for _ in range(per_pass)])
             activations = self.model.activations(tokens)
             kept = self.keep.kept(tokens, activations)
             found.append(activations[kept.to(activations.device)][::step].float().cpu())
