@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
 from lightning_sae.callbacks.loggers import NamedValues, writers
@@ -59,11 +58,18 @@ class RunOverview(Callback):
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger | NamedValues):  # of one SAE among several
                 logger.log_hyperparams(settings)
-        names = [f"{stage}/{figure}" for stage in ("val", "test") for figure in FIGURES]
         for writer in writers(trainer.loggers):
             writer.add_custom_scalars(LAYOUT)
-            for part in hparams(settings, dict.fromkeys(names, 0.0)):
-                writer.file_writer.add_summary(part)
+            _add_settings(writer, settings)
+
+
+def _add_settings(writer: Any, settings: dict[str, Any]) -> None:
+    """A row of the page "HParams". Its figures are the latest of the curves of these names."""
+    from torch.utils.tensorboard.summary import hparams  # not wanted without TensorBoard, and slow
+
+    names = [f"{stage}/{figure}" for stage in ("val", "test") for figure in FIGURES]
+    for part in hparams(settings, dict.fromkeys(names, 0.0)):
+        writer.file_writer.add_summary(part)
 
 
 def settings_of_run(trainer: Trainer, sae: LightningModule) -> dict[str, Any]:

@@ -226,8 +226,13 @@ class SAECLI(LightningCLI):
             *(f"  {path}  {what}" for path, what in made.items() if path and path.exists()),
             "Next:",
             "  " + quoted("lightning-sae", "test", "--config", config, "--ckpt_path", last),
-            "  " + quoted("tensorboard", "--logdir", root / "tensorboard"),
+            *self._how_to_watch(),
         )
+
+    def _how_to_watch(self) -> list[str]:
+        """The command that shows the curves, where there is a TensorBoard."""
+        loggers = [log for log in self.trainer.loggers if isinstance(log, TensorBoardLogger)]
+        return ["  " + quoted("tensorboard", "--logdir", Path(log.log_dir)) for log in loggers]
 
     def _config_in_force(self) -> Path:
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -247,7 +252,7 @@ class SAECLI(LightningCLI):
             *(f"  {name:<30}{value:>14.6g}" for name, value in evaluation.results.items()),
             f"Made: {evaluation.path}",
             "Next:",
-            "  " + quoted("tensorboard", "--logdir", root / "tensorboard"),
+            *self._how_to_watch(),
             "  " + quoted("python", "-c", show),
         )
 

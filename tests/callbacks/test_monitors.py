@@ -36,6 +36,7 @@ from lightning_sae.callbacks.loggers import (
     log_histograms,
     log_table,
 )
+from lightning_sae.callbacks.top_contexts import spelled
 
 N_TOKENS = 512
 
@@ -266,7 +267,12 @@ def test_contexts_show_the_token_on_which_a_latent_fires(run: Run) -> None:
     tokens = torch.cat(list(run.data.held_out_tokens(N_TOKENS)))
     with torch.no_grad():
         f = run.sae.encode(run.data.language_model.activations(tokens))
-    largest = float(f[..., latent].max())
+    own = f[..., latent].flatten()
+    largest = float(own.max())
+    (token,) = spelled(run.data, [int(tokens.flatten()[own.argmax()])])
+    assert (
+        f"«{''.join(c if c.isalnum() or c == ' ' else f'&#{ord(c)};' for c in token)}»" in lines[0]
+    )
     assert strongest == pytest.approx(largest, abs=0.01)
 
 
@@ -281,6 +287,15 @@ def test_projector_holds_decoder_rows_with_tokens(run: Run) -> None:
         [[float(v) for v in row.split("\t")] for row in rows.read_text().splitlines()]
     )
     torch.testing.assert_close(found, run.sae.W_dec.detach()[latents])
+    # The label begins with the token on which the latent's activations add up to most.
+    tokens = torch.cat(list(run.data.held_out_tokens(N_TOKENS)))
+    with torch.no_grad():
+        f = run.sae.encode(run.data.language_model.activations(tokens))[..., latents[0]]
+    kept = run.data.filter.kept(tokens, run.data.language_model.activations(tokens))
+    sums = torch.zeros(run.data.language_model.vocabulary)
+    sums.index_add_(0, tokens[kept], f[kept])
+    (token,) = spelled(run.data, [int(sums.argmax())])
+    assert lines[0].split("\t")[1].startswith(token)
 
 
 def test_what_stands_for_one_of_several_passes_pictures_on_under_its_name() -> None:

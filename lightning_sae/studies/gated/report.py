@@ -78,8 +78,8 @@ def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
     text = [in_words(family.label, answers[family.name]) for family in swept.families[1:]]
     picture = swept.draw(swept.folder / "gated.png", DRAWN, dotted={BIAS: 1.0, "l2_ratio": 1.0})
     caption = (
-        f"Means over {swept.seeds} seeds against L0; bars are standard deviations of both. Dotted: "
-        "no shrinkage."
+        f"Means over {swept.seeds} seeds against L0; bars are standard deviations of both. "
+        "Numbers in the first panel: the penalty's weight. Dotted: no shrinkage."
     )
     return Page(
         "Gated SAEs",

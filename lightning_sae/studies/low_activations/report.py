@@ -84,8 +84,8 @@ def _clean(results: Sequence[Row]) -> str:
 
 REMOVAL = (
     "What is left when the lowest activations of each SAE are removed; black dots are the SAEs as "
-    "trained. Means over seeds, bars one standard deviation. The way that costs most goes beyond "
-    "the upper edge. The error's two axes are the same figure in two units."
+    "trained, with their names. Means over seeds, bars one standard deviation. The way that costs "
+    "most goes beyond the upper edge. The error's two axes are the same figure in two units."
 )
 
 

@@ -41,8 +41,9 @@ def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
     dotted = {"ce_spliced": clean, BIAS: 1.0}
     picture = swept.draw(swept.folder / "penalties.png", DRAWN, dotted)
     caption = (
-        f"Means over {swept.seeds} seeds against L0; bars are standard deviations of both. Dotted: "
-        "the model without an SAE, and no shrinkage."
+        f"Means over {swept.seeds} seeds against L0; bars are standard deviations of both. "
+        "Numbers in the first panel: the penalty's weight. Dotted: the model without an SAE, and "
+        "no shrinkage."
     )
     labels = swept.labels
     text = [in_words(labels[name], own) for name, own in answers.items()]
