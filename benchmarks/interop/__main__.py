@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from benchmarks.interop import ours, theirs
 from benchmarks.interop.compare import Row, Side, compared
-from benchmarks.interop.libraries import LIBRARIES
+from benchmarks.interop.libraries import LIBRARIES, saelens
 from benchmarks.interop.page import page
 from benchmarks.interop.saebench import checked
 from benchmarks.interop.splicing import spliced
-from lightning_sae import ReLUSAE, TiedSAE, load
+from lightning_sae import JumpReLUSAE, ReLUSAE, SparseAutoencoder, TiedSAE, load
 from lightning_sae.interop import export
 
 PACKAGES = ("sae-lens", "dictionary-learning", "eai-sparsify", "sae-bench", "transformer-lens")
@@ -56,25 +57,38 @@ def out(root: Path) -> Iterator[Row]:
     """SAEs trained here, read by the other libraries."""
     for number, (case, sae) in enumerate(ours.trained()):
         x = activations(case.hook)
-        own = Side(sae.float().encode, sae.decode)
-        for format, reader in LIBRARIES.items():
+        for format in LIBRARIES:
             for unit in (False, True):
-                if unit and "free" not in case.arguments.values():
-                    continue
-                name = f"{case.name}{', norms folded on export' if unit else ''}"
-                folder = root / f"{number}-{format}-{unit}"
-                try:
-                    export(sae.to(case.dtype), folder, format, unit)
-                except ValueError as error:
-                    row = Row(format, name, note=str(error).splitlines()[0])
-                else:
-                    norms = sae.W_dec.detach().float().norm(dim=-1)
-                    theirs_folds = format == "dictionary_learning" and type(sae) in FOLDED
-                    expected = _times(own, norms) if unit or theirs_folds else own
-                    sae.float()
-                    note = "its `load_dictionary` folds the norms" if theirs_folds else ""
-                    row = compared(format, name, expected, reader(folder), x, note)
-                yield told("to", row)
+                if not unit or "free" in case.arguments.values():
+                    folder = root / f"{number}-{format}-{unit}"
+                    yield told("to", _handed_over(case, sae, format, unit, folder, x))
+
+
+def _handed_over(
+    case: ours.Case,
+    sae: SparseAutoencoder,
+    format: str,
+    unit: bool,
+    folder: Path,
+    x: Float[Tensor, "rows d_in"],
+) -> Row:
+    name = f"{case.name}{', norms folded on export' if unit else ''}"
+    try:
+        export(sae.to(case.dtype), folder, format, unit)
+    except ValueError as error:
+        return Row(format, name, note=str(error).splitlines()[0])
+    # Thresholds in a SAELens file are rounded down to its dtype, and right for sums in it.
+    in_its_dtype = format == "saelens" and case.kind is JumpReLUSAE
+    dtype = case.dtype if in_its_dtype else torch.float32
+    reader = partial(saelens, dtype=dtype) if in_its_dtype else LIBRARIES[format]
+    sae.to(dtype)
+    expected = Side(sae.encode, sae.decode)
+    note = "both compute in bfloat16" if dtype == torch.bfloat16 else ""
+    if format == "dictionary_learning" and type(sae) in FOLDED:
+        unit, note = True, "its `load_dictionary` folds the norms"
+    if unit:
+        expected = _times(expected, sae.W_dec.detach().norm(dim=-1))
+    return compared(format, name, expected, reader(folder), x.to(dtype), note)
 
 
 FOLDED = (ReLUSAE, TiedSAE)

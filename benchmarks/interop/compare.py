@@ -60,8 +60,9 @@ def compared(
     library: str, sae: str, one: Side, other: Side, x: Float[Tensor, "rows d_in"], note: str = ""
 ) -> Row:
     """The differences of two sides on activations `x`."""
-    f, g = one.encode(x).float(), other.encode(x).float()
-    difference = (one.decode(f) - other.decode(g)).abs().max() / x.abs().max()
+    f, g = one.encode(x), other.encode(x)
+    difference = (one.decode(f).float() - other.decode(g).float()).abs().max() / x.abs().max()
+    f, g = f.float(), g.float()
     return Row(
         library,
         sae,

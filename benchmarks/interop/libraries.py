@@ -17,9 +17,9 @@ HEADS = 4
 """Of the embedded model's attention; SAELens takes `hook_z` head by head."""
 
 
-def saelens(folder: Path) -> Side:
-    """What SAELens computes of a folder."""
-    sae: Any = SAE.load_from_disk(folder, device="cpu").to(dtype=torch.float32)
+def saelens(folder: Path, dtype: torch.dtype = torch.float32) -> Side:
+    """What SAELens computes of a folder, in a dtype."""
+    sae: Any = SAE.load_from_disk(folder, device="cpu").to(dtype=dtype)
     if not sae.hook_z_reshaping_mode:
         return Side(sae.encode, sae.decode)
 
@@ -64,7 +64,7 @@ def of_sparse_coder(coder: Any) -> Side:
     return Side(encode, decode)
 
 
-LIBRARIES: dict[str, Callable[[Path], Side]] = {
+LIBRARIES: dict[str, Callable[..., Side]] = {
     "saelens": saelens,
     "dictionary_learning": dictionary_learning,
     "sparsify": sparsify,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_sae.architectures import SparseAutoencoder
@@ -144,5 +145,10 @@ def export(
     require_one_of(tuple(FORMATS), format=format)
     folder = Path(path)
     require_new(folder)
-    FORMATS[format].write(outgoing(sae, unit_decoder), folder)
+    dtype = torch.float32 if format in IN_FLOAT32 else None
+    FORMATS[format].write(outgoing(sae, unit_decoder, dtype), folder)
     return folder
+
+
+IN_FLOAT32 = ("dictionary_learning", "gemma_scope")
+"""Formats whose readers know no other dtype, so that no digits need be dropped for them."""

@@ -97,12 +97,15 @@ class Outgoing(NamedTuple):
 
 
 @torch.no_grad()
-def outgoing(sae: SparseAutoencoder, unit_decoder: bool = False) -> Outgoing:
+def outgoing(
+    sae: SparseAutoencoder, unit_decoder: bool = False, dtype: torch.dtype | None = None
+) -> Outgoing:
     """Fold an SAE, and say what it computes.
 
     Args:
         sae: The SAE.
         unit_decoder: Whether norms of decoder rows are folded into the encoder.
+        dtype: Of the weights; by default the SAE's own.
 
     Raises:
         ValueError: If it computes something else, or its weights are not finite.
@@ -123,7 +126,7 @@ def outgoing(sae: SparseAutoencoder, unit_decoder: bool = False) -> Outgoing:
         _require_same_choice(form)
         weights = fold_norms(weights)
         notes.append(NORMS)
-    dtype = weights["W_dec"].dtype
+    dtype = dtype or weights["W_dec"].dtype
     weights = {name: _as(name, weight, sae, dtype) for name, weight in weights.items()}
     prefixes = sae.prefixes if isinstance(sae, MatryoshkaSAE) else None
     one_for_all = isinstance(sae, BatchTopKSAE) and not unit_decoder

@@ -201,3 +201,15 @@ def test_a_site_that_it_does_not_name_is_guessed(
     with pytest.warns(UserWarning, match="the residual stream after layer 3"):
         sae = lightning_sae.load(folder)
     assert sae.source["hook_name"] == "blocks.3.hook_resid_post"
+
+
+def test_an_sae_in_bfloat16_goes_out_without_the_loss_of_a_digit(
+    sae_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    sae = sae_of("jumprelu").to(torch.bfloat16)
+    expected = (sae.threshold / sae.input_scale).detach()  # float32, as the SAE keeps it
+    folder = export(sae, tmp_path / "out", "dictionary_learning")
+    tensors = torch.load(folder / "ae.pt", weights_only=True)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    torch.testing.assert_close(tensors["threshold"], expected, rtol=1e-6, atol=0)
+    assert not torch.equal(expected, expected.bfloat16().float())
