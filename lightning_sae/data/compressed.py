@@ -14,12 +14,12 @@ CHUNK = 2**20
 
 
 def decompressed(path: Path, suffix: str) -> Path:
-    """The file itself if it is not compressed, or what is in it as a file with this suffix.
+    """The file itself if it is not compressed, otherwise an unpacked copy with this suffix.
 
-    A copy stands for the file as it is now: one that changes is unpacked anew.
+    A file that changes is unpacked again.
 
     Raises:
-        ValueError: If it is damaged, or needs a package that is not there.
+        ValueError: If it is damaged, or needs a package that is not installed.
     """
     chunks = COMPRESSIONS.get(path.suffix.lower())
     if chunks is None:
