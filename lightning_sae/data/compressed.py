@@ -47,8 +47,8 @@ def _unpack(path: Path, chunks: Callable[[Path], Iterator[bytes]], output: Path)
                 ) from error
             except Exception as error:  # of any compression
                 raise ValueError(
-                    f"Could not read {path}: {error}. It is cut off or damaged: fetch it anew, or "
-                    "leave it out."
+                    f"Could not read {path}: {error}. It is cut off or damaged: download it "
+                    "again, or leave it out."
                 ) from error
             if chunk is None:
                 return

@@ -513,15 +513,15 @@ class ActivationDataModule(ActivationSource):
             warnings.warn(
                 f"The checkpoint holds no buffer of rank {self._place()[0]}: it is of a run with "
                 "another number of ranks, or this rank's file beside it is missing. The buffer is "
-                "filled anew with text that follows what rank 0 had read; some may come twice, and "
+                "refilled with text that follows what rank 0 had read; some may come twice, and "
                 "some not at all.",
                 stacklevel=2,
             )
         elif state and "rows" not in state:
             warnings.warn(
                 "The checkpoint holds no buffer, for it is larger than `largest_saved_buffer`: it "
-                "is filled anew with the text that follows, and the run is not bit for bit the one "
-                "that would have been.",
+                "is refilled with the text that follows, so the resumed run is not bit for bit the "
+                "same as an uninterrupted one.",
                 stacklevel=2,
             )
         buffer.load_state_dict(state)
