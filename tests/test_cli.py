@@ -303,7 +303,7 @@ def test_help_lists_the_models_that_a_user_can_choose_and_no_others(help_of: Any
 
 
 BAD_INPUT = {
-    "--data.hook_name=blocks.1.hook_resid_pots": "close ones are: blocks.1.hook_resid_post",
+    "--data.hook_name=blocks.1.hook_resid_pots": "similar ones are: blocks.1.hook_resid_post",
     "--data.hook_name=blocks.7.hook_resid_post": "a layer from 0 to 2 but got",
     "--data.model=./no/such/folder": "there is no folder",
     "--data.model=some-org/some-model": "the hub did not give it",

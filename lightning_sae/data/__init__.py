@@ -1,4 +1,4 @@
-"""Tokens to a language model to shuffled activations; toy worlds with known features."""
+"""From text to shuffled activations of a language model; toy data with known features."""
 
 from lightning_sae.data.cache import CachedDataModule as CachedDataModule
 from lightning_sae.data.cache import write_cache as write_cache

@@ -12,32 +12,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 PATIENCE = 100
-"""Reads in a row that may give nothing before the buffer gives up."""
+"""Consecutive empty reads after which the buffer gives up."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """An endless source of rows that knows where it stands."""
+    """An endless source of rows whose position can be saved and restored."""
 
     def read(self) -> Float[Tensor, "rows d"]:
         """Some more rows."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the source stands."""
+        """The position of the source."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` stood."""
+        """Continue from a position that `state_dict` returned."""
 
 
 class ShuffleBuffer(Iterator[Tensor]):
     """Holds `capacity` rows in random order and serves them in batches, each row once.
 
-    When the share served reaches `refill_fraction`, the served rows are replaced by fresh ones and
-    all are shuffled anew. A thread reads the fresh rows while the present ones are being served.
-    Memory: `capacity` rows, the fresh ones of one refill, and what one `read` of the source gives.
+    When the share served reaches `refill_fraction`, the served rows are replaced by new ones and
+    the whole buffer is shuffled again. A thread reads the new rows in the background.
+    Memory: `capacity` rows, the new rows of one refill, and the rows of one `read` of the source.
 
-    The state is exact: rows, order and generator, and where the source stood when the refill
-    under way began, which is read again after a resume.
+    The state is exact: it holds the rows, their order, the generator, and the position of the
+    source at the start of the current refill, which is read again after a resume.
 
     Args:
         source: Where rows come from.
@@ -45,12 +45,12 @@ class ShuffleBuffer(Iterator[Tensor]):
         batch_size: Rows in a batch.
         refill_fraction: Share served before a refill.
         seed: Seed of the shuffle.
-        prefetch: Whether a thread reads ahead; otherwise a refill reads when it is due. The
-            batches are the same.
-        look_at: Called with the rows of the first full buffer, which are not the ones to change.
+        prefetch: Whether a thread reads ahead; otherwise rows are read when a refill is due. The
+            batches are the same either way.
+        look_at: Called with the rows of the first full buffer; must not change them.
 
     Attributes:
-        seconds: Time that batches were waited for, in this process.
+        seconds: Seconds spent waiting for batches, in this process.
 
     Raises:
         ValueError: If the batch does not fit into the buffer or the fraction is not in (0, 1].
@@ -122,7 +122,7 @@ class ShuffleBuffer(Iterator[Tensor]):
         self._request(self.rows_per_refill)
 
     def _request(self, n: int) -> None:
-        """Note where the source stands, then begin to read `n` rows."""
+        """Save the position of the source, then start reading `n` rows."""
         self._source_state = self.source.state_dict()
         self._surplus_before = self._surplus
         self._requested = n
@@ -133,7 +133,7 @@ class ShuffleBuffer(Iterator[Tensor]):
         return self._read(self._requested) if self._reader is None else self._fresh.result()
 
     def _read(self, n: int) -> Tensor:
-        """The next `n` rows; what a read gives beyond them is kept for the next time."""
+        """The next `n` rows; surplus rows of a read are kept for the next call."""
         chunk = self.source.read().cpu() if self._surplus is None else self._surplus
         rows, filled, in_vain = chunk.new_empty(n, chunk.shape[1]), 0, 0
         while in_vain < PATIENCE and not self._closed.is_set():
@@ -155,11 +155,11 @@ class ShuffleBuffer(Iterator[Tensor]):
         self._receive()
 
     def nbytes(self) -> int:
-        """Bytes of the rows held."""
+        """Size of the held rows in bytes."""
         return 0 if self.rows is None else self.rows.nbytes
 
     def state_dict(self, with_rows: bool = True) -> dict[str, Any]:
-        """All that the next batches depend on; without the rows, a resume fills them anew."""
+        """All that the next batches depend on; without the rows, a resume refills the buffer."""
         if self.rows is None:
             return {}
         state = {"source": self._source_state, "generator": self.generator.get_state()}
@@ -169,10 +169,11 @@ class ShuffleBuffer(Iterator[Tensor]):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as if never interrupted, as far as `state` allows.
+        """Continue as if never interrupted, as far as `state` allows.
 
         Raises:
-            ValueError: If the state is of a buffer of another size, batch or refill.
+            ValueError: If the state belongs to a buffer with another capacity, batch size or
+                refill.
         """
         if not state:
             return
@@ -199,7 +200,7 @@ class ShuffleBuffer(Iterator[Tensor]):
 
 
 def check_buffer(capacity: int, batch_size: int, refill_fraction: float) -> None:
-    """Raise a ValueError if no buffer can be of this kind."""
+    """Raise a ValueError if the buffer cannot have these sizes."""
     if not 0 < batch_size <= capacity:
         raise ValueError(
             f"Expected argument `batch_size` to be between 1 and `buffer_size`={capacity} but got "

@@ -14,12 +14,12 @@ CHUNK = 2**20
 
 
 def decompressed(path: Path, suffix: str) -> Path:
-    """The file itself if it is not compressed, or what is in it as a file with this suffix.
+    """The file itself if it is not compressed, otherwise an unpacked copy with this suffix.
 
-    A copy stands for the file as it is now: one that changes is unpacked anew.
+    A file that changes is unpacked again.
 
     Raises:
-        ValueError: If it is damaged, or needs a package that is not there.
+        ValueError: If it is damaged, or needs a package that is not installed.
     """
     chunks = COMPRESSIONS.get(path.suffix.lower())
     if chunks is None:
@@ -47,8 +47,8 @@ def _unpack(path: Path, chunks: Callable[[Path], Iterator[bytes]], output: Path)
                 ) from error
             except Exception as error:  # of any compression
                 raise ValueError(
-                    f"Could not read {path}: {error}. It is cut off or damaged: fetch it anew, or "
-                    "leave it out."
+                    f"Could not read {path}: {error}. It is cut off or damaged: download it "
+                    "again, or leave it out."
                 ) from error
             if chunk is None:
                 return

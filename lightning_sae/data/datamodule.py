@@ -55,12 +55,12 @@ if TYPE_CHECKING:
 else:
 
     class LoadedModel(ABC):  # noqa: B024
-        """Any `nn.Module`, under a name of its own: of this one `--help` lists no subclasses."""
+        """Stands for `nn.Module`, whose many subclasses `--help` would list."""
 
     LoadedModel.register(nn.Module)
 
 OPEN = ("language_model", "filter", "corpus", "held_out_corpus")
-"""Attributes that are made when first needed and hold models, files or counts."""
+"""Attributes that are created lazily and hold models, files or counts."""
 
 
 class HeldOutBatches:
@@ -93,38 +93,41 @@ class ActivationDataModule(ActivationSource):
     """Shuffled batches of a language model's activations on text.
 
     Text is tokenised, packed into blocks of `context_length` tokens, and run through the model up
-    to the hook and no further. Activations go through a filter and a shuffling buffer. Training
+    to the hook. Activations go through a filter and a shuffling buffer. Training
     data is endless; `trainer.max_steps` ends it. Validation and test read held-out documents, which
     are chosen by a hash of their names or contents and never used for training.
 
     Args:
         hook_name: TransformerLens name of the hook, such as `blocks.3.hook_resid_post`, or the path
-            of a module, such as `model.layers.3.mlp`, with `:in` or `:out` behind it; or several,
-            for `SideBySide`: then one pass of the model reads them all, a batch is a
-            tensor by hook, and its rows are of the same tokens at all hooks.
-        model: Folder or hub name of the language model or of a PEFT adapter, an instance of it, or
+            of a module, such as `model.layers.3.mlp`, followed by `:in` or `:out`; or a list of
+            hooks, for `SideBySide`: one forward pass then reads all of them, and a batch is a
+            dictionary of tensors by hook, whose rows belong to the same tokens.
+        model: Folder or hub name of the language model or of a PEFT adapter, a model instance, or
             `embedded` for the small model that comes with this package.
         text: `embedded` for the Python standard library's source; files, glob patterns or folders
             (.txt with `<|endoftext|>` between documents, .jsonl, .csv, .parquet, also compressed);
             a folder that `datasets` saved; a hub name; or, from Python, rows: a data set, or any
             iterable of strings, lists of token ids, chats, or dictionaries with these in a column.
-        text_column: Name of the column, where there are columns: of text, of token ids, which need
-            no tokenizer, or of chats (lists of messages), written by the tokenizer's template.
+        text_column: Name of the column to read, if the text has columns. It holds text, token ids
+            (which need no tokenizer), or chats (lists of messages, formatted by the tokenizer's
+            chat template).
         text_split: Split of a saved or hub data set.
         streaming: Read a hub data set as a stream, without a copy on the disk.
-        validation_text: Text of its own for validation and test; by default a share of `text`.
+        validation_text: Separate text for validation and test; by default a share of `text`.
         validation_fraction: Share of the documents of `text` that are held out.
-        document_start: What begins each document: `bos`, `eos`, `none`, or `auto`: before a text
-            BOS, if the tokenizer puts it there itself or BOS is also its EOS, and else nothing;
-            before token ids and chats nothing. What begins with it already gets no second one.
-        separator: What stands between two documents in a block: `bos`, `eos`, `none`, any other
-            text, or `auto`: between texts EOS if `document_start` is nothing, and else nothing.
-        pack: Whether a block may hold pieces of several documents. If not, it is padded, and
-            padding is neither trained nor evaluated on.
-        keep_rest: Whether a document goes on in the next block; if not, each block begins with a
-            document, and what does not fit is left out.
-        chat_roles: Of chats, the roles whose tokens are trained and evaluated on, such as
-            `[assistant]`; the others are read as their context. null for all.
+        document_start: Token put before each document: `bos`, `eos`, `none`, or `auto`. `auto` puts
+            BOS before a text if the tokenizer does so itself or uses one token as BOS and EOS, and
+            otherwise nothing; before token ids and chats it puts nothing. The token is not repeated
+            if a document already begins with it.
+        separator: Token or text put between two documents in a block: `bos`, `eos`, `none`, any
+            other text, or `auto`. `auto` puts EOS between texts that have no `document_start`, and
+            otherwise nothing.
+        pack: Whether a block may hold parts of several documents. If not, it is padded; padding is
+            neither trained nor evaluated on.
+        keep_rest: Whether a document continues in the next block. If not, each block begins with a
+            new document, and tokens that do not fit are dropped.
+        chat_roles: For chats, the roles whose tokens are trained and evaluated on, such as
+            `[assistant]`; tokens of other roles only serve as context. null for all.
         context_length: Tokens in a block.
         blocks_per_pass: Blocks in one forward pass of the model.
         batch_size: Activations in a batch.
@@ -135,25 +138,25 @@ class ActivationDataModule(ActivationSource):
         model_dtype: dtype of the model's weights; `auto` is the checkpoint's own.
         model_kwargs: Further arguments of `from_pretrained`: `revision`, `trust_remote_code` (off
             by default), `attn_implementation`, `device_map`, `quantization_config` and so on. A
-            model that is quantised or placed by `device_map` stays where it is.
-        tokenizer: A tokenizer, or its folder or hub name, where the model brings none or another.
-        head: Of a hook with heads, such as `blocks.3.attn.hook_z`, the head to read and replace;
-            null for all side by side.
+            model that is quantised or placed by `device_map` is not moved.
+        tokenizer: A tokenizer, or its folder or hub name; by default the model's own.
+        head: For a hook with heads, such as `blocks.3.attn.hook_z`, the head to read and replace;
+            null for all heads, concatenated.
         drop_special_tokens: Leave out the activations of BOS and other special tokens.
-        positions: First position kept in a block and the one behind the last; null keeps all.
+        positions: First position kept in a block and the one after the last; null keeps all.
         max_norm_multiple: Leave out activations longer than this multiple of the median norm of
             their pass; null keeps all.
         center: Have the SAE subtract the mean activation, estimated on the first full buffer.
-        scale: Have the SAE scale activations to mean norm sqrt(d_in), estimated likewise.
-        n_validation: Held-out activations in a validation, for each rank.
-        n_test: Held-out activations in a test, for each rank.
-        seed: Seed of the order of the documents and of the shuffle.
-        largest_saved_buffer: Bytes up to which the buffer is part of a checkpoint. A larger one
-            is filled anew on resume, which is then not exact.
+        scale: Have the SAE scale activations to mean norm sqrt(d_in), estimated on the same buffer.
+        n_validation: Held-out activations per validation and rank.
+        n_test: Held-out activations per test and rank.
+        seed: Seed of the document order and of the shuffle.
+        largest_saved_buffer: Size in bytes up to which the buffer is saved in checkpoints. A larger
+            buffer is refilled on resume, and the resumed run is then not bit for bit the same.
 
     Raises:
-        ValueError: If a size does not fit; most bad input is found in `d_in` and `setup`, before
-            any work.
+        ValueError: If a size is invalid. Most other bad input is found in `d_in` and `setup`,
+            before any work.
     """
 
     def __init__(
@@ -245,7 +248,7 @@ class ActivationDataModule(ActivationSource):
 
     @cached_property
     def d_in(self) -> Any:
-        """Width of the activations, seen on one token; a dictionary by hook of several."""
+        """Width of the activations, measured on one token; by hook if there are several."""
         model = self.language_model
         return model.widths if isinstance(model, SeveralHooks) else model.width()
 
@@ -255,40 +258,40 @@ class ActivationDataModule(ActivationSource):
         return self
 
     def by_hook(self, rows: Float[Tensor, "rows d"]) -> Rows:
-        """Rows as a batch has them: by hook if there are several."""
+        """Rows in the form of a batch: a dictionary by hook if there are several."""
         model = self.language_model
         return model.split(rows) if isinstance(model, SeveralHooks) else rows
 
     @override
     def at(self: Data, hook_name: str) -> Data:
-        """The same data, of a run that may be under way, with one of its hooks alone.
+        """The same data with only one of its hooks; also during a run.
 
-        Its language model, width, filter, source and scaling are the hook's.
+        Language model, width, filter, source and scaling are those of this hook.
         """
         if not isinstance(self.language_model, SeveralHooks):
             return self
         one, scalings = type(self).__new__(type(self)), self.scalings()
-        vars(one).update(vars(self))  # not `copy.copy`, which leaves out what is open
+        vars(one).update(vars(self))  # not `copy.copy`, which drops open files and the stream
         one.hook_name, one.hook_names = hook_name, [hook_name]
         one._scalings = {hook_name: scalings[hook_name]} if scalings else {}
         model = self.language_model
         vars(one).update(language_model=model.at_each[hook_name], d_in=model.widths[hook_name])
-        vars(one).pop("filter", None)  # that of all hooks
+        vars(one).pop("filter", None)  # holds all hooks
         return one
 
     @override
     def scaling(self) -> Scaling | None:
         """Centring and scaling estimated on the first full buffer; None if not asked for.
 
-        On several ranks it is estimated on all their buffers, so all have to ask for it. Of several
-        hooks each has its own, see `at`.
+        With several ranks it is estimated on the buffers of all ranks, so every rank must read this
+        property. With several hooks each has its own scaling: see `at`.
         """
         return self.scalings().get(self.hook_names[0]) if len(self.hook_names) == 1 else None
 
     def scalings(self) -> dict[str, Scaling]:
         """`scaling` of each hook; empty if not asked for.
 
-        The first call fills the buffer, for which the language model runs.
+        The first call runs the language model to fill the buffer.
         """
         if not self._scalings and self.buffer is not None and (self.center or self.scale):
             rows = self.buffer.fill() if self.buffer.rows is None else self.buffer.rows
@@ -329,7 +332,7 @@ class ActivationDataModule(ActivationSource):
 
     @property
     def special_tokens(self) -> list[int]:
-        """Ids of BOS and other special tokens; none where there is no tokenizer."""
+        """Ids of BOS and other special tokens; empty without a tokenizer."""
         tokenizer = self.language_model.tokenizer
         return [] if tokenizer is None else tokenizer.all_special_ids
 
@@ -347,7 +350,7 @@ class ActivationDataModule(ActivationSource):
     @property
     @override
     def source(self) -> dict[str, Any]:
-        """Where the activations come from, as plain values to keep with an SAE."""
+        """Where the activations come from, as plain values that are saved with an SAE."""
         name = {"model": "embedded"} if self.model == EMBEDDED_MODEL else {}
         return {
             **self.language_model.identity,
@@ -368,12 +371,12 @@ class ActivationDataModule(ActivationSource):
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The text of training, and of what is held out unless that has its own."""
+        """The training text; also the held-out text unless `validation_text` is given."""
         return self._open(self.text)
 
     @cached_property
     def held_out_corpus(self) -> Corpus:
-        """The text whose held-out documents are validated and tested on."""
+        """The text whose held-out documents are used for validation and test."""
         return self.corpus if self.validation_text is None else self._open(self.validation_text)
 
     def _open(self, text: Text) -> Corpus:
@@ -383,7 +386,7 @@ class ActivationDataModule(ActivationSource):
         """Blocks of a share of the training documents, from the start.
 
         Args:
-            place: Number of the share, and of all shares; by default this rank's.
+            place: Index of the share and number of shares; by default those of this rank.
         """
         return self._blocks(self.corpus, self.validation_fraction, False, place)
 
@@ -411,7 +414,7 @@ class ActivationDataModule(ActivationSource):
     def held_out_tokens(
         self, n: int, *, equal_passes: bool = False
     ) -> Iterator[Int[Tensor, "blocks context_length"]]:
-        """This rank's held-out blocks, a forward pass at a time.
+        """This rank's held-out blocks, one forward pass at a time.
 
         Args:
             n: Approximate number of tokens to read; a warning is logged if there are fewer.
@@ -426,7 +429,7 @@ class ActivationDataModule(ActivationSource):
             self._passes[key] = tee(self._read_held_out(again), 1)[0]
         found = unknown = 0
         unknown_id = unknown_token(self.language_model.tokenizer)
-        # The copy first yields passes that were read before, which `tee` keeps, then reads on.
+        # The copy first yields the passes that `tee` kept from earlier reads, then continues.
         for tokens in islice(copy.copy(self._passes[key]), n_passes):
             found += tokens.numel()
             unknown += 0 if unknown_id is None else int((tokens == unknown_id).sum())
@@ -434,7 +437,7 @@ class ActivationDataModule(ActivationSource):
         self._say_of_held_out(min(n, n_passes * per_pass), n, found, unknown)
 
     def _say_of_held_out(self, least: int, n: int, found: int, unknown: int) -> None:
-        """Warn once if fewer than `least` of `n` tokens were found, and once of unknown tokens."""
+        """Warn once of fewer than `least` of `n` tokens, and once of unknown tokens."""
         if found < least and n not in self._said:
             say_short(n, found, self.n_ranks)
             self._said.add(n)
@@ -510,15 +513,15 @@ class ActivationDataModule(ActivationSource):
             warnings.warn(
                 f"The checkpoint holds no buffer of rank {self._place()[0]}: it is of a run with "
                 "another number of ranks, or this rank's file beside it is missing. The buffer is "
-                "filled anew with text that follows what rank 0 had read; some may come twice, and "
+                "refilled with text that follows what rank 0 had read; some may come twice, and "
                 "some not at all.",
                 stacklevel=2,
             )
         elif state and "rows" not in state:
             warnings.warn(
                 "The checkpoint holds no buffer, for it is larger than `largest_saved_buffer`: it "
-                "is filled anew with the text that follows, and the run is not bit for bit the one "
-                "that would have been.",
+                "is refilled with the text that follows, so the resumed run is not bit for bit the "
+                "same as an uninterrupted one.",
                 stacklevel=2,
             )
         buffer.load_state_dict(state)
@@ -570,9 +573,9 @@ class ActivationDataModule(ActivationSource):
         return HeldOutBatches(self, self.n_test)
 
     def teardown(self, stage: str) -> None:
-        """Stop reading ahead, and keep the position for a checkpoint that is saved after `fit`."""
+        """Stop reading ahead, and keep the position for a checkpoint saved after `fit`."""
         if stage == "fit" and self.buffer is not None:
-            self._say_unknown()  # of characters that came late
+            self._say_unknown()  # unknown characters that came late
             self._left = self.state_dict()
             self._close()
             self._unseen.clear()
@@ -600,13 +603,13 @@ class ActivationDataModule(ActivationSource):
 
     @override
     def statistics(self) -> dict[str, float]:
-        """What the stream has read and dropped so far; empty before training."""
+        """Counts of tokens read and activations dropped so far; empty before training."""
         source = None if self.buffer is None else self.buffer.source
         return source.statistics() if isinstance(source, ActivationStream) else {}
 
     @override
     def seconds(self) -> dict[str, float]:
-        """Seconds of waiting for batches and of the language model; empty before training."""
+        """Seconds of waiting for batches and of running the model; empty before training."""
         if self.buffer is None:
             return {}
         source = self.buffer.source
@@ -628,9 +631,9 @@ class ActivationDataModule(ActivationSource):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy or another process: everything but the trainer, the model and open text.
+        """State for a copy or another process: everything but the trainer, the model and open text.
 
-        The copy opens model and text when it needs them, and its batches continue from here.
+        The copy opens model and text when needed, and its batches continue from here.
         """
         kept = {name: value for name, value in super().__getstate__().items() if name not in OPEN}
         position = self._restored if self.buffer is None else self.state_dict()

@@ -11,14 +11,15 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 class Document(NamedTuple):
-    """One text and the name that decides its split.
+    """One document and the name that decides its split.
 
     Attributes:
         name: Stable name, the same on every machine; never a position in a list.
-        text: The whole text, or a `FileSpan`; a list of token ids; a chat, as a list of messages;
-            or whatever else stood in the row, which then gives no tokens.
-        where: Where it stands, for messages.
-        may_be_empty: Whether an empty text is a document all the same, of which its mark is left.
+        text: The whole text, or a `FileSpan`; a list of token ids; a chat, as a list of messages.
+            Any other value gives no tokens.
+        where: Its location, for messages.
+        may_be_empty: Whether an empty text still counts as a document, which then gives only its
+            mark.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Documents(Protocol):
 def named(content: Any, where: str = "") -> Document:
     """A document named after its content, so that copies of it always share a split."""
     if isinstance(content, str):
-        content = content.removeprefix(BYTE_ORDER_MARK)  # no text, but a remark on the encoding
+        content = content.removeprefix(BYTE_ORDER_MARK)  # a byte order mark is not part of the text
         key = content.encode(errors="surrogatepass")
     else:
         if isinstance(content, Tensor | np.ndarray):

@@ -1,7 +1,7 @@
-"""Documents as token ids: text, ids or chats, and what stands before and between them.
+"""Documents (texts, token ids or chats) as token ids, with the tokens before and between them.
 
-A token that the model reads while nothing is trained or counted on it (padding, and in a chat the
-words of other roles) stands as `~id`, which is negative; `ids_of` gives the ids.
+A token that is only context (padding, and in a chat the tokens of other roles) is neither trained
+nor counted on. It is stored as `~id`, which is negative; `ids_of` gives the ids.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from lightning_sae.data.long_text import encode, text_pieces
 DocumentStart = Literal["auto", "bos", "eos", "none"]
 PADDING = ~0
 PIECE = 2**14
-"""Ids of a document that are given at a time."""
+"""Token ids of a document that are yielded at a time."""
 
 
 class Unreadable(Exception):
@@ -28,14 +28,14 @@ class Unreadable(Exception):
 
 
 class Marks(NamedTuple):
-    """Token ids that begin a document, and that stand between two in a block."""
+    """Token ids put before a document and between two documents in a block."""
 
     start: list[int]
     separator: list[int]
 
 
 def ids_of(tokens: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """Token ids that the model reads, of tokens some of which are context alone."""
+    """The model's token ids for tokens of which some are only context, stored as `~id`."""
     return torch.where(tokens < 0, ~tokens, tokens)
 
 
@@ -43,11 +43,11 @@ class Encoder:
     """Turns documents into token ids.
 
     Args:
-        tokenizer: A `transformers` tokenizer; None will do for rows of token ids.
-        document_start: What begins a document: see `ActivationDataModule`.
-        separator: What stands between documents in a block, likewise.
-        chat_roles: Of chats, the roles whose tokens are trained on; None for all.
-        vocabulary: Number of tokens that the model knows; None does not check ids.
+        tokenizer: A `transformers` tokenizer; may be None for rows of token ids.
+        document_start: Token put before a document: see `ActivationDataModule`.
+        separator: Token or text put between documents in a block: see `ActivationDataModule`.
+        chat_roles: For chats, the roles whose tokens are trained on; None for all.
+        vocabulary: Size of the model's vocabulary; None skips the check of ids.
 
     Raises:
         ValueError: If the tokenizer has no such token.
@@ -71,7 +71,7 @@ class Encoder:
 
     @cached_property
     def _chosen(self) -> tuple[str, str]:
-        """`document_start` and `separator` of texts, where `auto` is what the tokenizer does."""
+        """`document_start` and `separator` for texts, with `auto` resolved by the tokenizer."""
         start, separator, tokenizer = self.document_start, self.separator, self.tokenizer
         if start == "auto":
             start = "bos" if tokenizer is not None and _begins_with_bos(tokenizer) else "none"
@@ -81,7 +81,7 @@ class Encoder:
         return start, separator
 
     def described(self) -> dict[str, str]:
-        """What stands round texts, as plain values."""
+        """The tokens before and between texts, as plain values."""
         start, separator = self._chosen
         auto = {
             "document_start": f"auto ({start} before texts)",
@@ -101,15 +101,15 @@ class Encoder:
         return Marks(self._mark("document_start", start), self._mark("separator", separator))
 
     def marks(self, document: Document) -> Marks:
-        """What stands before a document; `auto` adds nothing to token ids and chats."""
+        """Token ids put before a document; `auto` adds nothing to token ids and chats."""
         return self._of_texts if _is_text(document.text) else self._given
 
     def pieces(self, document: Document, start: int = 0) -> Iterator[list[int]]:
-        """Tokens of a document, without marks, piece by piece from piece `start` on.
+        """Tokens of a document, without marks, in pieces, from piece `start` on.
 
         Raises:
-            Unreadable: If the row holds nothing that gives tokens.
-            ValueError: If it cannot be read by this tokenizer or model at all.
+            Unreadable: If the row gives no tokens.
+            ValueError: If this tokenizer or model can read no such document.
         """
         content, where = document.text, document.where
         if content is None:
@@ -122,7 +122,7 @@ class Encoder:
         if isinstance(content, Mapping):  # what `datasets` made of a list of messages
             content = _rows_of(content)
         if not isinstance(content, list):
-            raise Unreadable(f"{where} holds {type(content).__name__}, which is no text")
+            raise Unreadable(f"{where} holds {type(content).__name__}, which is not text")
         if not content:
             raise Unreadable(f"{where} is empty")
         if all(isinstance(item, Mapping) for item in content):
@@ -134,7 +134,7 @@ class Encoder:
         return (ids[i : i + PIECE] for i in range(start * PIECE, len(ids), PIECE))
 
     def require_ids(self, document: Document) -> None:
-        """Raise a ValueError if token ids are not the model's; anything else is right here."""
+        """Raise a ValueError if a list of token ids is out of range; accept any other content."""
         if isinstance(document.text, list) and document.text and type(document.text[0]) is int:
             self._checked(document.text, document.where)
 
@@ -178,7 +178,7 @@ class Encoder:
                 "Expected the model's tokenizer to have a chat template, for `text` holds chats, "
                 "but it has none: set `tokenizer.chat_template` and save it in the model's folder."
             )
-        # `datasets` gives each message the keys of all.
+        # `datasets` gives each message the keys of all messages.
         messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
         text = self._rendered(messages, where)
         if self.chat_roles is None:
@@ -194,30 +194,30 @@ class Encoder:
     def _rendered(self, messages: list[Any], where: str) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # whatever a template finds amiss
+        except Exception as error:  # a template may raise any error
             raise Unreadable(
-                f"{where} is no chat that the tokenizer's template can write ({error})"
+                f"{where} is not a chat that the tokenizer's template can format ({error})"
             ) from error
 
     def _ends(self, messages: list[Any], text: str, where: str) -> list[tuple[int, str]]:
-        """Where in the chat's text each message ends, and its role."""
+        """Position in the chat's text where each message ends, and its role."""
         ends = []
         for n, message in enumerate(messages, 1):
             try:
                 head = self._rendered(messages[:n], where)
             except Unreadable:
-                continue  # such as a system message alone: it counts with the next one
+                continue  # such as a lone system message: it is counted with the next one
             if not text.startswith(head):
                 raise ValueError(
                     "Expected argument `chat_roles` to be null for this tokenizer, whose template "
-                    f"writes earlier messages otherwise once others follow ({where}), but got "
+                    f"formats earlier messages differently when others follow ({where}), but got "
                     f"{self.chat_roles}: roles cannot be told apart."
                 )
             ends.append((len(head), message.get("role", "")))
         return ends
 
     def _of_roles(self, text: str, ends: list[tuple[int, str]]) -> list[int]:
-        """Tokens of a chat, those of other roles as context alone."""
+        """Tokens of a chat; tokens of other roles are marked as context."""
         found = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -233,8 +233,8 @@ class Encoder:
 def _begins_with_bos(tokenizer: Any) -> bool:
     """Whether texts begin with BOS in this tokenizer's models.
 
-    They do if the tokenizer puts it there itself, or if one token is both BOS and EOS, such as
-    `<|endoftext|>`: it is then what stands between documents.
+    They do if the tokenizer adds it itself, or if one token is both BOS and EOS, such as
+    `<|endoftext|>`, which then separates documents.
     """
     bos = tokenizer.bos_token_id
     if bos is None:

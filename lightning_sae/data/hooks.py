@@ -1,10 +1,9 @@
-"""Where in a model a hook's name lies, as a module and a side of it.
+"""Resolve a hook's name to a place in a model: a module and its input or output.
 
 A name may be the path of a module (`model.layers.3.mlp`, or `model.layers.3.mlp:in`), or
-TransformerLens' name of a hook. Of these the common ones are sites of the plain `transformers`
-model, so the language model runs at its own speed, with its own attention kernels. All others are
-hook points of TransformerLens' wrapper. `data/trial.py` finds out whether a site is what its name
-says.
+the name of a TransformerLens hook. Common TransformerLens hooks are mapped to modules of the plain
+`transformers` model, which runs at full speed with its own attention kernels. All others are hook
+points of TransformerLens' wrapper. `data/trial.py` checks that a site is what its name says.
 """
 
 import difflib
@@ -22,23 +21,23 @@ ATTENTION = ("self_attn", "attention", "attn", "self_attention")
 ATTENTION_OUT = ("o_proj", "dense", "c_proj", "out_proj", "wo")
 MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe")
 MLP_OUT = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2")
-# Norms behind attention or MLP: where a block has them, what it adds is what comes out of them.
+# Norms after attention or MLP: where a block has them, it adds their output to the stream.
 AFTER_ATTENTION = ("post_attention_layernorm", "post_self_attn_layernorm")
 AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
 class Reached(Exception):
-    """Ends a forward pass at the hook: what lies behind it need not be computed."""
+    """Ends a forward pass at the hook, so that later layers are not computed."""
 
 
 class Site(NamedTuple):
-    """A place in a model: what goes into or comes out of a module.
+    """A place in a model: the input or output of a module.
 
     Attributes:
         module: The module.
         side: `input` for its first argument, `output` for its (first) result.
-        heads: Number of heads that lie side by side in the activation, where that is known.
-        head: The one that is read and replaced; None for all.
+        heads: Number of heads concatenated in the activation; None if unknown.
+        head: The head that is read and replaced; None for all.
     """
 
     module: nn.Module
@@ -52,10 +51,10 @@ def edited(site: Site, edit: Edit, shape: tuple[int, ...] | None = None) -> Iter
     """Replace the activation at `site` by `edit(activation)` in every forward pass inside.
 
     Args:
-        site: Where.
-        edit: Takes and gives activations [batch, seq, d]. Heads lie side by side in `d`, and what
-            the model keeps as [batch * seq, d] comes in this shape too.
-        shape: [batch, seq], the shape of the tokens; None for what it is in each pass, where the
+        site: The place to edit.
+        edit: Maps activations [batch, seq, d] to activations of the same shape. Heads are
+            concatenated in `d`. Activations that the model keeps as [batch * seq, d] are reshaped.
+        shape: (batch, seq), the shape of the tokens; None to take it from the activation, if the
             model keeps these axes apart.
     """
     with hooked(site, lambda x: _replaced(x, edit, site, shape or x.shape[:2])):
@@ -64,7 +63,7 @@ def edited(site: Site, edit: Edit, shape: tuple[int, ...] | None = None) -> Iter
 
 @contextmanager
 def hooked(site: Site, replace: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace what passes at `site`, in the model's own shape, in every forward pass inside."""
+    """Replace the value at `site`, in the model's own shape, in every forward pass inside."""
     if site.side == "input":
         handle = site.module.register_forward_pre_hook(
             lambda _, args, kwargs: _with_input(args, kwargs, replace), with_kwargs=True
@@ -110,30 +109,30 @@ def _with_first(output: Any, replace: Callable) -> Any:
 
 
 def is_path(hook_name: str) -> bool:
-    """Whether it is a module's path; TransformerLens' names end in `hook_...`."""
+    """Whether a name is a module's path; TransformerLens' names end in `hook_...`."""
     return ":" in hook_name or not hook_name.rpartition(".")[2].startswith("hook_")
 
 
 def path_site(model: nn.Module, hook_name: str) -> Site:
-    """The site of a module's path, with `:in` or `:out` behind it (`:out` if it has neither).
+    """The site of a module's path, followed by `:in` or `:out` (default `:out`).
 
     Raises:
-        ValueError: If there is no such module; the message lists paths that are close.
+        ValueError: If there is no such module; the message lists similar paths.
     """
     path, _, side = hook_name.partition(":")
     modules = dict(model.named_modules())
     if side not in ("", "in", "out") or not path or path not in modules:
         raise ValueError(
             f"Expected argument `hook_name` to be TransformerLens' name of a hook, such as "
-            f"blocks.0.hook_resid_post, or the path of a module of the model, with :in or :out "
-            f"behind it, but got `{hook_name}`; {_close(path, modules)}."
+            f"blocks.0.hook_resid_post, or the path of a module of the model, followed by "
+            f":in or :out, but got `{hook_name}`; {_close(path, modules)}."
         )
     return Site(modules[path], "input" if side == "in" else "output")
 
 
 def _close(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=5, cutoff=0.4)
-    return f"close ones are: {', '.join(close) or 'none'}"
+    return f"similar ones are: {', '.join(close) or 'none'}"
 
 
 class Block(NamedTuple):
@@ -141,14 +140,14 @@ class Block(NamedTuple):
 
     Attributes:
         module: The layer.
-        heads: Its attention heads; None where the configuration does not say.
+        heads: Number of attention heads; None if the configuration does not say.
     """
 
     module: nn.Module
     heads: int | None
 
     def sites(self, hook: str) -> list[Site]:
-        """Where TransformerLens' hook may lie, such as `mlp.hook_post`, the likeliest first."""
+        """Possible sites of a TransformerLens hook such as `mlp.hook_post`, the likeliest first."""
         block = self.module
         attention, mlp = _first(block, ATTENTION), _first(block, MLP)
         attention_out, mlp_out = _below(attention, ATTENTION_OUT), _first(mlp or block, MLP_OUT)
@@ -173,15 +172,15 @@ class Block(NamedTuple):
 
     @property
     def mlp(self) -> nn.Module | None:
-        """Its MLP; None where its parts lie in the layer itself."""
+        """Its MLP; None if the MLP's parts are direct children of the layer."""
         return _first(self.module, MLP)
 
 
 def native_block(model: Any, hook_name: str) -> tuple[Block, str] | None:
-    """The block of a `transformers` model, and which of its common hooks, that a name means.
+    """The block of a `transformers` model and the common hook of it that a name refers to.
 
     Returns:
-        None if the hook is none of the common ones, or the blocks cannot be told.
+        None if the hook is not a common one, or the blocks cannot be found.
 
     Raises:
         ValueError: If the layer is out of range.
@@ -204,7 +203,7 @@ def native_block(model: Any, hook_name: str) -> tuple[Block, str] | None:
 
 
 def _layers(model: Any) -> nn.ModuleList | None:
-    """The stack of blocks: the one module list as long as the configuration says."""
+    """The stack of blocks: the only module list of the configured length."""
     n_layers = model.config.get_text_config().num_hidden_layers
     stacks = [m for m in _outermost_lists(model.get_decoder()) if len(m) == n_layers]
     return stacks[0] if len(stacks) == 1 else None
@@ -224,7 +223,7 @@ def _first(module: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None
 
 
 def _below(module: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
-    """The first module below, at any depth, with one of the names."""
+    """The first submodule, at any depth, with one of the names."""
     inside = module.named_modules() if module is not None else ()
     return next((m for path, m in inside if path.rpartition(".")[2] in names), None)
 
@@ -233,7 +232,7 @@ def lens_site(model: Any, hook_name: str) -> Site:
     """The hook point called `hook_name` of a TransformerBridge or HookedTransformer.
 
     Raises:
-        ValueError: If there is none; the message lists names that are close.
+        ValueError: If there is none; the message lists similar names.
     """
     if hook_name in model.hook_dict:
         return Site(model.hook_dict[hook_name], "output")

@@ -39,17 +39,17 @@ Tokens = Int[Tensor, "batch seq"]
 class LanguageModel:
     """A language model and the hook at which its activations are read or replaced.
 
-    Several threads may use it; they take turns.
+    Thread-safe: a lock lets one thread run the model at a time.
 
     Args:
-        network: The model, in evaluation mode: of `transformers`, or a wrapper of TransformerLens.
-        tokenizer: Gives its `transformers` tokenizer, when it is first needed.
-        site: Where the hook lies.
+        network: The model, in evaluation mode: a `transformers` model or a TransformerLens wrapper.
+        tokenizer: Called to load its `transformers` tokenizer when it is first needed.
+        site: The place of the hook.
         name: Folder or hub name, noted in what is saved.
         hook_name: The hook's name.
 
     Attributes:
-        identity: What tells this model from others, as plain values.
+        identity: Plain values that distinguish this model from others.
     """
 
     def __init__(
@@ -64,33 +64,33 @@ class LanguageModel:
         self.site = site
         self.name, self.hook_name = name, hook_name
         self.is_lens = hasattr(network, "hook_dict")
-        # Where activations are given; the weights may lie elsewhere, and on several devices.
+        # Device of the returned activations; the weights may be on others, even on several.
         self.device = self._entry
         self._load_tokenizer = tokenizer
         self.identity = {"model": name, **_identity(self)}
-        # A hook acts on every forward pass, another thread's too.
+        # A hook acts on every forward pass, also on those of other threads.
         self._turn = threading.RLock()
 
     @property
     def context_length(self) -> int | None:
-        """Longest sequence the model takes; None if it does not say."""
+        """Longest sequence that the model accepts; None if it does not say."""
         if self.is_lens:
             return self.network.cfg.n_ctx
         return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
 
     @cached_property
     def vocabulary(self) -> int:
-        """Rows of the embedding: tokens are below."""
+        """Number of rows of the embedding; token ids are smaller."""
         if self.is_lens:
             return self.network.cfg.d_vocab
         return self.network.get_input_embeddings().weight.shape[0]
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer; None if it has none, which will do for rows of token ids.
+        """Its tokenizer; None if it has none, which is enough for rows of token ids.
 
         Raises:
-            ValueError: If it is not of this model, or cannot be loaded though it is there.
+            ValueError: If it belongs to another model, or exists but cannot be loaded.
         """
         try:
             tokenizer = self._load_tokenizer()
@@ -102,17 +102,17 @@ class LanguageModel:
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Number format (dtype) of the model's weights, and so of its activations."""
+        """The dtype of the model's weights and of its activations."""
         return next(p.dtype for p in self.network.parameters() if p.is_floating_point())
 
     @property
     def _entry(self) -> torch.device:
-        """Where tokens go; of a model that is partly on the disk, accelerate moves them."""
+        """Device of the tokens; accelerate moves them if the model is partly on the disk."""
         device = next(self.network.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
     def to(self, device: torch.device | str) -> "LanguageModel":
-        """Have activations given on a device, and move the weights there.
+        """Move the weights to a device, and return activations there.
 
         Weights stay where they are if they were placed by `device_map` or are quantised.
         """
@@ -120,7 +120,7 @@ class LanguageModel:
         if not placed and not getattr(self.network, "is_quantized", False):
             try:
                 self.network.to(device)
-            except ValueError as error:  # as `transformers` says it of quantised models
+            except ValueError as error:  # the message of `transformers` for quantised models
                 if "`.to` is not supported" not in str(error):
                     raise
         self.device = torch.device(device)
@@ -148,7 +148,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def activations(self, tokens: Tokens) -> Float[Tensor, "batch seq d_in"]:
-        """Activations at the hook; nothing behind the hook is computed."""
+        """Activations at the hook; later layers are not computed."""
         found: list[Tensor] = []
 
         def keep(activation: Tensor) -> Tensor:
@@ -167,13 +167,13 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, tokens: Tokens, edit: Edit | None = None) -> Float[Tensor, "batch seq vocab"]:
-        """Logits of the next tokens, with the activation at the hook replaced by `edit` of it."""
+        """Logits of the next tokens, with the activation `x` at the hook replaced by `edit(x)`."""
         with self._turn, self._with_edit(edit, tokens):
             return self._logits(self._entering(tokens))
 
     @torch.no_grad()
     def final(self, tokens: Tokens, edit: Edit | None = None) -> Float[Tensor, "batch seq _"]:
-        """As `logits`, up to the unembedding: what `unembed` takes, row by row."""
+        """Like `logits`, up to the unembedding: `unembed` turns rows of it into logits."""
         if self._unembedding is None:
             return self.logits(tokens, edit)
         with self._turn, self._with_edit(edit, tokens):
@@ -181,7 +181,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def unembed(self, rows: Float[Tensor, "n _"]) -> Float[Tensor, "n vocab"]:
-        """Logits of rows of `final`: some of them, where all logits would not fit in memory."""
+        """Logits of some rows of `final`, for when all logits would not fit in memory."""
         if self._unembedding is None:
             return rows
         with self._turn:
@@ -194,7 +194,7 @@ class LanguageModel:
 
     @cached_property
     def _unembedding(self) -> Site | None:
-        """Where the final activations are, if all that follows acts on each alone."""
+        """The site of the final activations, if everything after it acts on each token alone."""
         network: Any = self.network
         module = (
             getattr(network, "unembed", None) if self.is_lens else network.get_output_embeddings()
@@ -225,14 +225,14 @@ class LanguageModel:
         raise AssertionError("the unembedding is not reached")
 
     def _unembed(self, rows: Float[Tensor, "n _"], unembedding: Site) -> Float[Tensor, "n vocab"]:
-        """The model's own way from rows to logits: with its scale, soft cap and so on."""
+        """The model's own map from rows to logits, with its scale, soft cap and so on."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self._entry)
         with self._without_body(), hooked(unembedding, lambda _: rows.unsqueeze(0)):
             return self._logits(token).squeeze(0)
 
     @contextmanager
     def _without_body(self) -> Iterator[None]:
-        """Have the body give its output for one token at once, where the model has a body."""
+        """Replace the body, if the model has one, by its stored output for one token."""
         if self._body is None:
             yield
             return
@@ -248,7 +248,7 @@ class LanguageModel:
 
     @cached_property
     def _body(self) -> tuple[Any, Any] | None:
-        """What the model calls before its unembedding, and what that gives for one token."""
+        """The module that the model calls before its unembedding, and its output for one token."""
         network, token = self.network, torch.zeros(1, 1, dtype=torch.long, device=self._entry)
         for body in () if self.is_lens else (network.base_model, network.get_decoder()):
             found: list[Any] = []
@@ -263,10 +263,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def at(self, hook_name: str, head: int | None = None) -> "LanguageModel":
-        """The same model at another hook that it `has`.
+        """The same model at another hook, for which `has` is true.
 
         Raises:
-            ValueError: If there is no such hook, or it is not what its name says.
+            ValueError: If there is no such hook, or its activation is not what its name says.
         """
         other = copy.copy(self)
         vars(other).pop("_unembedding", None)
@@ -275,10 +275,10 @@ class LanguageModel:
         return other
 
     def has(self, hook_name: str) -> bool:
-        """Whether a hook can be read without another wrapper round the model.
+        """Whether a hook can be read without another wrapper around the model.
 
         Raises:
-            ValueError: If the model has not so many layers.
+            ValueError: If the model has too few layers.
         """
         plain = is_path(hook_name) or native_block(self.network, hook_name) is not None
         return self.is_lens or plain
@@ -302,7 +302,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def require_runs(self) -> None:
-        """Raise a ValueError unless a pass can be made where the weights lie, and is causal."""
+        """Raise a ValueError unless a forward pass works on the present devices and is causal."""
         tokens = trial_tokens(self.vocabulary, min(7, self.context_length or 7))
         try:
             self._run(tokens)
@@ -316,7 +316,7 @@ class LanguageModel:
         require_causal(self._run, tokens, self.name, quantized=quantized)
 
     def width(self) -> int:
-        """Width of the activations at the hook, seen on one token."""
+        """Width of the activations at the hook, measured on one token."""
         return self.activations(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
 
 

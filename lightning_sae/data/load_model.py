@@ -1,4 +1,4 @@
-"""Find and load a language model, and put it at a hook."""
+"""Find and load a language model, and resolve its hook."""
 
 import copy
 import os
@@ -29,21 +29,21 @@ def load_language_model(
     model_kwargs: Mapping[str, Any] | None = None,
     head: int | None = None,
 ) -> LanguageModel:
-    """Load a language model, or take one that is loaded, and try the hook.
+    """Load a language model, or take a loaded one, and check the hook.
 
     Args:
         model: Folder or hub name of a `transformers` model or a PEFT adapter, or an instance of
             TransformerBridge, HookedTransformer or a `transformers` causal model (its tokenizer is
-            then looked up under its `name_or_path`, unless it is given).
+            then loaded from its `name_or_path`, unless given).
         hook_name: TransformerLens name of the hook, or a module's path with `:in` or `:out`.
-        dtype: The weights' dtype, where the model is loaded here; None for the checkpoint's.
+        dtype: The weights' dtype, if the model is loaded here; None for the checkpoint's.
         tokenizer: A tokenizer, or its folder or hub name; by default the model's.
         model_kwargs: Further arguments of `from_pretrained`.
-        head: Of a hook with heads, the one to read and replace; None for all side by side.
+        head: For a hook with heads, the one to read and replace; None for all, concatenated.
 
     Raises:
-        ValueError: If the folder is missing or holds no causal language model, the hub is out of
-            reach, or there is no such hook, or it is not what its name says.
+        ValueError: If the folder is missing or holds no causal language model, the hub cannot be
+            reached, there is no such hook, or it is not what its name says.
     """
     arguments = checked_arguments(model_kwargs)
     loaded = _loaded(model, hook_name, dtype, tokenizer, arguments, model_kwargs)
@@ -59,7 +59,7 @@ def _loaded(
     arguments: Mapping[str, Any],
     given: Mapping[str, Any] | None,
 ) -> LanguageModel:
-    """The model, at no hook yet."""
+    """The model, without a hook yet."""
     nowhere = Site(nn.Identity(), "output")
 
     def tokenizer_of(name: str) -> Callable[[], Any]:
@@ -89,10 +89,10 @@ def _loaded(
 
 
 def _in_lens(plain: LanguageModel) -> LanguageModel:
-    """A loaded model in TransformerLens' wrapper, for the hooks that it alone knows.
+    """A loaded model in TransformerLens' wrapper, for hooks that only TransformerLens knows.
 
     Raises:
-        ValueError: If TransformerLens does not take it, or makes another model of it.
+        ValueError: If TransformerLens rejects it, or computes other logits.
     """
     tokens = trial_tokens(plain.vocabulary)
     expected = plain.logits(tokens)
@@ -151,7 +151,7 @@ def _boot(name: str, earlier: Exception | None, **arguments: Any) -> Any:
 
     try:
         return TransformerBridge.boot_transformers(name, **arguments)
-    except Exception as error:  # of many types, where it does not take a model
+    except Exception as error:  # TransformerLens raises errors of many types
         if earlier is None:
             raise ValueError(
                 f"TransformerLens, which alone knows this `hook_name`, cannot load `model`={name}: "

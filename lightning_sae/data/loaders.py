@@ -18,7 +18,7 @@ Typed as `Any`: with one hook it is used as a tensor, with several as a dictiona
 """
 
 ENDLESS = 2**40
-"""Batches in an endless loader: more than any run has, few enough to sum over ranks."""
+"""Length of an endless loader: more than any run has, few enough to sum over ranks."""
 
 
 class EndlessBatches:
@@ -44,7 +44,7 @@ class EndlessBatches:
         return map(self.given_as, self.buffer)
 
     def state_dict(self) -> dict[str, int]:
-        """Rows served of the present buffer."""
+        """Rows served by the present buffer."""
         return {"served": self.buffer.served}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -54,12 +54,12 @@ class EndlessBatches:
 def as_asked_for(batches: Iterable[Rows], trainer: Any) -> Iterable[Rows]:
     """All batches, or with `trainer.overfit_batches` the first ones repeatedly."""
     n = _overfit_batches(trainer)
-    # Not a plain list, which Lightning takes for a list of loaders.
+    # Not a plain list, which Lightning would treat as a list of loaders.
     return UserList(islice(batches, n)) if n else batches
 
 
 def begins_anew(trainer: Any, batch_size: int, present: int | None) -> bool:
-    """Whether the stream has to restart when Lightning asks for a loader.
+    """Whether the stream must restart when Lightning asks for a loader.
 
     It does if the batch size has changed, as `BatchSizeFinder` does, and with
     `trainer.overfit_batches`, which uses the first batches also on resume.
@@ -83,12 +83,12 @@ def require_an_end(trainer: Any, batch_size: int) -> None:
     `EarlyStopping` nor `max_time` could then stop the run, so it is set to 0.
 
     Args:
-        trainer: The trainer of the run; None in a loop of the user's own, which ends by itself.
+        trainer: The trainer of the run; None in a user's own training loop.
         batch_size: Activations in a batch.
 
     Raises:
-        ValueError: If the run has no end, or something is to happen at the end of an epoch though
-            no epoch ends.
+        ValueError: If the run has no end, or something waits for the end of an epoch, which never
+            comes.
     """
     if trainer is None:
         return
@@ -98,7 +98,7 @@ def require_an_end(trainer: Any, batch_size: int) -> None:
     if not (trainer.max_steps > 0 or timed or has_epochs):
         raise ValueError(
             "The stream of activations has no end: set `trainer.max_steps` to the number of "
-            f"optimiser steps, each on {batch_size} activations."
+            f"optimizer steps, each on {batch_size} activations."
         )
     if has_epochs:
         return

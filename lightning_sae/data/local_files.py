@@ -1,4 +1,4 @@
-"""Documents in local files; a damaged or foreign file is refused with its name, line and remedy."""
+"""Documents in local files. Errors give the file, the line and a remedy."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from lightning_sae.data.compressed import COMPRESSIONS, decompressed
 from lightning_sae.data.documents import BYTE_ORDER_MARK, Document, Documents, named
 
 MARK = "<|endoftext|>"
-"""What stands between the documents of a .txt file."""
+"""Separator of the documents in a .txt file."""
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 SUFFIXES = (".txt", *READERS)
@@ -22,10 +22,10 @@ READABLE = re.compile(
     r"(large_)?string|string_view|null|struct<role: list.*|extension<arrow.json>"
     r"|(large_|fixed_size_)?list<\w+: (u?int\d+|null|struct<.*|extension<arrow.json>)>.*"
 )
-"""Types of columns that can hold text, token ids or chats, as Arrow writes them."""
+"""Arrow types of columns that can hold text, token ids or chats."""
 
 LONG = 2**20
-"""Bytes: a longer document of a .txt file is read in pieces."""
+"""In bytes; a longer document of a .txt file is read in pieces."""
 
 FOREIGN = {
     b"\x1f\x8b": "gzip: add .gz to its name",
@@ -39,11 +39,11 @@ FOREIGN = {
     b"\xff\xfe": "UTF-16: convert it by `iconv -f UTF-16 -t UTF-8`",
     b"\xfe\xff": "UTF-16: convert it by `iconv -f UTF-16 -t UTF-8`",
 }
-"""How files begin that are not UTF-8, what they are, and the remedy."""
+"""First bytes of files that are not UTF-8, their kind, and the remedy."""
 
 
 def kind(path: Path) -> str:
-    """The suffix that says how a file is read, without that of a compression."""
+    """The suffix that determines how a file is read, without that of a compression."""
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
     return inner.suffix.lower()
 
@@ -69,7 +69,7 @@ def open_file(path: Path, column: str) -> Documents:
 
 
 class FileSpan:
-    """A part of a UTF-8 file, of which pieces are read as they are needed; positions are bytes."""
+    """A part of a UTF-8 file that is read in pieces as needed; positions are in bytes."""
 
     def __init__(self, path: Path, start: int, end: int) -> None:
         self.path, self.start, self.end = path, start, end
@@ -78,7 +78,7 @@ class FileSpan:
         return self.end - self.start
 
     def __getitem__(self, part: slice) -> str:
-        """The characters that lie as a whole within the bytes of a slice."""
+        """The characters that lie completely within a slice of bytes."""
         return self.read(part).decode(errors="ignore")
 
     def read(self, part: slice) -> bytes:
@@ -89,13 +89,13 @@ class FileSpan:
             return file.read(stop - start)
 
     def stripped(self) -> "FileSpan":
-        """The same without white space at its ends."""
+        """The same span without leading and trailing white space."""
         head, tail = self.read(slice(4096)), self.read(slice(-4096, None))
         start = self.start + len(head) - len(head.lstrip())
         return FileSpan(self.path, start, self.end - len(tail) + len(tail.rstrip()))
 
     def digest(self) -> str:
-        """The name that `named` gives to the text as a whole."""
+        """The name that `named` gives to the whole text."""
         found = hashlib.blake2b(digest_size=16)
         for start in range(0, len(self), LONG):
             found.update(self.read(slice(start, start + LONG)))
@@ -168,7 +168,7 @@ def _table(plain: Path, path: Path) -> Any:
     from datasets import load_dataset
 
     reader = READERS[kind(path)]
-    # In a column of text, `NA` and `null` are words.
+    # Words such as `NA` and `null` are text, not missing values.
     csv = {"keep_default_na": False, "sep": "\t" if kind(path) == ".tsv" else ","}
     arguments = csv if reader == "csv" else {}
     try:
@@ -181,17 +181,17 @@ def _table(plain: Path, path: Path) -> Any:
         empty = "it has no rows" if "corresponds to no data" in said else None
         found = _broken_line(plain) if reader == "json" else None
         raise ValueError(
-            f"Could not read {path}: {found or empty or said}. Mend the file, or leave it out."
+            f"Could not read {path}: {found or empty or said}. Repair the file, or leave it out."
         ) from error
 
 
 def _unglobbed(path: Path) -> str:
-    """The path as a pattern that matches nothing else."""
+    """The path as a glob pattern that matches only itself."""
     return re.sub(r"([*?\[])", r"[\1]", str(path))
 
 
 def _broken_line(path: Path) -> str | None:
-    """What is wrong with a file of JSON, as far as it can be seen line by line."""
+    """What is wrong with a JSON file, as far as can be seen line by line."""
     rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

@@ -1,8 +1,8 @@
-"""Text to tokens, a long text in overlapping windows that give the tokens of one go.
+"""Tokenise text; a long text in overlapping windows, with the same tokens as in one call.
 
-Two neighbouring windows share some text. Where their tokens in it agree for a while, the first
-window's tokens end and the second's go on. What is tokenised word by word gives the same tokens as
-in one go; so does in practice whatever else looks only a little way ahead.
+Two neighbouring windows share some text. Where `AGREED` consecutive tokens are equal, the tokens of
+the second window replace those of the first. The result equals that of one call for tokenizers that
+work word by word, and in practice for all that look only a short way ahead.
 """
 
 from collections.abc import Iterator
@@ -12,40 +12,40 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 WINDOW = 2**16
 OVERLAP = 2**11
 AGREED = 8
-"""Tokens in a row that agree where two windows are joined."""
+"""Consecutive tokens that must agree where two windows are joined."""
 
 
 @runtime_checkable
 class LongText(Protocol):
-    """What can be read in pieces; positions are characters, or bytes."""
+    """Text that can be read in pieces; positions are characters, or bytes."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, part: slice, /) -> str:
-        """The characters that lie as a whole within a slice."""
+        """The characters that lie completely within a slice."""
 
 
 class Window(NamedTuple):
-    """A part of a text: its tokens, the tokenizer's answer with their places, its characters."""
+    """A part of a text: its tokens, the tokenizer's output with their offsets, its characters."""
 
     ids: list[int]
     encoding: Any
     length: int
 
     def token(self, i: int) -> tuple[int, int, int]:
-        """A token, where it starts in the part and where it ends."""
+        """A token with its start and end in the part."""
         return (self.ids[i], *self.encoding.token_to_chars(i))
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text, with nothing added; a text may be longer than the model's context."""
+    """Tokens of a text, without special tokens; a text may be longer than the model's context."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def text_pieces(tokenizer: Any, text: LongText, start: int = 0) -> Iterator[list[int]]:
-    """Tokens of a text, with nothing added, window by window from window `start` on.
+    """Tokens of a text, without special tokens, window by window from window `start` on.
 
-    A tokenizer without offsets, which is not a fast one, gives all tokens at once.
+    A slow tokenizer, which has no offsets, gives all tokens at once.
     """
     n = -(-max(len(text) - OVERLAP, 1) // WINDOW)
     if n == 1 or not tokenizer.is_fast:
@@ -72,7 +72,7 @@ def _window(tokenizer: Any, text: LongText, index: int) -> Window:
 
 
 def _joint(first: Window, second: Window, shared: int) -> tuple[int, int]:
-    """Tokens of the first window up to the joint, and those of the second to leave out before it.
+    """The number of tokens to keep of the first window and to skip in the second.
 
     Args:
         first: A window.
@@ -92,7 +92,7 @@ def _joint(first: Window, second: Window, shared: int) -> tuple[int, int]:
         agreed = left[i : i + AGREED]
         if j >= 0 and whole and len(agreed) == AGREED and agreed == right[j : j + AGREED]:
             return before + i, j
-    # Without spaces for as long as that: at a token, of which the second may repeat a part.
+    # A long stretch without agreement: cut at a token; the second window may repeat part of it.
     i = next((i for i, (_, start, _) in enumerate(left) if start >= middle), len(left))
     at = left[i][1] if i < len(left) else shared
     return before + i, max((j for j, (_, start, _) in enumerate(right) if start <= at), default=0)

@@ -1,4 +1,4 @@
-"""Language models and tokenizers from a folder or the hub, with errors that say what is wrong."""
+"""Load language models and tokenizers from a folder or the hub, with clear errors."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ import torch
 from lightning_sae.functional.sparse.memory import keep_freed_blocks
 
 FOR_ALL_FILES = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
-"""Of the arguments of `from_pretrained`, those that the configuration and tokenizer need too."""
+"""Arguments of `from_pretrained` that are also passed to the configuration and tokenizer."""
 
 OWN = ("dtype", "torch_dtype", "config", "output_loading_info", "state_dict")
 
@@ -24,7 +24,7 @@ def checked_name(model: str | Path) -> str:
     """A folder or hub name as `transformers` takes it.
 
     Raises:
-        ValueError: If it can only be a folder and there is none.
+        ValueError: If it can only be a folder, and the folder does not exist.
     """
     name = os.path.expanduser(model)  # a Path would lose the dot of ./name
     is_path = isinstance(model, Path) or name.startswith(("/", ".")) or name.count("/") > 1
@@ -40,7 +40,7 @@ def checked_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     """`model_kwargs`, with `trust_remote_code` off unless it is there.
 
     Raises:
-        ValueError: If an argument has a place of its own.
+        ValueError: If an argument must be set elsewhere.
     """
     given = dict(arguments or {})
     for name in OWN:
@@ -54,16 +54,16 @@ def checked_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def load_network(name: str, dtype: torch.dtype | None, arguments: Mapping[str, Any]) -> Any:
-    """Load a causal language model; of a multimodal one, text goes through its language model.
+    """Load a causal language model; of a multimodal model, the language model is used.
 
     Args:
         name: Folder or hub name, of a model or of a PEFT adapter.
-        dtype: The weights' dtype; None for that of the checkpoint.
+        dtype: The weights' dtype; None for the checkpoint's.
         arguments: Further arguments of `from_pretrained`.
 
     Raises:
-        OSError: If the hub does not give it.
-        ValueError: If there is no causal language model, or it cannot be loaded.
+        OSError: If it cannot be downloaded from the hub.
+        ValueError: If it is not a causal language model, or cannot be loaded.
     """
     keep_freed_blocks()
     kind = _model_class(_config(name, arguments), name)
@@ -71,7 +71,7 @@ def load_network(name: str, dtype: torch.dtype | None, arguments: Mapping[str, A
         network, found = kind.from_pretrained(
             name, dtype=dtype or "auto", output_loading_info=True, **arguments
         )
-    except Exception as error:  # what damaged files raise has no common type
+    except Exception as error:  # damaged files raise errors of many types
         raise ValueError(
             f"Could not load the weights of `model`={name}{_with(arguments)}: {error}"
         ) from error
@@ -114,7 +114,7 @@ def _for_all_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adapted(name: str, arguments: Mapping[str, Any]) -> str | None:
-    """The model that a PEFT adapter changes; None if `name` is no adapter."""
+    """The base model of a PEFT adapter; None if `name` is not an adapter."""
     import json
 
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -132,10 +132,10 @@ def _adapted(name: str, arguments: Mapping[str, Any]) -> str | None:
 
 
 def _model_class(config: Any, name: str) -> Any:
-    """The class to load it by.
+    """The class to load it with.
 
     Raises:
-        ValueError: If it is no causal language model.
+        ValueError: If it is not a causal language model.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -168,14 +168,14 @@ def load_tokenizer(name: str, arguments: Mapping[str, Any]) -> Any:
     for_files = _for_all_files(arguments)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **for_files)
-    except Exception as error:  # of many types where files are missing or damaged
+    except Exception as error:  # missing or damaged files raise errors of many types
         if not name:
             raise MissingTokenizerError(_no_tokenizer("the model", "it has no name")) from error
         base = _adapted(name, for_files)
         if base is not None:
             return load_tokenizer(base, arguments)
         raise MissingTokenizerError(_no_tokenizer(name, str(error))) from error
-    # Where the files are missing, some classes make a tokenizer without a vocabulary.
+    # Without the files, some classes create a tokenizer with an empty vocabulary.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise MissingTokenizerError(_no_tokenizer(name, "it has no vocabulary"))
     return tokenizer

@@ -1,4 +1,4 @@
-"""Centring and scaling of activations, estimated once, and a look at what would spoil them."""
+"""Centring and scaling of activations, estimated once, and checks for outliers and rounding."""
 
 import math
 import warnings
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Scaling(NamedTuple):
-    """How an SAE sees an activation: `(x - mean) * scale`.
+    """Normalisation of activations: an SAE sees `(x - mean) * scale`.
 
     Attributes:
-        mean: What is subtracted, [d].
-        scale: What the rest is multiplied with.
+        mean: Mean to subtract, shape [d].
+        scale: Factor applied after the subtraction.
     """
 
     mean: Float[Tensor, " d"]
@@ -31,13 +31,13 @@ def estimate_scaling(
     """Subtract the mean row, then scale rows to mean norm sqrt(d); each only if asked for.
 
     Args:
-        rows: Activations; of several ranks each has as many of its own.
+        rows: Activations [n, d]; every rank passes its own, equally many.
         center: Whether the mean is subtracted.
-        scale: Whether the rest is scaled.
-        mean_of_ranks: The mean of a tensor over all ranks.
+        scale: Whether the result is scaled.
+        mean_of_ranks: Computes the mean of a tensor over all ranks.
 
     Raises:
-        ValueError: If rows are not finite or all alike.
+        ValueError: If rows are not finite or all equal.
 
     Example:
         >>> estimate_scaling(torch.tensor([[3.0, 4.0], [0.0, 5.0]]), center=False, scale=True).scale
@@ -56,16 +56,16 @@ def estimate_scaling(
 
 
 FAR = 10
-"""Multiple of the median norm from which on an activation counts as an outlier."""
+"""Multiple of the median norm above which an activation counts as an outlier."""
 
 
 def require_usable(rows: Float[Tensor, "rows d"], hook_name: str) -> None:
-    """Warn of outliers that would decide what an SAE learns.
+    """Warn of outliers large enough to dominate training.
 
     Raises:
         ValueError: If all rows are zero.
     """
-    # In parts, for all rows in float32 may be twice as much as the buffer.
+    # In chunks, because all rows in float32 may need twice the memory of the buffer.
     norms = torch.cat([part.float().norm(dim=-1) for part in rows.split(2**13)])
     usual = norms[norms.isfinite() & (norms > 0)]
     if not (norms != 0).any():
@@ -90,12 +90,12 @@ def require_usable(rows: Float[Tensor, "rows d"], hook_name: str) -> None:
 
 
 def require_precision(rows: Float[Tensor, "rows d"], dtype: torch.dtype) -> None:
-    """Warn if rows lose what tells them apart when they are stored in `dtype`.
+    """Warn if rounding to `dtype` loses much of the rows' variance.
 
-    An offset that is large beside the variance takes up the digits of a short dtype.
+    A coordinate whose mean is large compared to its variance uses up the digits of a short dtype.
 
     Raises:
-        ValueError: If they are too large for it.
+        ValueError: If values are too large for it.
     """
     stored = rows.to(dtype)
     if stored.isinf().any() and rows.isfinite().all():

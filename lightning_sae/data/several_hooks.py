@@ -1,4 +1,4 @@
-"""Several hooks of one language model, read in one forward pass and kept side by side in a row."""
+"""Several hooks of one language model, read in one forward pass and concatenated in each row."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,22 +17,22 @@ from lightning_sae.data.load_model import load_language_model
 
 
 class SeveralHooks(LanguageModel):
-    """A language model whose activations are those of several hooks, one behind the other.
+    """A language model whose activations are those of several hooks, concatenated.
 
     A forward pass ends at the hook that is reached last.
 
     Args:
-        at_each: The model at each hook; one network.
+        at_each: The model at each hook; all share one network.
     """
 
     def __init__(self, at_each: Sequence[LanguageModel]) -> None:
-        vars(self).update(vars(at_each[0]))  # all but the hook is the same
+        vars(self).update(vars(at_each[0]))  # they differ only in the hook
         self.hook_name = ", ".join(model.hook_name for model in at_each)
         self.at_each = {model.hook_name: model for model in at_each}
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """Width of the activations at each hook, seen on one token."""
+        """Width of the activations at each hook, measured on one token."""
         found = self._read(torch.zeros(1, 1, dtype=torch.long))
         return {name: activations.shape[-1] for name, activations in found.items()}
 
@@ -43,11 +43,11 @@ class SeveralHooks(LanguageModel):
 
     @override
     def activations(self, tokens: Tokens) -> Float[Tensor, "batch seq d_in"]:
-        """Activations of all hooks; nothing behind the deepest is computed."""
+        """Activations of all hooks; layers after the last hook are not computed."""
         return torch.cat(list(self._read(tokens).values()), -1)
 
     def split(self, rows: Float[Tensor, "... d_in"]) -> dict[str, Float[Tensor, "..."]]:
-        """Rows by hook, as they would be if read at that hook alone."""
+        """Rows by hook, equal to those read at that hook alone."""
         parts = rows.split(list(self.widths.values()), -1)
         return {name: part.contiguous() for name, part in zip(self.widths, parts, strict=True)}
 
@@ -58,7 +58,7 @@ class SeveralHooks(LanguageModel):
             for name, model in self.at_each.items():
 
                 def keep(activation: Tensor, name: str = name) -> Tensor:
-                    found[name] = activation.clone()  # the model goes on, maybe in place
+                    found[name] = activation.clone()  # may change in place later
                     if len(found) == len(self.at_each):
                         raise Reached
                     return activation
@@ -100,7 +100,7 @@ def checked_names(hook_name: str | Sequence[str]) -> list[str]:
     """Names of hooks as a list.
 
     Raises:
-        ValueError: If there is none, or one comes twice.
+        ValueError: If there is none, or one is named twice.
     """
     names = [hook_name] if isinstance(hook_name, str) else list(hook_name)
     if not names or len(set(names)) < len(names):

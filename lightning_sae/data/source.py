@@ -1,4 +1,4 @@
-"""What SAEs and callbacks ask of the data that they are trained on."""
+"""The interface that SAEs and callbacks need from a data module."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -13,16 +13,16 @@ S = TypeVar("S", bound="ActivationSource")
 
 
 class ActivationSource(LightningDataModule):
-    """A data module of activations that says what they are.
+    """Base class of data modules that yield activations.
 
-    Any data of batches [batch, d_in] trains an SAE. A source also gives the SAE its width before
-    the first batch, what is written into saved files, and a scaling. A subclass sets `d_in` and
-    gives Lightning's dataloaders; everything else has a default.
+    Any dataloader with batches [batch, d_in] can train an SAE. A source also provides the width
+    before the first batch, a description for saved files, and a scaling. A subclass sets `d_in` and
+    defines Lightning's dataloaders; everything else has a default.
 
     Attributes:
         d_in: Width of the activations; a dictionary by hook where there are several.
-        hook_names: Names of the hooks, where there are any. Of several, a batch is a dictionary of
-            tensors by hook.
+        hook_names: Names of the hooks, if any. With several, a batch is a dictionary of tensors by
+            hook.
     """
 
     d_in: Any  # an integer, except for `SideBySide`
@@ -34,22 +34,22 @@ class ActivationSource(LightningDataModule):
         return {}
 
     def scaling(self) -> Scaling | None:
-        """Centring and scaling that an SAE adopts before its first step; None for neither.
+        """Centring and scaling that an SAE copies before its first step; None for neither.
 
-        With several ranks, all have to call it.
+        With several ranks, every rank must read it.
         """
         return None
 
     def at(self: S, hook_name: str) -> S:
-        """The same data with one of its hooks alone; data with several hooks has to give it."""
+        """The same data with only one of its hooks; required of data with several hooks."""
         if len(self.hook_names) > 1:
             raise NotImplementedError(f"{type(self).__name__} has no `at` for hook {hook_name}.")
         return self
 
     def text_data(self) -> Any:
-        """An `ActivationDataModule` that reads these activations from text, for what needs a model.
+        """An `ActivationDataModule` that reads these activations from text by a language model.
 
-        None where there is no language model.
+        None if there is no language model.
 
         Raises:
             ValueError: If the model or the text that the data names cannot be opened.
@@ -70,23 +70,23 @@ class ActivationSource(LightningDataModule):
         return None
 
     def statistics(self) -> dict[str, float]:
-        """Counts of what was read so far, for the logs."""
+        """Counts of what has been read so far, for the logs."""
         return {}
 
     def seconds(self) -> dict[str, float]:
         """Seconds that parts of the data have taken in this process, for the logs.
 
-        `buffer` are those in which the next batch was waited for, `language_model` those in which
-        the model ran, which may be at the same time.
+        `buffer` counts the time spent waiting for the next batch, `language_model` the time the
+        model ran. The two may overlap.
         """
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, or for another process: all but the trainer, which belongs to a run."""
+        """State for a copy or another process: all but the trainer, which belongs to a run."""
         return {**vars(self), "trainer": None}
 
 
 def source_of(trainer: Trainer) -> ActivationSource | None:
     """The data of a run, if it is an `ActivationSource`."""
-    data = getattr(trainer, "datamodule", None)  # only there if the run was given a data module
+    data = getattr(trainer, "datamodule", None)  # missing if the run has no data module
     return data if isinstance(data, ActivationSource) else None

@@ -1,4 +1,4 @@
-"""Token blocks through the language model: rows of activations, less those left out."""
+"""Run token blocks through the language model and filter the activations."""
 
 import math
 import time
@@ -21,11 +21,11 @@ class ActivationFilter:
 
     Args:
         special_tokens: Tokens whose activations are left out.
-        positions: First position kept and the one behind the last; None keeps all.
+        positions: First position kept and the one after the last; None keeps all.
         max_norm_multiple: Activations longer than this multiple of the batch's median norm are
             left out; None keeps all.
-        widths: Of several hooks whose activations lie side by side; left out is then what is too
-            long at any of them.
+        widths: Widths of several hooks whose activations are concatenated. An activation is then
+            left out if it is too long at any hook.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ActivationFilter:
     def left_out(
         self, tokens: Int[Tensor, "batch seq"], activations: Float[Tensor, "batch seq d_in"]
     ) -> dict[str, Bool[Tensor, "batch seq"]]:
-        """What each reason leaves out; one activation can be left out for several."""
+        """Masks of the activations that each reason leaves out; reasons may overlap."""
         special = torch.isin(tokens, self.special_tokens)
         outside = torch.zeros_like(special)
         if self.positions is not None:
@@ -66,7 +66,7 @@ class ActivationFilter:
     def _far(
         self, norms: Float[Tensor, "batch seq"], left_out: Bool[Tensor, "batch seq"]
     ) -> Bool[Tensor, "batch seq"]:
-        """Norms that are not finite, or above the multiple of the median of those that stay."""
+        """Mask of norms that are not finite, or above the multiple of the kept ones' median."""
         far = ~torch.isfinite(norms)
         rest = norms[~(left_out | far)]
         if len(rest):
@@ -76,24 +76,24 @@ class ActivationFilter:
     def kept(
         self, tokens: Int[Tensor, "batch seq"], activations: Float[Tensor, "batch seq d_in"]
     ) -> Bool[Tensor, "batch seq"]:
-        """Activations that no reason leaves out."""
+        """Mask of the activations that no reason leaves out."""
         return ~torch.stack(list(self.left_out(tokens, activations).values())).any(0)
 
 
 class ActivationStream:
-    """Activations at the model's hook, a pass of the model at a time, without end.
+    """Endless activations at the model's hook, one forward pass at a time.
 
     Args:
         model: The language model.
-        blocks: Its text.
+        blocks: The blocks of text.
         keep: Which activations are kept.
         blocks_per_pass: Blocks in one forward pass.
         dtype: dtype of the rows.
-        wanted: Rows that the run asks for; None if that is not known.
-        unknown_token: Token of characters that the tokenizer does not know, if there is one.
+        wanted: Rows that the run needs; None if unknown.
+        unknown_token: Token for characters that the tokenizer does not know; None without one.
 
     Attributes:
-        seconds: Time that the model has taken, in this process.
+        seconds: Seconds that the model has run, in this process.
         offset: Subtracted before rows are stored in a shorter dtype than the model's, the mean of
             the first pass. A coordinate with a large mean would lose its digits otherwise.
     """
@@ -122,7 +122,7 @@ class ActivationStream:
         self._said_passes = self._said_unknown = False
 
     def read(self) -> Float[Tensor, "rows d_in"]:
-        """Activations of the next pass that are kept."""
+        """Kept activations of the next forward pass."""
         epoch = self.blocks.epoch
         tokens = self.blocks.read(self.blocks_per_pass)
         began = time.perf_counter()
@@ -176,10 +176,10 @@ class ActivationStream:
             self.unknown += int((tokens == self.unknown_token).sum())
 
     def _count_passes(self, seen: int) -> None:
-        """When a pass over the text has ended, say if there are many: once.
+        """At the end of a pass over the text, warn once if there will be many passes.
 
         Args:
-            seen: Tokens seen before those among which it ended.
+            seen: Tokens seen before the read in which the pass ended.
         """
         if not self._said_passes:
             epoch, share = self.blocks.epoch, self.kept / self.seen
@@ -187,25 +187,25 @@ class ActivationStream:
             self._said_passes = bool(say_passes(per_pass, self.wanted, epoch))
 
     def say_unknown(self) -> None:
-        """Say once how many tokens stand for characters unknown to the tokenizer, if any do."""
+        """Warn once about tokens for characters that the tokenizer does not know, if any."""
         if self.unknown and not self._said_unknown:
             self._said_unknown = True
             say_unknown(self.unknown, self.seen, "training")
 
     def statistics(self) -> dict[str, float]:
-        """Activations seen, passes over the text begun before, rows skipped, shares left out."""
+        """Activations seen, completed passes over the text, rows skipped, shares left out."""
         shares = {f"dropped_{k}": n / max(self.seen, 1) for k, n in self.dropped.items()}
         counts = {"text_epoch": self.blocks.epoch, "skipped_rows": self.blocks.skipped}
         return {"seen": float(self.seen), **{k: float(n) for k, n in counts.items()}, **shares}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands."""
+        """The position of the stream."""
         counts = {name: getattr(self, name) for name in ("seen", "kept", "unknown")}
         own = {"dropped": {**self.dropped}, "offset": self.offset}
         return {"blocks": self.blocks.state_dict(), **own, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` stood."""
+        """Continue from a position that `state_dict` returned."""
         self.blocks.load_state_dict(state["blocks"])
         self.offset = state.get("offset")
         self.seen, self.dropped = state["seen"], self.dropped | state["dropped"]

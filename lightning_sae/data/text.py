@@ -1,4 +1,4 @@
-"""Text from files, folders, the hub, the standard library or Python, as documents in an order."""
+"""Open text from files, folders, the hub, the standard library or Python as ordered documents."""
 
 import glob
 import os
@@ -14,7 +14,7 @@ from lightning_sae.data.documents import Document, Documents, named
 from lightning_sae.data.embedded import standard_library_documents
 from lightning_sae.data.local_files import SUFFIXES, Rows, kind, open_file, require_column
 
-Text = Iterable[Any] | str | Path  # in this order: a list of a YAML file is one, and no string
+Text = Iterable[Any] | str | Path  # in this order: parses a YAML list as a list, not as a string
 """`embedded`, a file, folder, glob pattern or hub name, a list of these, or rows: an iterable."""
 
 ROWS = '[{"text": "..."}]'
@@ -22,7 +22,7 @@ ROWS = '[{"text": "..."}]'
 
 @runtime_checkable
 class Corpus(Protocol):
-    """Documents that can be read again and again, in an order that a seed fixes."""
+    """Documents that can be read repeatedly, in an order fixed by a seed."""
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Document]:
         """The documents of the given pass over the text, from position `start` on."""
@@ -48,7 +48,7 @@ class IndexedCorpus:
 
 
 class StreamedCorpus:
-    """Rows that come one after the other, in their own order every epoch.
+    """Rows that can only be iterated, in their own order every epoch.
 
     Args:
         rows: A streaming `datasets.IterableDataset`, or any object that can be iterated again.
@@ -65,7 +65,7 @@ class StreamedCorpus:
 
         if isinstance(self.rows, IterableDataset):
             rows = self.rows.skip(start)
-            rows.set_epoch(number)  # a shuffled stream has an order for each
+            rows.set_epoch(number)  # a shuffled stream has another order in each epoch
         else:
             rows = islice(self.rows, start, None)
         for number_of_row, row in enumerate(rows, start + 1):
@@ -104,13 +104,14 @@ def open_text(
             .parquet, plain or compressed), glob patterns or folders of them; a folder that
             `datasets` saved; a hub name; or rows from Python: a data set, or any iterable of
             strings, lists of token ids, chats, or dictionaries with these in a column.
-        column: Name of the column, where there are columns.
+        column: Name of the column to read, if the text has columns.
         split: Split of a hub or saved data set.
         streaming: Read a hub data set as a stream, without a copy on the disk.
         seed: Fixes the order of the documents.
 
     Raises:
-        ValueError: If a file is missing, damaged or of an unknown kind, or the hub is out of reach.
+        ValueError: If a file is missing, damaged or of an unknown kind, or the hub cannot be
+            reached.
     """
     if isinstance(text, str) and text == "embedded":
         return IndexedCorpus(standard_library_documents(), seed)
@@ -132,7 +133,7 @@ def open_text(
 
 
 def described(text: Text) -> str | list[str]:
-    """The text as plain values that say where it is from."""
+    """Plain values that describe where the text comes from."""
     if isinstance(text, str | Path):
         return str(text)
     return [*map(str, text)] if _names_files(text) else _kind_of_rows(text)
@@ -173,13 +174,13 @@ def _open_rows(rows: Any, column: str, split: str, seed: int, name: str | None =
     elif not isinstance(rows, Iterable) or iter(rows) is iter(rows):
         raise ValueError(
             f"Expected argument `text` to be iterable more than once but got {source}: give a "
-            "list, or an object whose `__iter__` begins anew."
+            "list, or an object whose `__iter__` starts over."
         )
     return _streamed(rows, column, source)
 
 
 def _open_local(source: str, column: str, split: str) -> Documents | None:
-    """Documents of a file, folder or glob pattern; None if there is nothing of that name."""
+    """Documents of a file, folder or glob pattern; None if nothing has that name."""
     path = Path(source)
     _require_no_cache(path)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -225,9 +226,9 @@ def _saved(path: Path, split: str) -> Any:
 
     try:
         saved = load_from_disk(str(path))
-    except Exception as error:  # of any reader
+    except Exception as error:  # the readers raise errors of many types
         raise ValueError(
-            f"Could not read the saved data set {path}: {error}. Save or copy it anew."
+            f"Could not read the saved data set {path}: {error}. Save or copy it again."
         ) from error
     return _split(saved, split, str(path)) if isinstance(saved, Mapping) else saved
 

@@ -1,4 +1,4 @@
-"""Documents as blocks of tokens, without end and with a place to go on from."""
+"""Endless blocks of tokens cut from documents, with a position that can be saved."""
 
 import logging
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from lightning_sae.data.text import Corpus
 log = logging.getLogger("lightning.pytorch")
 
 PATIENCE = 10_000
-"""Rows in a row that may give no tokens before the text is refused."""
+"""Consecutive rows without tokens after which the text is refused."""
 
 
 class TokenBlocks:
     """Cuts documents into blocks of `context_length` tokens.
 
-    The text is read over and over; `epoch` counts the passes. Which documents belong to the
-    split is decided by their names alone, so no document is in both. Tokens that are context alone
-    are negative: see `encoding`.
+    The text is read over and over; `epoch` counts the passes. The split of a document depends only
+    on its name, so no document is in both. Tokens that only serve as context are negative: see
+    `encoding`.
 
     Args:
         corpus: The documents.
-        encoder: Gives their tokens, and the marks that begin and separate them.
+        encoder: Returns their tokens, and the marks put before and between them.
         context_length: Tokens in a block.
         pack: Whether a block may hold several documents; otherwise it is padded.
-        keep_rest: Whether a document goes on in the next block; otherwise what does not fit into
-            the block is left out.
+        keep_rest: Whether a document continues in the next block; otherwise tokens that do not fit
+            into the block are dropped.
         held_out_fraction: Share of the documents that are held out; 0 keeps all in training.
         part_held_out: Whether these are the blocks of the held-out documents.
         rank: This process among `world_size`: it reads every `world_size`-th document.
@@ -39,7 +39,7 @@ class TokenBlocks:
 
     Attributes:
         skipped: Rows of this split and rank that gave no tokens.
-        left_at_end: Tokens of the latest whole pass that were not yet read when it ended.
+        left_at_end: Tokens of the last complete pass that were still unread when it ended.
 
     Raises:
         ValueError: From `read`, if a whole pass over the text gives no block, or token ids do not
@@ -68,7 +68,7 @@ class TokenBlocks:
         self.rank, self.world_size = rank, world_size
         self.epoch = self.document = self.piece = self.skipped = self.left_at_end = 0
         self._rest: list[int] = []
-        self._pieces: Iterator[list[int]] | None = None  # of the document that is open
+        self._pieces: Iterator[list[int]] | None = None  # of the open document
         self._found = False  # in no pass so far
         self._open()
 
@@ -81,7 +81,7 @@ class TokenBlocks:
         return torch.tensor(block).view(n, self.context_length)
 
     def require_ids(self, n: int = 1_000_000) -> None:
-        """Raise a ValueError if token ids in the first rows, about `n`, are not the model's."""
+        """Raise a ValueError if token ids in about the first `n` rows are out of range."""
         for document in self.corpus.epoch(0):
             if not isinstance(document.text, list) or n < 0:
                 return
@@ -115,9 +115,9 @@ class TokenBlocks:
             self._add(tokens)
 
     def _begun(self, tokens: list[int], start: list[int], separator: list[int]) -> list[int]:
-        """Separate a document from the one before, and give its tokens with what begins it.
+        """Add the separator, then return the document's tokens with its start mark.
 
-        A mark never stands beside itself.
+        A mark is never repeated.
         """
         self._is_new, self._found, self._skipped_in_a_row = False, True, 0
         if self._room() < self.context_length and separator not in (start, self._end(separator)):
@@ -127,16 +127,16 @@ class TokenBlocks:
         return tokens if beside or ids == start else start + tokens
 
     def _room(self) -> int:
-        """Tokens that fit into the open block; all of a block if none is open."""
+        """Number of tokens that fit into the open block; a whole block if none is open."""
         return self.context_length - len(self._rest) % self.context_length
 
     def _end(self, mark: list[int]) -> list[int]:
-        """The last tokens of the open block, as many as the mark has."""
+        """The last tokens of the open block, as many as in the mark."""
         n = self.context_length - self._room()
         return self._rest[-len(mark) :] if 0 < len(mark) <= n else []
 
     def _add(self, tokens: list[int]) -> None:
-        """Add tokens to the blocks, or only what fits into the open one if a rest is left out."""
+        """Add tokens to the blocks; without `keep_rest`, only those that fit the open block."""
         if self.keep_rest or len(tokens) < self._room():
             self._rest.extend(tokens)
         else:
@@ -200,7 +200,7 @@ class TokenBlocks:
         )
 
     def _open(self) -> None:
-        """Go to the document that is begun, or else to the next."""
+        """Return to the document being read, or move to the next."""
         self._is_new = False
         self._skipped_in_a_row, self._last_skipped = 0, ""
         self._pieces = None
@@ -210,13 +210,13 @@ class TokenBlocks:
             self._begin(next(self._documents))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where reading stands: pass, document, its piece, and tokens not yet in a block."""
+        """The position: pass, document, piece of it, and tokens not yet in a block."""
         names = ("epoch", "document", "piece", "skipped")
         rest = torch.tensor(self._rest, dtype=torch.int32)
         return {**{name: getattr(self, name) for name in names}, "rest": rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` stood."""
+        """Continue from a position that `state_dict` returned."""
         self.epoch, self.document = state["epoch"], state["document"]
         self.piece, self.skipped = state.get("piece", 0), state.get("skipped", 0)
         self._rest = state["rest"].tolist()

@@ -1,8 +1,8 @@
-"""Whether a hook is what its name says, found out on a few tokens before any work.
+"""Check on a few tokens, before any work, that a hook gives what its name says.
 
-A name such as `hook_mlp_out` has a meaning that does not depend on the family of models: here, what
-the MLP adds to the residual stream. So it is tried: what passes at the place is read in a forward
-pass, and has to satisfy the equations that define the name. What does not is refused.
+A name such as `hook_mlp_out` has the same meaning in all families of models: here, what the MLP
+adds to the residual stream. The check reads the activations in a forward pass and tests the
+equations that define the name. A hook that does not satisfy them is refused.
 """
 
 import warnings
@@ -21,7 +21,8 @@ Run = Callable[[Int[Tensor, "batch seq"]], Tensor]
 
 LENGTH = 7
 OTHER_LENGTH = 5
-# What the bridge's own names of hooks stand for. Other names say what they are: `mlp.out.hook_in`.
+# Module sides that the bridge's own hook names refer to. Other names are explicit:
+# `mlp.out.hook_in`.
 ALIASES = {
     "hook_embed": ("embed.hook_out", "embed_ln.hook_out"),
     "hook_pos_embed": ("pos_embed.hook_out",),
@@ -53,7 +54,8 @@ def require_causal(
         run: Logits from tokens.
         tokens: Rows of tokens to try.
         name: The model's name.
-        quantized: Whether the weights are: 8-bit products round a row by what else is in the batch.
+        quantized: Whether the weights are quantised: 8-bit products round a row depending on the
+            rest of the batch.
     """
     other = tokens.clone()
     other[:, -1] = tokens[:, 0]
@@ -70,7 +72,7 @@ def require_causal(
 
 
 def require_rows(run: Run, site: Site, name: str, vocabulary: int) -> None:
-    """Raise a ValueError unless a site gives one vector a token, once in a pass."""
+    """Raise a ValueError unless a site gives one vector per token, once per pass."""
     shapes = []
     for length in (LENGTH, OTHER_LENGTH):
         tokens = trial_tokens(vocabulary, length)
@@ -105,7 +107,7 @@ def require_rows(run: Run, site: Site, name: str, vocabulary: int) -> None:
 
 
 def native_site(run: Run, block: Block, hook: str, name: str, vocabulary: int) -> Site:
-    """Of the places in a block where a hook may lie, the one that is what its name says.
+    """Of the candidate sites in a block, the one whose activation is what the hook's name says.
 
     Raises:
         ValueError: If there is none.
@@ -146,7 +148,7 @@ def native_site(run: Run, block: Block, hook: str, name: str, vocabulary: int) -
 
 
 def _what_is_added(values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """What attention and MLP add to the residual stream: post = pre + attention + MLP."""
+    """The outputs of attention and MLP that satisfy post = pre + attention + MLP."""
     pre, post = values.get("hook_resid_pre"), values.get("hook_resid_post")
     if pre is None or post is None:
         return {}
@@ -158,15 +160,15 @@ def _what_is_added(values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def _has_norm(mlp: nn.Module | None) -> bool:
-    """Whether an MLP normalises before its last product, so that no activation goes into it."""
+    """Whether an MLP has a norm before its last matrix, whose input is then no activation."""
     children = mlp.children() if mlp is not None else ()
     return any(w.dim() == 1 for c in children for n, w in c.named_parameters() if n == "weight")
 
 
 def mixes_values(run: Run, site: Site, attention: nn.Module | None, vocabulary: int) -> bool:
-    """Whether a site has each head's mean of values, weighted by its attention.
+    """Whether a site gives each head's values averaged by its attention pattern.
 
-    The first token attends to itself alone, so there each head has a value as it was projected.
+    The first token attends only to itself, so there each head's output is its value vector.
     """
     if attention is None or site.heads is None:
         return False
@@ -214,7 +216,7 @@ def require_lens(model: Any, run: Run, name: str, vocabulary: int) -> Site:
     tokens = trial_tokens(vocabulary)
     plain = run(tokens)
     with hooked(site, _ramp), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that an edited norm is computed another way
+        warnings.simplefilter("ignore")  # an edited norm may be computed in another way
         changed = run(tokens)
     if torch.equal(plain, changed):
         raise ValueError(
@@ -266,13 +268,13 @@ def _satisfies(model: Any, run: Run, site: Site, prefix: str, hook: str, vocabul
 
 
 def _ramp(value: Tensor) -> Tensor:
-    """Other activations, which no norm takes for the same."""
+    """Different activations that no norm maps to the same output."""
     return torch.linspace(-1, 1, value.shape[-1]).to(value).expand_as(value)
 
 
 @contextmanager
 def _recorded(sites: Mapping[str, Site]) -> Iterator[dict[str, list[Any]]]:
-    """What passes at each site, at each call."""
+    """The values at each site, one per call."""
     found: dict[str, list[Any]] = {name: [] for name in sites}
     with ExitStack() as stack, torch.no_grad():
         for name, site in sites.items():
@@ -287,7 +289,7 @@ def _recorded(sites: Mapping[str, Site]) -> Iterator[dict[str, list[Any]]]:
 
 
 def _by_token(value: Any, tokens: Int[Tensor, "batch seq"]) -> Tensor | None:
-    """[batch, seq, d] of an activation; None if its first axes are others."""
+    """An activation as [batch, seq, d]; None if its first axes are not batch and seq."""
     if not isinstance(value, Tensor) or value.dim() < 2:
         return None
     if value.shape[:2] == tokens.shape:
@@ -302,7 +304,7 @@ def _same(x: Tensor, y: Tensor | None) -> bool:
 
 
 def _is_sum(total: Tensor, *parts: Tensor) -> bool:
-    """Whether a tensor is the sum of others, but for rounding."""
+    """Whether a tensor is the sum of others, up to rounding."""
     if any(part.shape != total.shape for part in parts):
         return False
     size = sum(part.abs().double() for part in parts)

@@ -369,7 +369,7 @@ def test_a_buffer_too_large_to_save_is_filled_anew_with_a_warning(
     run.save_checkpoint(path)
     assert path.stat().st_size < 20_000
     data = make_data(largest_saved_buffer=100)
-    with pytest.warns(UserWarning, match="larger than `largest_saved_buffer`.*filled anew"):
+    with pytest.warns(UserWarning, match="larger than `largest_saved_buffer`.*refilled"):
         rest = batches_of_a_fit(data, 40, ckpt_path=path)
     assert rest.shape == (31, 16, 16)
     nearest = distances(torch.cat([*rest[:8]]), torch.cat(recorder.batches)).amin(1)

@@ -168,7 +168,7 @@ def test_a_layer_out_of_range_is_refused(network: Any) -> None:
 
 
 def test_an_unknown_hook_is_refused_with_names_that_are_close(bridge: Any) -> None:
-    with pytest.raises(ValueError, match=r"close ones are: .*blocks.1.hook_resid_post.* 0 to 2"):
+    with pytest.raises(ValueError, match=r"similar ones are: .*blocks.1.hook_resid_post.* 0 to 2"):
         lens_site(bridge, "blocks.1.resid_post")
-    with pytest.raises(ValueError, match="close ones are: none"):
+    with pytest.raises(ValueError, match="similar ones are: none"):
         lens_site(bridge, "&%!")

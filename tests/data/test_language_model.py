@@ -144,7 +144,7 @@ def test_a_layer_out_of_range_is_refused(
 
 
 def test_an_unknown_hook_is_refused(network: Any, models: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="close ones are: .*blocks.1.hook_resid_post"):
+    with pytest.raises(ValueError, match="similar ones are: .*blocks.1.hook_resid_post"):
         load_language_model(models["llama"], "blocks.1.hook_resid")
     with pytest.raises(ValueError, match="plain `transformers` model .* but got .*hook_resid"):
         load_language_model(network, "blocks.1.hook_resid")

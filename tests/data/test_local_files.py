@@ -98,7 +98,7 @@ def latin_parquet(path: Path) -> bytes:
         ("a.jsonl.gz", JSONL.encode(), "a.jsonl.gz: Not a gzipped file.*damaged"),
         ("a.jsonl", JSONL + '{"text": "br', "a.jsonl: line 13 is not JSON .Unterminated string"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', "a.jsonl: line 2 is no object with a column"),
-        ("a.jsonl", "", "a.jsonl: it has no rows. Mend the file"),
+        ("a.jsonl", "", "a.jsonl: it has no rows. Repair the file"),
         ("a.jsonl", "\n\n", "a.jsonl: it has no rows"),
         ("a.json", "[]", "a.json: it has no rows"),
         ("a.csv", "text,n\na,1\nb,2,3\n", "a.csv: .*line 3"),
@@ -107,7 +107,7 @@ def latin_parquet(path: Path) -> bytes:
         ("a.csv", "text\n1\n", "`text_column` to name a column of text.*a.csv holds int64"),
         ("a.jsonl", '{"text": [1.5]}\n', "holds list<item: double>: name another column"),
         ("a.jsonl", '{"text": {"a": 1}}\n', "holds struct<a: int64>: name another column"),
-        ("a.parquet", cut_parquet, "Could not read .*a.parquet: .*Mend the file"),
+        ("a.parquet", cut_parquet, "Could not read .*a.parquet: .*Repair the file"),
         ("a.parquet", latin_parquet, "row [12] of .*a.parquet.*write it in UTF-8"),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_damaged_saved_data_set_is_refused(tmp_path: Path) -> None:
     Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
     (file,) = (tmp_path / "saved").glob("*.arrow")
     write(file, file.read_bytes()[:50])
-    with pytest.raises(ValueError, match="saved data set .*saved: .*Save or copy it anew"):
+    with pytest.raises(ValueError, match="saved data set .*saved: .*Save or copy it again"):
         open_text(tmp_path / "saved")
 
 

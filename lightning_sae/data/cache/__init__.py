@@ -1,4 +1,4 @@
-"""Activations on the disk: written once, trained on often, with neither model nor text."""
+"""Activation caches on disk: written once, then used for training without the model or its text."""
 
 from lightning_sae.data.cache.datamodule import CachedDataModule as CachedDataModule
 from lightning_sae.data.cache.write import write_cache as write_cache

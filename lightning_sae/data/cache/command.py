@@ -31,7 +31,7 @@ OF_RUNS = (
     "weights_only",
     "config",
 )
-"""Parts of a run's configuration that are nothing to this command."""
+"""Parts of a run's configuration that this command ignores."""
 
 DATA = "lightning_sae.ActivationDataModule"
 
@@ -48,21 +48,21 @@ def cache(
     devices: int | str | list[int] = 1,
     num_nodes: int = 1,
 ) -> None:
-    """Write the activations of a text to the disk: one pass of the language model, for all hooks.
+    """Write the activations of a text to disk, for all hooks in one pass of the language model.
 
-    First it says how many rows, bytes and hours that takes, and refuses to fill the disk. Stopped,
-    by Ctrl-C or in any other way, it goes on when given again, from the last whole shard. With more
-    `--tokens` a complete cache is prolonged. `CachedDataModule` trains on it.
+    First it prints the estimated rows, bytes and hours; it stops if the disk has too little space.
+    If interrupted, by Ctrl-C or otherwise, the same command continues from the last complete shard.
+    With more `--tokens`, a complete cache is extended. `CachedDataModule` trains on it.
 
     Args:
         data: The language model, its hooks, text and filter.
-        output: Folder of the cache: new, or one to go on with.
-        tokens: Tokens of the training text to read, about; null for the whole text, once.
-        held_out: Tokens of the held-out documents to read, about; null for `data.n_test`.
-        shard_mib: Size of a shard in MiB, about.
-        plan_only: Say what it will take, and write nothing.
+        output: Folder of the cache: new, or one to continue.
+        tokens: Approximate number of training tokens to read; null for one pass over the text.
+        held_out: Approximate number of held-out tokens to read; null for `data.n_test`.
+        shard_mib: Approximate size of a shard in MiB.
+        plan_only: Print the estimate, and write nothing.
         accelerator: As Lightning's `Trainer` takes it.
-        devices: Number of devices of a machine, each of which writes its share; or which.
+        devices: Number or list of devices per machine; each writes its share.
         num_nodes: Number of machines.
     """
     started = time.perf_counter()
@@ -81,7 +81,7 @@ def cache(
     except KeyboardInterrupt:
         if fabric.is_global_zero:
             sys.stderr.write(
-                f"\nStopped. {output} has all whole shards: the same command goes on from there.\n"
+                f"\nStopped. {output} has all complete shards: the same command continues there.\n"
             )
         sys.exit(130)
     if fabric.is_global_zero:
@@ -99,13 +99,13 @@ def _tell(folder: Path, plan_only: bool, seconds: float) -> None:
     sys.stdout.write(
         f"\nCached {training:,} activations to train on and {held_out:,} held out, "
         f"{size(manifest.nbytes())}, in {hours(seconds)}.\nMade:\n"
-        f"  {folder}  shards, and manifest.json, which says what they are\n"
+        f"  {folder}  shards, and manifest.json, which describes them\n"
         f"Next:\n  {shlex.join(words)}\n"
     )
 
 
 def of_cache(config: str) -> str:
-    """What a configuration, of a run or of its own, says to this command, as JSON.
+    """The arguments of this command in a configuration file, of a run or of the command, as JSON.
 
     Args:
         config: A file, or its text.

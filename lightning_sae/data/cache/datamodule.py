@@ -1,4 +1,4 @@
-"""Activations from the disk or from memory as a LightningDataModule: no model, no text."""
+"""Activations from disk or memory as a LightningDataModule, without model or text."""
 
 import logging
 import math
@@ -42,21 +42,21 @@ Activations = str | Path | Sequence[str | Path] | Mapping[str, Any] | Tensor | n
 Data = TypeVar("Data", bound="CachedDataModule")
 
 LOOKED_AT = 2**13
-"""Rows, spread over all, that are looked at before a run begins."""
+"""Number of evenly spaced rows that are checked before a run."""
 
 LARGE = 2**30
-"""Bytes from which on it is said that files are being compared, which takes a while."""
+"""Size in bytes from which the check of hashes is announced, because it takes a while."""
 
 OPEN = ("_rows", "_at_each", "_text_data")
-"""Attributes that hold files or models."""
+"""Attributes that hold files or models, which copies leave out."""
 
 
 class HeldOutRows:
-    """This rank's share of the held-out rows, in order; all ranks have equally many.
+    """This rank's share of the held-out rows, in order; equally many on each rank.
 
     Args:
         data: The data module.
-        n: Rows, at most.
+        n: Maximum number of rows.
     """
 
     def __init__(self, data: "CachedDataModule", n: int) -> None:
@@ -76,40 +76,42 @@ class HeldOutRows:
 
 
 class CachedDataModule(ActivationSource):
-    """Batches of activations that are there: a cache, files, or a tensor.
+    """Batches of stored activations: a cache, files, or a tensor.
 
-    A cache is what `lightning-sae cache` wrote. It is read without its model or text, in random
-    order over all of it, in bounded memory. Training is endless: its length is `trainer.max_steps`;
-    each pass over the rows has an order of its own. Validation and test read the cache's held-out
-    documents; of other activations, the last rows. `test` and the like find the cache's model and
-    text by its manifest, for what the language model loses.
+    A cache is written by `lightning-sae cache`. It is read without its model or text, in random
+    order over all rows, in bounded memory. Training is endless: its length is `trainer.max_steps`;
+    each pass over the rows has a different order. Validation and test read the cache's held-out
+    documents; for other activations, the last rows. Commands such as `test` load the model and text
+    named in the manifest to measure the language model's loss.
 
     Args:
-        activations: Folder of a cache; a .npy or .safetensors file, a folder or a list of these; or
-            from Python a tensor or array [..., d], or a dictionary of them by hook. Files are
-            mapped, not loaded.
-        hook_name: Hook to train on, or several, for `SideBySide`; by default all that are there. Of
-            activations without a name, how to call them.
+        activations: Folder of a cache; a .npy or .safetensors file, or a folder or list of such
+            files; or, from Python, a tensor or array [..., d], or a dictionary of them by hook.
+            Files are mapped, not loaded.
+        hook_name: Hook to train on, or several, for `SideBySide`; by default all stored hooks. For
+            activations without a hook name, the name to give them.
         batch_size: Activations in a batch.
-        buffer_size: Activations read and shuffled at a time; about three times as many are held.
-        rows_together: Neighbouring rows that are read in one piece from anywhere. 1 makes all
-            orders of the rows equally likely; null takes 1 up to 4 GiB, and else pieces of 64 KiB,
-            which a disk reads quickly.
+        buffer_size: Activations read and shuffled at a time; about three times as many are in
+            memory.
+        rows_together: Number of neighbouring rows read as one piece. With 1, all orders of the rows
+            are equally likely. null means 1 up to 4 GiB, and pieces of 64 KiB above, which are fast
+            to read from disk.
         prefetch: Read ahead in a thread while batches are trained on.
-        validation_fraction: Of activations that are no cache, the share held out: the last rows.
+        validation_fraction: For activations that are not a cache, the share of rows held out, taken
+            from the end.
         center: Have the SAE subtract the mean activation.
         scale: Have the SAE scale activations to mean norm sqrt(d_in).
-        n_validation: Held-out activations in a validation, at most, for each rank.
-        n_test: Held-out activations in a test, at most, for each rank.
-        seed: Seed of the order.
-        verify: Compare each file of a cache with its hash before a run.
-        evaluation_model: Language model for what needs one, as loss recovered does, where the cache
-            does not name it or it lies elsewhere now: as for `ActivationDataModule`.
-        evaluation_text: Its text, likewise.
+        n_validation: Maximum number of held-out activations per validation and rank.
+        n_test: Maximum number of held-out activations per test and rank.
+        seed: Seed of the order of rows.
+        verify: Check the hash of each file of a cache before a run.
+        evaluation_model: Language model for metrics that need one, such as loss recovered, if the
+            cache does not name it or it has moved; as `model` of `ActivationDataModule`.
+        evaluation_text: Its text; as `text` of `ActivationDataModule`.
 
     Raises:
-        ValueError: If there is no such cache, it is not complete, a file is missing or cut short,
-            or it has no such hook; from `setup`, if a file is altered.
+        ValueError: If the cache does not exist or is incomplete, a file is missing or truncated, or
+            the cache has no such hook; from `setup`, if a file was altered.
 
     Example:
         >>> data = CachedDataModule(torch.randn(1000, 8), batch_size=100)
@@ -166,11 +168,11 @@ class CachedDataModule(ActivationSource):
         self._restored: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
         self._verified: set[Split] = set()
-        self._whole: CachedDataModule | None = None  # of which this is one hook; see `at`
+        self._whole: CachedDataModule | None = None  # set by `at` for one hook
         if len(self.rows("training")) < batch_size:
             raise ValueError(
                 f"Expected argument `batch_size` to be at most {len(self.rows('training')):,}, the "
-                f"rows that there are to train on, but got {batch_size}: make it smaller."
+                f"number of training rows, but got {batch_size}: make it smaller."
             )
 
     def _cache_folder(self) -> Path | None:
@@ -181,7 +183,7 @@ class CachedDataModule(ActivationSource):
         return folder if is_cache(folder) or any(folder.glob("part-*.json")) else None
 
     def _checked(self, names: list[str]) -> list[str]:
-        """Hooks to read; those of the cache if none are named."""
+        """Hooks to read; all hooks of the cache if none are named."""
         if self.manifest is None:
             return names
         missing = [name for name in names if name not in self.manifest.widths]
@@ -196,7 +198,7 @@ class CachedDataModule(ActivationSource):
     # Rows.
 
     def rows(self, split: Split) -> CachedRows:
-        """All rows to train on, or all that are held out."""
+        """All training rows, or all held-out rows."""
         return self._rows[split]
 
     @cached_property
@@ -209,12 +211,12 @@ class CachedDataModule(ActivationSource):
         return {"training": rows.between(0, n), "held_out": rows.between(n, len(rows))}
 
     def by_hook(self, rows: ByHook) -> Rows:
-        """Rows as a batch has them: a tensor, or several by hook."""
+        """Rows in the form of a batch: a tensor, or a dictionary of tensors by hook."""
         return rows if len(rows) > 1 else next(iter(rows.values()))
 
     @override
     def at(self: Data, hook_name: str) -> Data:
-        """The same data with one of its hooks alone."""
+        """The same data with only one of its hooks."""
         if len(self.hook_names) <= 1:
             return self
         one = type(self).__new__(type(self))
@@ -243,7 +245,7 @@ class CachedDataModule(ActivationSource):
     @property
     @override
     def source(self) -> dict[str, Any]:
-        """Where the activations come from, as plain values to keep with an SAE."""
+        """Where the activations come from, as plain values that are saved with an SAE."""
         names = self.hook_names
         hooks = {"hook_name": names[0] if len(names) == 1 else [*names]} if names else {}
         if self.manifest is not None:
@@ -260,9 +262,9 @@ class CachedDataModule(ActivationSource):
 
     @override
     def scaling(self) -> Scaling | None:
-        """Centring and scaling, by the statistics of all rows of a cache; None if not asked for.
+        """Centring and scaling, from the statistics of all rows of a cache; None if not requested.
 
-        Of other activations, by those of rows spread over all.
+        For other activations, from evenly spaced rows.
         """
         name, *others = self.rows("training").widths
         if others or not (self.center or self.scale):
@@ -275,18 +277,18 @@ class CachedDataModule(ActivationSource):
         return Scaling(mean if self.center else torch.zeros_like(mean), torch.tensor(scale))
 
     def _spread(self, n: int) -> ByHook:
-        """Rows to train on, spread evenly over all."""
+        """Evenly spaced training rows."""
         rows = self.rows("training")
         return rows.take(torch.linspace(0, len(rows) - 1, min(n, len(rows))).long())
 
     @override
     def text_data(self) -> ActivationDataModule | None:
-        """The same activations read from text by their model, which is loaded for it.
+        """The same activations read from text by their model, which is loaded here.
 
-        None, and a warning, where model or text cannot be opened.
+        Returns None with a warning if model or text cannot be opened.
 
         Raises:
-            ValueError: If the model is not the cache's, or what was given cannot be opened.
+            ValueError: If the model is not the cache's, or a given model or text cannot be opened.
         """
         if self._text_data is not None and self.trainer is not None:
             self._text_data.trainer = self.trainer
@@ -316,7 +318,7 @@ class CachedDataModule(ActivationSource):
             if own:
                 raise
             log.warning(
-                "What needs the language model is left out, for what the cache names cannot be "
+                "Metrics that need the language model are left out: what the cache names cannot be "
                 "opened: %s Give `evaluation_model` and `evaluation_text`, as they are now.",
                 error,
             )
@@ -330,11 +332,11 @@ class CachedDataModule(ActivationSource):
     # Lightning.
 
     def setup(self, stage: str) -> None:
-        """See to it that the run has an end and the rows are what was written.
+        """Check that the run ends and that the cache is unaltered.
 
         Raises:
-            ValueError: If it has none, something waits for an epoch to end, a file is altered, or
-                there are no held-out rows where some are needed.
+            ValueError: If the run has no end, something waits for the end of an epoch, a file was
+                altered, or held-out rows are needed and there are none.
         """
         splits: list[Split] = ["training"] if stage == "fit" else []
         if stage == "fit":
@@ -360,7 +362,7 @@ class CachedDataModule(ActivationSource):
             (rank, n_ranks), failure = self.place(), None
             shards = self.manifest.shards[split][rank::n_ranks]
             if sum(shard.nbytes for shard in shards) > LARGE:
-                log.info("Comparing all files with their hashes; `verify=False` leaves that out.")
+                log.info("Comparing all files with their hashes; `verify=False` skips this.")
             try:
                 require_hashes(self.folder, shards)
             except ValueError as error:
@@ -369,7 +371,7 @@ class CachedDataModule(ActivationSource):
         self._verified.add(split)
 
     def _end_together(self, failure: ValueError | None) -> None:
-        """Raise what this rank has found, or that another one has found something."""
+        """Raise this rank's error, or report that another rank has one."""
         fine = failure is None
         if self.place()[1] > 1:
             fine = self.trainer.strategy.reduce_boolean_decision(fine)  # type: ignore[union-attr]
@@ -390,7 +392,7 @@ class CachedDataModule(ActivationSource):
             )
 
     def train_dataloader(self) -> Iterable[Rows]:
-        """The endless rows in random order, going on where a checkpoint left off.
+        """Endless rows in random order, continuing from a checkpoint.
 
         With `trainer.overfit_batches` the first batches, as a list.
         """
@@ -437,14 +439,14 @@ class CachedDataModule(ActivationSource):
         return HeldOutRows(self, self.n_test)
 
     def teardown(self, stage: str) -> None:
-        """Keep the place for a checkpoint saved after the fit; a new fit starts over."""
+        """Keep the position for a checkpoint saved after `fit`; a new `fit` starts over."""
         if stage == "fit" and self.batches is not None:
             self._left = self.state_dict()
             self._close()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Stop reading ahead, lest the process wait for it."""
+        """Stop reading ahead, so that the process does not wait for it."""
         if self.batches is not None:
             self.batches.close()
 
@@ -454,7 +456,7 @@ class CachedDataModule(ActivationSource):
         return {} if self.batches is None else {"passes": self.batches.passes}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands in the rows, for an exact resume."""
+        """Position of training in the rows, for an exact resume."""
         return (self._restored or self._left) if self.batches is None else self.batches.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -463,7 +465,7 @@ class CachedDataModule(ActivationSource):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, or for another process: all but the trainer and what is open."""
+        """State for a copy or another process: all but the trainer and open files or models."""
         kept = {name: value for name, value in super().__getstate__().items() if name not in OPEN}
         stands = self._restored if self.batches is None else self.state_dict()
         return {**kept, "batches": None, "_restored": {**stands}}

@@ -1,4 +1,4 @@
-"""What a cache notes of the data that it was written from, and how that data is made again."""
+"""The manifest's description of the data a cache was written from, and how to rebuild that data."""
 
 import glob
 import json
@@ -39,14 +39,14 @@ ARGUMENTS = (
     "max_norm_multiple",
     "seed",
 )
-"""Arguments of `ActivationDataModule` that say, with model and text, what it reads."""
+"""Arguments of `ActivationDataModule` that, with model and text, determine what it reads."""
 
 SCALED_ON = 2**16
-"""Rows, spread over all, whose mean norm about the mean is taken for that of all."""
+"""Number of evenly spaced rows that estimate the mean norm after centring."""
 
 
 def describe(data: ActivationDataModule, n_parts: int, shard_bytes: int) -> Manifest:
-    """The manifest of a cache that is to be written from some data."""
+    """The manifest of a cache before it is written."""
     found: Any = data.d_in
     widths = found if isinstance(found, dict) else {data.hook_names[0]: found}
     arguments = {
@@ -78,7 +78,7 @@ def _model_of(data: ActivationDataModule) -> str | None:
 
 
 def _kwargs_of(data: ActivationDataModule) -> dict[str, Any] | None:
-    """`model_kwargs`, with the revision that the hub gave."""
+    """`model_kwargs`, with the revision that was downloaded."""
     revision = data.language_model.identity.get("model_revision")
     return {"revision": revision, **(data.model_kwargs or {})} if revision else data.model_kwargs
 
@@ -90,7 +90,7 @@ def _tokenizer_of(tokenizer: Any) -> str | None:
 
 
 def _text_of(text: Any) -> str | list[str] | None:
-    """Names of files and the like, from any folder; None for rows from Python."""
+    """Absolute paths or hub names; None for rows from Python."""
     if isinstance(text, str | Path):
         return _absolute(text)
     if isinstance(text, list | tuple) and all(isinstance(each, str | Path) for each in text):
@@ -112,7 +112,7 @@ def _plain(value: Any) -> Any:
 
 @torch.no_grad()
 def probe(data: ActivationDataModule) -> dict[str, list[float]]:
-    """What the model gives at each hook on a few fixed tokens: the last one's activation."""
+    """The activation at each hook for the last of a few fixed tokens."""
     model = data.language_model
     rows = by_hook(data, model.activations(trial_tokens(model.vocabulary)).float()[0])
     return {name: part[-1].cpu().tolist() for name, part in rows.items()}
@@ -121,11 +121,11 @@ def probe(data: ActivationDataModule) -> dict[str, list[float]]:
 def require_same_model(
     saved: Mapping[str, list[float]], present: Mapping[str, list[float]], dtype: str, name: str
 ) -> None:
-    """Raise a ValueError if two probes are not of the same weights, whatever their names.
+    """Raise a ValueError if two probes come from different weights, whatever the models' names.
 
     Args:
-        saved: That of the cache.
-        present: That of the model at hand.
+        saved: The probe of the cache.
+        present: The probe of the loaded model.
         dtype: dtype of the model's weights.
         name: The model's name, for the message.
     """
@@ -141,14 +141,14 @@ def require_same_model(
 
 
 def require_same_data(folder: Path, saved: Manifest, present: Manifest) -> None:
-    """Raise a ValueError if a cache cannot be gone on with, for its rows would be others."""
+    """Raise a ValueError if a cache cannot be continued, because its rows would differ."""
     one, other = _compared(saved), _compared(present)
     names = sorted(one.keys() | other.keys())
     differing = [name for name in names if one.get(name) != other.get(name)]
     if differing:
         pairs = "; ".join(f"`{n}` to be {one.get(n)} but got {other.get(n)}" for n in differing)
         raise ValueError(
-            f"Expected, as in the cache {folder}, {pairs}: it can only be gone on with as it was "
+            f"Expected, as in the cache {folder}, {pairs}: it can only be continued as it was "
             "begun. Give the same arguments, or another folder."
         )
     name = str(present.source.get("model"))
@@ -156,12 +156,12 @@ def require_same_data(folder: Path, saved: Manifest, present: Manifest) -> None:
 
 
 def _compared(manifest: Manifest) -> dict[str, Any]:
-    """Plain values that say which rows a cache has."""
+    """Plain values that determine the rows of a cache."""
     data = {name: value for name, value in manifest.data.items() if value is not None}
     return {**manifest.source, **data, "widths": manifest.widths, "dtype": manifest.dtype}
 
 
-# What is found when all is written.
+# Known only when everything is written.
 
 
 def completed(folder: Path, begun: Manifest, parts: list[dict[Split, dict[str, Any]]]) -> Manifest:

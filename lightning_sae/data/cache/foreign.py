@@ -1,4 +1,4 @@
-"""Activations that somebody else has: tensors, arrays, .npy and safetensors files."""
+"""Activations that are not a cache: tensors, arrays, .npy and safetensors files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +22,11 @@ def open_foreign(activations: Any, hook_names: Sequence[str]) -> Rows:
     Args:
         activations: A tensor or array, a dictionary of these by hook, a .npy or .safetensors file,
             a folder of such files, or a list of files, which follow one another.
-        hook_names: Of what has several names, those to take; of what has none, its name.
+        hook_names: Names to select where the input has names; otherwise the name to give it.
 
     Raises:
-        ValueError: If something cannot be read, is no matrix of floating-point numbers, or does not
-            go with the rest.
+        ValueError: If something cannot be read, is not a matrix of floating-point numbers, or does
+            not match the rest.
     """
     if isinstance(activations, Mapping):
         return Rows([_chosen(activations, hook_names, "the dictionary")])
@@ -73,17 +73,17 @@ def _read(path: Path) -> dict[str, Any]:
             "save it by `numpy.save` or `safetensors.torch.save_file`."
         )
     try:
-        # Copied where it is written to, and so never in the file.
+        # Copy-on-write, so the file is never changed.
         return {"": np.load(path, mmap_mode="c")}
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"Could not read {path}: it is no whole array ({first_line(error)}). Make it anew by "
-            "`numpy.save`."
+            f"Could not read {path}: it is not a complete array ({first_line(error)}). Write "
+            "it again by `numpy.save`."
         ) from error
 
 
 def _chosen(found: Mapping[str, Any], hook_names: Sequence[str], where: str) -> dict[str, Tensor]:
-    """The tensors that are asked for, as rows."""
+    """The requested tensors, as rows."""
     if len(found) == 1 and len(hook_names) <= 1 and not set(hook_names) & found.keys():
         ((name, only),) = found.items()
         if not name or not hook_names:

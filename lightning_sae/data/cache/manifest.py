@@ -1,4 +1,4 @@
-"""What a cache says of itself: what its rows are, which files hold them, and their hashes."""
+"""The manifest of a cache: what its rows are, which files hold them, and their hashes."""
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -22,7 +22,7 @@ class Shard(NamedTuple):
         file: Its name.
         rows: Rows in it.
         nbytes: Size of the file.
-        sha256: Hash of the file, as `sha256sum` has it.
+        sha256: Hash of the file, as `sha256sum` prints it.
     """
 
     file: str
@@ -32,21 +32,22 @@ class Shard(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """The description of a cache, as its `manifest.json` has it.
+    """The content of a cache's `manifest.json`.
 
     Attributes:
-        source: Where the activations come from, as it is saved with an SAE.
-        data: Arguments of the `ActivationDataModule` that read them; null where they were no plain
-            values.
-        settings: What may not change when the writing goes on, beside `source`.
+        source: Where the activations come from, as saved with an SAE.
+        data: Arguments of the `ActivationDataModule` that read them; null for those that were not
+            plain values.
+        settings: Settings that, like `source`, may not change when writing continues.
         widths: Width at each hook.
         dtype: dtype of the rows.
-        probe: What the model gives at each hook on a few fixed tokens; tells it from others.
-        complete: Whether all rows are there. Otherwise no shards are listed.
+        probe: The model's activations at each hook on a few fixed tokens, which identify its
+            weights.
+        complete: Whether all rows are written. Otherwise no shards are listed.
         tokens: Tokens read, by split.
         left_out: Activations that each reason of the filter left out, by split.
-        statistics: By hook, of the training rows: their `mean`; and `scale` and `centered_scale`,
-            which give them, or them less their mean, a mean norm of sqrt(width).
+        statistics: By hook, for the training rows: their `mean`, and the factors `scale` and
+            `centered_scale` that give the rows, raw or centred, a mean norm of sqrt(width).
         shards: Files by split, in order.
     """
 
@@ -63,7 +64,7 @@ class Manifest(NamedTuple):
     shards: Mapping[Split, Sequence[Shard]] = {}
 
     def rows(self, split: Split) -> int:
-        """Rows of a split."""
+        """Number of rows of a split."""
         return sum(shard.rows for shard in self.shards.get(split, ()))
 
     def nbytes(self) -> int:
@@ -71,13 +72,13 @@ class Manifest(NamedTuple):
         return sum(shard.nbytes for each in self.shards.values() for shard in each)
 
     def digest(self) -> str:
-        """What tells these rows from those of another cache."""
+        """Plain values that distinguish these rows from those of another cache."""
         hashes = [shard.sha256 for split in SPLITS for shard in self.shards.get(split, ())]
         return sha256("\n".join(hashes).encode()).hexdigest()[:16]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Put a manifest into the place of an earlier one."""
+    """Write the manifest, replacing an earlier one."""
     shards = {split: [s._asdict() for s in each] for split, each in manifest.shards.items()}
     rows = {split: manifest.rows(split) for split in SPLITS}
     content = {"format": FORMAT, "version": VERSION, **manifest._asdict()}
@@ -93,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest in a folder, whether its cache is complete or not.
 
     Raises:
-        ValueError: If there is none, or it is damaged or of another kind.
+        ValueError: If there is none, or it is damaged or of another format.
     """
     path = folder / FILE
     if not path.is_file():
@@ -104,8 +105,8 @@ def read_manifest(folder: Path) -> Manifest:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
-            f"Could not read {path}: it describes no cache of activations. Give the folder that "
-            "`lightning-sae cache` wrote."
+            f"Could not read {path}: it does not describe a cache of activations. Give the "
+            "folder that `lightning-sae cache` wrote."
         )
     if content.get("version") != VERSION:
         raise ValueError(
@@ -118,16 +119,16 @@ def read_manifest(folder: Path) -> Manifest:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"Could not read {path}: it is damaged ({type(error).__name__} {error}). Restore the "
-            "file, or write the cache anew."
+            "file, or write the cache again."
         ) from error
 
 
 def require_complete(folder: Path, manifest: Manifest) -> None:
-    """Raise a ValueError if a cache is not finished, or a file is missing or cut short."""
+    """Raise a ValueError if a cache is not complete, or a file is missing or truncated."""
     if not manifest.complete:
         raise ValueError(
             f"The cache {folder} is not complete: it is being written, or its writing was stopped. "
-            "Wait for it, or go on with the same `lightning-sae cache` command; with fewer "
+            "Wait for it, or continue with the same `lightning-sae cache` command; with fewer "
             "`--tokens` than are there it ends at once."
         )
     for split in SPLITS:
@@ -143,5 +144,5 @@ def require_size(folder: Path, shard: Shard) -> None:
         state = "missing" if size is None else f"of {size:,} bytes, not {shard.nbytes:,}"
         raise ValueError(
             f"The shard {path} of SHA-256 {shard.sha256} is {state}: restore the file, or write "
-            "the cache anew into another folder."
+            "the cache again into another folder."
         )

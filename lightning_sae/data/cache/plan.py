@@ -1,4 +1,4 @@
-"""What a cache will take: rows, bytes, hours, and whether the disk has room for it."""
+"""Estimate the rows, bytes and hours of a cache, and check the free disk space."""
 
 import sys
 import time
@@ -17,22 +17,22 @@ from lightning_sae.data.tokens import TokenBlocks
 
 TIMED_PASSES = 3
 COUNTED_TOKENS = 2**18
-"""Tokens from which the length of a text is estimated, where it has more."""
+"""Number of tokens from which the length of a longer text is estimated."""
 
 PER_ROW = 8
-"""Bytes of the token and the position of a row."""
+"""Bytes of a row's token and position."""
 
 
 class Plan(NamedTuple):
-    """What is still to be done for a cache.
+    """The remaining work for a cache.
 
     Attributes:
         rows: Rows to be written, by split.
-        done: Rows that are there already.
+        done: Rows that are already written.
         nbytes: Bytes to be written.
-        free: Bytes that may be written.
-        tokens_per_second: Of the model on this rank.
-        seconds: Time of all ranks together.
+        free: Bytes that may be written to the disk.
+        tokens_per_second: Speed of the model on this rank.
+        seconds: Time with all ranks working in parallel.
     """
 
     rows: dict[Split, int]
@@ -44,10 +44,10 @@ class Plan(NamedTuple):
 
 
 def tokens_of_text(data: ActivationDataModule) -> int:
-    """Tokens of the training text, about; exactly, if they are few.
+    """Approximate number of tokens of the training text; exact for a short text.
 
     Raises:
-        ValueError: If the text is a stream, whose length nobody knows.
+        ValueError: If the text is a stream, whose length is unknown.
     """
     blocks = data.training_blocks((0, 1))
     found = 0
@@ -71,13 +71,13 @@ def make_plan(
     done: int,
     n_ranks: int,
 ) -> Plan:
-    """Try the model on a few passes of the text, and say what the whole will take.
+    """Run the model on a few passes of the text, and estimate the whole.
 
     Args:
         data: The model and its text.
         folder: The cache.
-        tokens: Tokens to be read yet, by split.
-        done: Rows that are there already.
+        tokens: Tokens still to be read, by split.
+        done: Rows that are already written.
         n_ranks: Ranks that read.
     """
     passes, rate = _tried(data, data.training_blocks((0, 1)))
@@ -91,7 +91,7 @@ def make_plan(
 
 
 def _tried(data: ActivationDataModule, blocks: TokenBlocks) -> tuple[list[Pass], float]:
-    """A few passes, and tokens per second of all but the first."""
+    """A few passes, and the tokens per second of all but the first."""
     passes, ends = [], []
     unknown, stranger = 0, unknown_token(data.language_model.tokenizer)
     for _ in range(TIMED_PASSES + 1):
@@ -130,7 +130,7 @@ def tell(plan: Plan, data: ActivationDataModule, folder: Path, n_ranks: int) -> 
 
 
 def require_room(plan: Plan) -> None:
-    """Raise an OSError if what is planned would fill the disk."""
+    """Raise an OSError if the plan would fill the disk."""
     if plan.nbytes <= plan.free:
         return
     per_row = plan.nbytes / sum(plan.rows.values())
@@ -144,7 +144,7 @@ def require_room(plan: Plan) -> None:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for a reader."""
+    """A number of bytes in readable units."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if abs(nbytes) < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
@@ -153,7 +153,7 @@ def size(nbytes: float) -> str:
 
 
 def hours(seconds: float) -> str:
-    """A time for a reader."""
+    """A time in readable units."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

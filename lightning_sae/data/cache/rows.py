@@ -1,4 +1,4 @@
-"""Rows of activations that lie in several tensors, most of them mapped from files."""
+"""Rows of activations in several tensors, usually mapped from files."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,8 @@ class Rows:
     """The rows of several shards, one shard after the other.
 
     Args:
-        shards: Of each, a tensor [rows, width] by hook; widths and dtypes are the same in all.
+        shards: For each shard, a tensor [rows, width] by hook; widths and dtypes are the same in
+            all.
     """
 
     def __init__(self, shards: Sequence[Mapping[str, Float[Tensor, "_ _"]]]) -> None:
@@ -36,18 +37,18 @@ class Rows:
         return sum(part.shape[1] * part.element_size() for part in parts)
 
     def only(self, hook_names: Sequence[str]) -> "Rows":
-        """The same rows at some of the hooks, in the order asked for."""
+        """The same rows at some of the hooks, in the given order."""
         return Rows([{name: shard[name] for name in hook_names} for shard in self.shards])
 
     def take(self, index: Int[Tensor, " n"]) -> ByHook:
-        """Copies of some rows, in the order of `index`; read in the order in which they lie."""
+        """Copies of the rows `index`, in that order; read in file order."""
         ordered, places = index.sort()
         back = torch.empty_like(places)
         back[places] = torch.arange(len(places))
         return {name: rows.index_select(0, back) for name, rows in self.read(ordered).items()}
 
     def read(self, ordered: Int[Tensor, " n"]) -> ByHook:
-        """Copies of some rows whose numbers ascend."""
+        """Copies of rows with ascending indices."""
         bounds = torch.searchsorted(ordered, self._starts).tolist()
         found = {
             name: part.new_empty(len(ordered), part.shape[1])
@@ -63,7 +64,7 @@ class Rows:
         return found
 
     def between(self, start: int, stop: int) -> "Rows":
-        """The rows from `start` on, up to but without `stop`; nothing is copied."""
+        """The rows from `start` to `stop` (exclusive), without a copy."""
         firsts = self._starts.tolist()
         parts = []
         for shard, first in zip(self.shards, firsts, strict=False):

@@ -15,14 +15,14 @@ from lightning_sae.data.cache.rows import Rows
 from lightning_sae.files import first_line, write_atomically
 
 TOKENS, POSITIONS = "tokens", "positions"
-"""Tensors of a shard beside those of the hooks: token id and place in its block of each row."""
+"""Further tensors of a shard: each row's token id and its position in the block."""
 
 SPARE_SHARE, SPARE_BYTES = 0.05, 5 * 2**30
-"""What is left free of a disk: this share of it, but not more than so many bytes."""
+"""Disk space to leave free: this share of the disk, but at most this many bytes."""
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Shard:
-    """Write a shard, complete or not at all, and hash what lies on the disk.
+    """Write a shard atomically, and hash the file on disk.
 
     Raises:
         OSError: If the disk has no room for it.
@@ -40,14 +40,14 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Shard:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may be written to the disk of a folder, which leave some of it free."""
+    """Bytes that may be written to the disk of a folder, leaving some space free."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     usage = shutil.disk_usage(there)
     return usage.free - int(min(SPARE_SHARE * usage.total, SPARE_BYTES))
 
 
 def require_space(folder: Path, nbytes: int) -> None:
-    """Raise an OSError if so many bytes would fill the disk."""
+    """Raise an OSError if `nbytes` bytes would fill the disk."""
     free = free_bytes(folder)
     if nbytes > free:
         raise OSError(
@@ -68,7 +68,7 @@ def hash_of(path: Path) -> str:
 
 
 def require_hashes(folder: Path, shards: Sequence[Shard]) -> None:
-    """Raise a ValueError if a shard is not what was written; eight are read at a time."""
+    """Raise a ValueError if a shard was altered; eight are read at a time."""
 
     def check(shard: Shard) -> None:
         require_size(folder, shard)
@@ -76,7 +76,7 @@ def require_hashes(folder: Path, shards: Sequence[Shard]) -> None:
         if found != shard.sha256:
             raise ValueError(
                 f"The shard {folder / shard.file} is altered: its SHA-256 is {found} but it was "
-                f"written as {shard.sha256}. Restore the file, or write the cache anew into "
+                f"written as {shard.sha256}. Restore the file, or write the cache again into "
                 "another folder."
             )
 
@@ -110,16 +110,16 @@ def _opened(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Tensor]
 
 
 def mapped(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Tensors of a safetensors file that are read from the disk only where they are used.
+    """Memory-mapped tensors of a safetensors file.
 
     Raises:
-        ValueError: If it is no whole safetensors file.
+        ValueError: If it is not a complete safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"Could not read {path}: it is no whole safetensors file ({first_line(error)}). "
-            "Restore or make it anew."
+            f"Could not read {path}: it is not a complete safetensors file ({first_line(error)}). "
+            "Restore it or write it again."
         ) from error

@@ -1,4 +1,4 @@
-"""Rows of a cache in random order, without end, in bounded memory and with exact resume."""
+"""Endless rows of a cache in random order, in bounded memory and with exact resume."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ from lightning_sae.data.loaders import ENDLESS, Rows
 from lightning_sae.data.toy.stream import seed_of
 
 PIECE_BYTES = 2**16
-"""Bytes read in one piece where rows are not shuffled one by one."""
+"""Bytes read in one piece if rows are not shuffled one by one."""
 
 SHUFFLED_SINGLY_BYTES, SHUFFLED_SINGLY_ROWS = 4 * 2**30, 2**24
-"""Up to this size rows are shuffled one by one: a page cache holds them."""
+"""Up to this size in bytes, rows are shuffled one by one, because they fit into the page cache."""
 
 
 class Order:
-    """All rows in an order of their own for each pass over them.
+    """A different random order of all rows for each pass.
 
     Pieces of `together` neighbouring rows come in random order. With 1 all orders of the rows are
     equally likely.
@@ -38,9 +38,9 @@ class Order:
         self._number = -1
 
     def between(self, start: int, stop: int) -> Int[Tensor, " rows"]:
-        """Numbers of the rows from place `start` on in the passes that follow one another.
+        """Indices of the rows from position `start` on, over consecutive passes.
 
-        Where pieces are long, those of each pass that are asked for are shuffled.
+        With pieces longer than 1, the requested rows of each pass are shuffled.
         """
         found = []
         while start < stop:
@@ -68,31 +68,31 @@ class Order:
         own = slice(int(low), int(high) + 1)
         starts, ends = self._starts[own], self._ends[own]
         lengths = (self.n - starts).clamp_max(self.together)
-        before = ends[0] - lengths[0]  # place of the first row of these pieces
+        before = ends[0] - lengths[0]  # position of the first row of these pieces
         shift = torch.repeat_interleave(starts - (ends - lengths), lengths)
         return (shift + before + torch.arange(len(shift)))[first - before : end - before]
 
 
 class ShuffledRows(Iterator[Any]):
-    """Batches of rows in random order, as long as they are asked for.
+    """Endless batches of rows in random order.
 
-    A window of rows is read at a time, in pieces from anywhere, shuffled, and served; a thread
-    reads the next one meanwhile. In one pass each row is served once. Several ranks take turns:
-    window k of rank r is window k * n_ranks + r of all. Memory: about three windows, if
-    rows come in pieces, and else two.
+    A window of rows is read at a time, in random pieces, shuffled, and served, while a thread reads
+    the next one. In one pass each row is served once. Several ranks take turns: window k of rank r
+    is window k * n_ranks + r of all. Memory: about three windows if rows are read in pieces,
+    otherwise two.
 
-    The number of batches served is the whole state: every window can be read at any time.
+    The number of served batches is the whole state, because any window can be read directly.
 
     Args:
         rows: The rows.
         batch_size: Rows in a batch.
-        window: Rows of a window, about: whole batches, and no more than a pass has for each rank.
-        together: Neighbouring rows read in one piece; None chooses by the size of the whole.
+        window: Approximate rows of a window: whole batches, and at most a rank's share of a pass.
+        together: Neighbouring rows read in one piece; None chooses by the total size.
         seed: Fixes the order.
         rank: This process.
         n_ranks: Processes that share the rows.
         prefetch: Whether a thread reads ahead.
-        given_as: What is made of the rows of a batch before it is given away.
+        given_as: Converts the rows of a batch to what is returned.
 
     Attributes:
         served: Batches served.
@@ -129,7 +129,7 @@ class ShuffledRows(Iterator[Any]):
 
     @property
     def passes(self) -> float:
-        """Passes over all rows that were served, by all ranks together."""
+        """Passes over the rows so far, of all ranks together."""
         return self.served * self.batch_size * self.n_ranks / len(self.rows)
 
     def __next__(self) -> Rows:
@@ -154,7 +154,7 @@ class ShuffledRows(Iterator[Any]):
         index = self.order.between(start, start + self.window)
         if self.together == 1:
             return [self.rows.take(own) for own in index.split(self.batch_size)]
-        ordered, places = index.sort()  # whole pieces at a time, whichever batch they go to
+        ordered, places = index.sort()  # whole pieces at a time, regardless of their batch
         window = self.rows.read(ordered)
         back = torch.empty_like(places)
         back[places] = torch.arange(len(places))
@@ -169,7 +169,7 @@ class ShuffledRows(Iterator[Any]):
             self._reader.shutdown(wait=True, cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """How much was served, and of what."""
+        """The number of batches served, and the settings of the order."""
         return {"served": self.served, **self._settings()}
 
     def _settings(self) -> dict[str, int]:
@@ -182,7 +182,7 @@ class ShuffledRows(Iterator[Any]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; where the rows or the ranks are others, from about there."""
+        """Continue from a state; with other rows or ranks, from about the same place."""
         self.served = state["served"]
         saved = {name: state[name] for name in self._settings()}
         if saved == self._settings():
@@ -192,13 +192,13 @@ class ShuffledRows(Iterator[Any]):
         self.served = windows * self.batches_per_window
         warnings.warn(
             f"The checkpoint has served rows in another order ({saved}, now {self._settings()}): "
-            f"the run goes on behind as many rows; some may come twice, and some not at all.",
+            f"the run continues after as many rows; some may come twice, and some not at all.",
             stacklevel=2,
         )
 
 
 def rows_together(rows: CachedRows) -> int:
-    """Neighbouring rows to read in one piece: one, or as many as make reading from a disk quick."""
+    """Neighbouring rows to read in one piece: 1, or enough for fast reads from disk."""
     singly = len(rows) * rows.row_bytes <= SHUFFLED_SINGLY_BYTES
     if singly and len(rows) <= SHUFFLED_SINGLY_ROWS:
         return 1

@@ -1,4 +1,4 @@
-"""A cache from beginning to end: planned, written by one or several ranks, and described."""
+"""Write a cache: plan it, write its parts on one or several ranks, and describe it."""
 
 import os
 import sys
@@ -25,20 +25,20 @@ from lightning_sae.data.datamodule import ActivationDataModule
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked
+except ImportError:  # Windows, which has no `fcntl`: nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 SHARD_BYTES = 2**27
 
 
 class Work(NamedTuple):
-    """What the ranks are to do.
+    """The work of the ranks.
 
     Attributes:
         n_parts: Parts of the cache.
-        shard_bytes: Bytes of a shard, about.
+        shard_bytes: Approximate bytes of a shard.
         passes: Passes of the model for each part, by split; None for all of the text.
-        tokens: Tokens of all parts together, about.
+        tokens: Approximate number of tokens of all parts together.
     """
 
     n_parts: int
@@ -57,20 +57,20 @@ def write_cache(
     plan_only: bool = False,
     fabric: Fabric | None = None,
 ) -> Path:
-    """Write the activations of a text to the disk, to train on them often, or elsewhere.
+    """Write the activations of a text to disk, to train on them repeatedly or elsewhere.
 
-    The rows are those that the stream gives, bit for bit, in its order; the dtype is that of
-    `data`. Stopped in any way, it goes on when called again with the same arguments, from its last
-    whole shard. With more `tokens` a complete cache is prolonged.
+    The rows equal those of the stream bit for bit, in the same order and in the dtype of `data`. If
+    interrupted, a call with the same arguments continues from the last complete shard. With more
+    `tokens`, a complete cache is extended.
 
     Args:
         data: The language model, its hooks, text and filter.
-        output: Folder of the cache: new, or one that is to be gone on with.
-        tokens: Tokens of the training text to read, about; None for the whole text, once.
-        held_out: Tokens of the held-out documents to read, about; None for `data.n_test`.
-        shard_bytes: Bytes of a shard, about.
-        plan_only: Print what it will take, and write nothing.
-        fabric: Lightning's, launched, if several ranks shall write.
+        output: Folder of the cache: new, or one to continue.
+        tokens: Approximate number of training tokens to read; None for one pass over the text.
+        held_out: Approximate number of held-out tokens to read; None for `data.n_test`.
+        shard_bytes: Approximate bytes of a shard.
+        plan_only: Print the estimate, and write nothing.
+        fabric: A launched `lightning.Fabric`, if several ranks write.
 
     Returns:
         The folder.
@@ -78,7 +78,7 @@ def write_cache(
     Raises:
         ValueError: If the folder holds something else, or a cache of another model, hook, dtype or
             text.
-        OSError: If the disk has no room.
+        OSError: If the disk has too little space.
 
     Example:
         .. code-block:: python
@@ -116,7 +116,7 @@ def _held_out(data: ActivationDataModule, held_out: int | None) -> int:
 
 
 def _of_first(fabric: Fabric, find: Callable[[], Any]) -> Any:
-    """What rank 0 finds, for all ranks; if it fails, all fail."""
+    """The result of rank 0 on all ranks; if rank 0 fails, all fail."""
     found, failure = None, None
     if fabric.is_global_zero:
         try:
@@ -139,7 +139,7 @@ def _begin(
     plan_only: bool,
     n_ranks: int,
 ) -> Work:
-    """Plan the work, refuse what cannot be, and note that it has begun."""
+    """Plan the work, check it, and write the first manifest."""
     _require_new_or_cache(folder)
     manifest = describe(data, n_ranks, shard_bytes)
     if is_cache(folder):
@@ -183,8 +183,8 @@ def _finish(folder: Path, work: Work) -> None:
 def _require_new_or_cache(folder: Path) -> None:
     if folder.is_file() or (folder.is_dir() and not is_cache(folder) and any(folder.iterdir())):
         raise ValueError(
-            f"Expected argument `output` to be a new or empty folder, or one of a cache to go on "
-            f"with, but {folder} holds other files: choose another folder."
+            f"Expected argument `output` to be a new or empty folder, or a cache to continue, "
+            f"but {folder} holds other files: choose another folder."
         )
 
 
@@ -204,7 +204,7 @@ def _bar(folder: Path, work: Work, own: range, fabric: Fabric) -> Any:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into `folder`; left empty, it is removed if it was made.
+    """Lock `folder` against other writers; remove it afterwards if it was created and is empty.
 
     Raises:
         ValueError: If another process writes there.
@@ -220,7 +220,7 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        if made and not any(folder.iterdir()):  # refused before it began
+        if made and not any(folder.iterdir()):  # nothing was written
             folder.rmdir()
 
 
@@ -229,7 +229,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
-            f"Expected argument `output` to be a folder of its own but another process writes a "
+            f"Expected argument `output` to be an unused folder but another process writes a "
             f"cache into {folder}: choose another folder, or wait for its end."
         ) from error
     except OSError:  # a file system without locks

@@ -1,9 +1,9 @@
-"""Activations of a text into shards: in parts, stopped at any time, and gone on with exactly.
+"""Write activations to shards, in parts; an interrupted write continues exactly.
 
-The text is dealt to parts as it is to the ranks of a run: part r of n reads every n-th document. A
-rank writes one part or several, so a cache that two ranks began can be finished by one. Each part
-has a record, which is replaced after each shard: its shards, sums for the statistics, and where the
-reading of the text stands. What is not on record is written again, bit for bit the same.
+The text is split into parts as among the ranks of a run: part r of n reads every n-th document. A
+rank writes one or several parts, so one rank can finish a cache that two ranks began. Each part has
+a record, which is replaced after each shard and holds its shards, the sums for the statistics, and
+the position in the text. Rows that are not on record are written again, bit for bit the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,17 +25,17 @@ from lightning_sae.data.tokens import TokenBlocks
 from lightning_sae.files import read_json, write_json
 
 Told = Callable[[int], Any]
-"""Called with the number of tokens of each pass that was read."""
+"""Called with the number of tokens of each forward pass."""
 
 
 class Pass(NamedTuple):
-    """What a forward pass gives to a cache.
+    """The result of a forward pass for a cache.
 
     Attributes:
         rows: Activations that the filter keeps, by hook.
         tokens: Their tokens.
-        positions: Their places in their blocks.
-        left_out: How many each reason of the filter left out.
+        positions: Their positions in their blocks.
+        left_out: Number of activations left out by each reason of the filter.
         n_tokens: Tokens read.
     """
 
@@ -65,7 +65,7 @@ def read_pass(data: ActivationDataModule, tokens: Int[Tensor, "blocks context_le
 
 
 def by_hook(data: ActivationDataModule, rows: Float[Tensor, "rows d"]) -> dict[str, Tensor]:
-    """Rows as a dictionary, also of one hook."""
+    """Rows as a dictionary, even for one hook."""
     found = data.by_hook(rows)
     return found if isinstance(found, dict) else {data.hook_names[0]: found}
 
@@ -88,7 +88,7 @@ def _require_finite(
 
 
 def new_record() -> dict[str, Any]:
-    """The record of a split of which nothing is written."""
+    """The record of a split before anything is written."""
     return {
         "shards": [],
         "passes": 0,
@@ -102,15 +102,15 @@ def new_record() -> dict[str, Any]:
 
 
 def record_path(folder: Path, part: int) -> Path:
-    """Where the record of a part lies."""
+    """Path of the record of a part."""
     return folder / f"part-{part}.json"
 
 
 def read_records(folder: Path, part: int) -> dict[Split, dict[str, Any]]:
-    """What a part has written so far, by split.
+    """The records of a part by split.
 
     Raises:
-        ValueError: If a shard on record is not there.
+        ValueError: If a recorded shard is missing.
     """
     path = record_path(folder, part)
     records = read_json(path) if path.is_file() else {}
@@ -135,7 +135,7 @@ def _write_records(folder: Path, part: int, records: dict[Split, dict[str, Any]]
 
 
 def blocks_of(data: ActivationDataModule, split: Split, place: tuple[int, int]) -> TokenBlocks:
-    """The blocks of a part's share of the documents, from the start."""
+    """The blocks of a part's share of the documents, from the beginning."""
     return data.training_blocks(place) if split == "training" else data.held_out_blocks(place)
 
 
@@ -147,18 +147,18 @@ def write_part(
     shard_bytes: int,
     told: Told,
 ) -> None:
-    """Write a part of a cache, from where its record stands, shard by shard.
+    """Write a part of a cache shard by shard, continuing from its record.
 
-    A thread writes each shard while the model reads the next one. Whatever happens, the record has
-    each shard that is there as a whole.
+    A thread writes each shard while the model reads the next one. The record always lists every
+    completely written shard.
 
     Args:
         data: The model, its text and filter.
         folder: The cache.
-        place: Number of the part, and of all parts.
+        place: Index of the part and number of parts.
         passes: Passes of the model, for each split; None for all of the text.
-        shard_bytes: Bytes of a shard, about.
-        told: Hears how many tokens each pass has read.
+        shard_bytes: Approximate bytes of a shard.
+        told: Called with the number of tokens of each pass.
     """
     records = read_records(folder, place[0])
     for split, wanted in passes.items():
@@ -185,7 +185,7 @@ def _keep(
     records: dict[Split, dict[str, Any]],
     split: Split,
 ) -> None:
-    """Write a shard, unless it has no rows, and then the record that has it."""
+    """Write a shard, unless it has no rows, and then the record that lists it."""
     tensors = {name: torch.cat([p.rows[name] for p in read]) for name in read[0].rows}
     tokens = torch.cat([p.tokens for p in read])
     shards, sums, norms = (records[split][name] for name in ("shards", "sums", "norms"))
@@ -199,7 +199,7 @@ def _keep(
 
 
 def _sum(rows: Float[Tensor, "rows d"], before: list[float] | None) -> list[float]:
-    """Sum of rows and of what was there before, in double precision."""
+    """Add the sum of rows to an earlier sum, in double precision."""
     total = torch.tensor(before or [0.0] * rows.shape[1], dtype=torch.float64)
     for part in rows.split(2**13):
         total += part.double().sum(0)
@@ -219,7 +219,7 @@ def _shards(
     shard_bytes: int,
     told: Told,
 ) -> Iterator[tuple[int, list[Pass], dict[str, Any]]]:
-    """The passes of each further shard, its number, and the record as it is after them."""
+    """For each further shard, yield its passes, its index, and the record after it."""
     if begun["ended"] or (wanted is not None and begun["passes"] >= wanted):
         return
     blocks = blocks_of(data, split, place)

@@ -40,7 +40,7 @@ BOS_ID = 0
 
 @dataclass(frozen=True)
 class Settings:
-    """What the recipe can be told.
+    """Settings of the recipe.
 
     Attributes:
         steps: Optimizer steps.
@@ -70,7 +70,7 @@ class Settings:
 
 
 class HeldOutFigures(NamedTuple):
-    """What the model scores on the held-out files.
+    """Scores of the model on the held-out files.
 
     Attributes:
         cross_entropy: Mean over the predicted tokens, in nats per token.

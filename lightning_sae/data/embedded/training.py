@@ -68,7 +68,7 @@ def next_token_losses(
 
 
 class ShuffledWindows:
-    """Batches of windows cut from one long row of tokens: every epoch cut and shuffled anew.
+    """Batches of windows of one long row of tokens, cut and shuffled anew in every epoch.
 
     Consecutive windows share one token, so that each token is once a target.
 
