@@ -32,7 +32,7 @@ TAKEN_OVER = (
     *("head", "context_length", "drop_special_tokens", "positions", "max_norm_multiple"),
     *("text", "text_column", "document_start", "separator", "pack", "keep_rest", "chat_roles"),
 )
-"""What an SAE's `source` says of the data and `ActivationDataModule` takes."""
+"""Keys of an SAE's `source` that are arguments of `ActivationDataModule`."""
 
 
 def analyze(
@@ -52,32 +52,32 @@ def analyze(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     seed: int = 0,
 ) -> Path:
-    """Look inside a trained SAE: what each latent fires on, where it lies, what it raises.
+    """Analyze a trained SAE: what each latent fires on, its weights, and the logits it raises.
 
-    Model, hook, text, context and filter are those that the SAE was trained with unless they are
-    given. Special tokens and outliers are left out as in training.
+    Model, hook, text, context and filter default to those that the SAE was trained with. Special
+    tokens and outliers are left out as in training.
 
     Args:
         sae: Folder that `save_pretrained` wrote, or a checkpoint.
-        output: New folder for what is found; opened by `lightning_sae.FeatureStore`.
-        tokens: Tokens to read, about.
+        output: New folder for the results; opened by `lightning_sae.FeatureStore`.
+        tokens: Approximate number of tokens to read.
         model: Folder or hub name of the language model.
         hook_name: Its hook.
         text: Text to read.
-        text_column: Name of the text column, where there are columns.
+        text_column: Name of the text column, if the text has columns.
         streaming: Read a hub data set as a stream.
         context_length: Tokens in a block.
         accelerator: As Lightning's `Trainer` takes it.
-        devices: Number of devices, each of which reads its share.
-        latents: Also write these into one self-contained page, `latents.html`.
+        devices: Number of devices; each reads its share.
+        latents: Latents to also write into one self-contained page, `latents.html`.
         precision: As Lightning's `Trainer` takes it.
-        seed: Of random baselines.
+        seed: Seed of the random baselines.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If there is no such SAE, its model is not known, or `output` is not empty.
+        ValueError: If there is no such SAE, its model is unknown, or `output` is not empty.
     """
     folder = Path(output)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -130,7 +130,7 @@ def analyze(
         write_site(store)
         if latents:
             write_page(store, latents, folder / "latents.html")
-    trainer.strategy.barrier()  # a rank that ends earlier would end the others
+    trainer.strategy.barrier()  # a rank that exits early would stop the others
     return folder
 
 
@@ -141,13 +141,13 @@ def data_of(
     streaming: bool = False,
     validation_fraction: float = 0.0,
 ) -> ActivationDataModule:
-    """The data that an SAE was trained on, with other settings if given; by default none held out.
+    """The data that an SAE was trained on, with changed settings if given; by default all of it.
 
     Raises:
         ValueError: If neither the SAE nor the arguments name the model, the hook or the text.
     """
     own = {k: v for k, v in sae.source.items() if k in ("model", "hook_name", *TAKEN_OVER)}
-    # Of `auto`, the source also says what it was: "auto (bos before texts)".
+    # For `auto`, the source also states the choice: "auto (bos before texts)".
     known: dict[str, Any] = {
         k: "auto" if str(v).startswith("auto (") else v for k, v in own.items()
     } | given
@@ -243,7 +243,7 @@ def _partners(sae: SparseAutoencoder, reader: FiringReader) -> dict[str, Tensor]
 
 
 def _population(sae: SparseAutoencoder, table: dict[str, Tensor], seed: int) -> dict[str, Any]:
-    """Figures of all latents together, and those of random rows of the same shape."""
+    """Figures over all latents, and those of random rows of the same shape."""
     rows, random = sae.W_dec.detach(), weights.baseline(sae.d_sae, sae.d_in, seed)
     frequent = table["frequency"] > 1e-4
     of_random = {**weights.neuron_sparsity(random), "kurtosis": weights.excess_kurtosis(random)}
@@ -261,9 +261,9 @@ def _population(sae: SparseAutoencoder, table: dict[str, Tensor], seed: int) -> 
 def _rare_latents(
     sae: SparseAutoencoder, rare: Tensor, data: ActivationDataModule, n_tokens: int
 ) -> dict[str, Any] | None:
-    """What rare latents share, and the inputs furthest along it; None if none are rare.
+    """The common direction of rare latents, and the inputs furthest along it; None without them.
 
-    For the inputs, a part of the text is read again: which latents are rare shows only at its end.
+    For the inputs, part of the text is read again, because rare latents are known only at its end.
     """
     if not rare.any():
         return None
@@ -275,7 +275,7 @@ def _rare_latents(
 def _texts(
     tokenizer: Any, contexts: dict[str, Tensor], arrays: dict[str, Tensor]
 ) -> dict[int, str]:
-    """Texts of all token ids that occur."""
+    """Text of each token id that occurs."""
     lists = [arrays[name] for name in ("fires_on", "raised", "lowered") if name in arrays]
     ids = torch.cat([contexts["tokens"].long().flatten(), *(each.flatten() for each in lists)])
     return {token: tokenizer.decode([token]) for token in ids.unique().tolist() if token >= 0}
@@ -292,7 +292,7 @@ def _tell(folder: Path) -> None:
     sys.stdout.write(
         f"\nRead {results['tokens']:,} tokens in {results['seconds']:.0f} s. Made:\n"
         f"  {folder}  tables, contexts and figures of {results['sae']['d_sae']:,} latents\n"
-        f"  {folder / 'index.html'}  all of it in a browser, without a network\n"
+        f"  {folder / 'index.html'}  all of it for a browser, works offline\n"
         "In Python:\n"
         f"  lightning_sae.FeatureStore({str(folder)!r}).table\n"
     )

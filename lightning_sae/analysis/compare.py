@@ -1,7 +1,7 @@
-"""`lightning-sae compare`: how many latents two SAEs share, as a measure of what is stable.
+"""`lightning-sae compare`: how many latents two SAEs share, as a measure of stability.
 
 Each latent of the smaller SAE is matched with one of the other so that the sum of cosines is
-largest (Hungarian algorithm). Random directions of the same shape are matched likewise, as a
+largest (Hungarian algorithm). Random directions of the same shape are matched in the same way as a
 baseline: in few dimensions, cosines are high by chance.
 """
 
@@ -35,7 +35,7 @@ def matched(a: Float[Tensor, "m d"], b: Float[Tensor, "n d"]) -> tuple[Tensor, T
     """The best one-to-one matching of the rows of two matrices by cosine.
 
     Returns:
-        Rows of `a`, rows of `b` and their cosines, as many as the shorter matrix has rows.
+        Indices of rows of `a` and of `b`, and their cosines; each [min(len(a), len(b))].
     """
     cosines = cosine_matrix(a, b)
     rows, columns = optimal_matching(cosines)
@@ -48,11 +48,11 @@ def compare_weights(a: SparseAutoencoder, b: SparseAutoencoder, seed: int = 0) -
 
     Returns:
         `pairs` (latents of a and of b), `decoder` and `encoder`, the cosines of these pairs,
-        `random`, the cosines of as many random rows, each matched alike; and `figures`: means, and
+        `random`, the cosines of equally many matched random rows; and `figures`: means, and
         the shares of pairs above .7 and .9.
 
     Raises:
-        ValueError: If the SAEs are of different widths.
+        ValueError: If the SAEs have different `d_in`.
     """
     if a.d_in != b.d_in:
         raise ValueError(
@@ -71,11 +71,11 @@ def compare_weights(a: SparseAutoencoder, b: SparseAutoencoder, seed: int = 0) -
 
 
 class OnText(NamedTuple):
-    """What two SAEs do on the same text.
+    """Activations of two SAEs compared on the same text.
 
     Attributes:
-        correlation: Of matched latents' activations; NaN where one never varies.
-        frequencies: How often each latent of both fires.
+        correlation: Correlation of matched latents' activations, [pairs]; NaN if one is constant.
+        frequencies: How often each latent fires, for both SAEs.
     """
 
     correlation: Float[Tensor, " pairs"]
@@ -90,7 +90,7 @@ def on_text(
     data: ActivationDataModule,
     n_tokens: int,
 ) -> OnText:
-    """Read about `n_tokens` tokens with two SAEs whose latents are matched by `pairs`."""
+    """Compare two SAEs, with latents matched by `pairs`, on about `n_tokens` tokens."""
     sums = torch.zeros(5, len(pairs), dtype=torch.float64)
     fired = torch.zeros(a.d_sae), torch.zeros(b.d_sae)
     n, blocks = 0, data.training_blocks()
@@ -120,8 +120,8 @@ def compare_rare(
     """Whether the rare latents of two SAEs share a direction: see `rare_latents`.
 
     Returns:
-        `rare_a`, `rare_b`, how many each has; and where both have some `rare_direction_cosine`, of
-        the mean encoder directions.
+        `rare_a`, `rare_b`, the numbers of rare latents; and if both have some,
+        `rare_direction_cosine`, the cosine of their mean encoder directions.
     """
     rare = [rare_cluster(frequency) for frequency in frequencies]
     found = {f"rare_{name}": float(mask.sum()) for name, mask in zip("ab", rare, strict=True)}
@@ -137,17 +137,17 @@ def compare(saes: list[str], output: str, *, tokens: int = 100_000, seed: int = 
     """Compare SAEs with each other: which latents have a partner, and do partners fire alike?
 
     Args:
-        saes: Two or more folders that `save_pretrained` wrote, or checkpoints, of one hook.
+        saes: Two or more folders that `save_pretrained` wrote, or checkpoints, all of the same
+            hook.
         output: New folder for `compare.json`, `compare.png` and the pairs.
-        tokens: Tokens on which activations of matched latents are correlated; 0 for none.
-        seed: Of the random baseline.
+        tokens: Number of tokens for the correlation of matched latents; 0 skips it.
+        seed: Seed of the random baseline.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If there are fewer than two, they are of different widths, or `output` is not
-            empty.
+        ValueError: If there are fewer than two SAEs, their widths differ, or `output` is not empty.
     """
     folder = Path(output)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):

@@ -1,8 +1,8 @@
-"""How strongly each latent fires, from one pass over activations.
+"""Statistics of how strongly each latent fires, from one pass over activations.
 
-Everything here is a sum, a maximum or a selection by a fixed order, so what several ranks found is
-merged to what one would have found. Memory grows with the number of latents and with what is
-kept for each, never with the number of tokens.
+Everything here is a sum, a maximum or a selection by a fixed order, so merging the results of
+several ranks gives the result of a single rank. Memory grows with the number of latents and the
+items kept for each, not with the number of tokens.
 """
 
 from typing import Literal, NamedTuple
@@ -21,9 +21,9 @@ class Firings(NamedTuple):
     """The non-zero latents of some tokens; all tensors [n].
 
     Attributes:
-        token: Number of the token in the text that is read, in blocks of equal length.
-        latent: Which latent fires.
-        value: How strongly, in units of the raw activations.
+        token: Index of the token in the text, which consists of blocks of equal length.
+        latent: Index of the latent.
+        value: Its activation, in units of the raw activations.
     """
 
     token: Int[Tensor, " n"]
@@ -34,13 +34,13 @@ class Firings(NamedTuple):
 class Strengths:
     """Counts, sums and histograms of each latent's activations.
 
-    Histograms have bins of equal width in the logarithm, `PER_OCTAVE` to an octave, so that they
-    need not know the largest activation beforehand. Quantiles are exact to the width of a bin, 4 %.
+    Histograms have bins of equal width in the logarithm, `PER_OCTAVE` per octave, so the largest
+    activation need not be known beforehand. Quantiles are exact to the width of a bin, 4 %.
 
     Args:
         d_sae: Number of latents.
-        reference: Any typical activation; bins reach from 2^-24 to 2^8 times it, and what lies
-            beyond counts in the last.
+        reference: A typical activation; bins range from 2^-24 to 2^8 times it, and values beyond
+            are counted in the outermost bins.
     """
 
     def __init__(self, d_sae: int, reference: float) -> None:
@@ -53,7 +53,7 @@ class Strengths:
         self.bins = torch.zeros(d_sae, BINS, dtype=torch.int32)
 
     def update(self, firings: Firings, n_tokens: int) -> None:
-        """Take note of the latents of `n_tokens` tokens."""
+        """Add the latents of `n_tokens` tokens."""
         latent, value = firings.latent, firings.value.float()
         self.n_tokens += n_tokens
         self.count += torch.bincount(latent, minlength=self.d_sae)
@@ -66,7 +66,7 @@ class Strengths:
         self.bins.view(-1).index_add_(0, latent * BINS + bins, ones)
 
     def merge(self, other: "Strengths") -> None:
-        """Add what another rank found."""
+        """Add the statistics of another rank."""
         self.n_tokens += other.n_tokens
         self.count += other.count
         self.total += other.total
@@ -84,15 +84,15 @@ class Strengths:
         return self.count / max(1, self.n_tokens)
 
     def mean(self) -> Float[Tensor, " d_sae"]:
-        """Mean activation where a latent fires; NaN where it never does."""
+        """Mean activation of each latent where it fires; NaN if it never fires."""
         return self.total / self.count
 
     def std(self) -> Float[Tensor, " d_sae"]:
-        """Standard deviation where a latent fires; NaN where it never does."""
+        """Standard deviation of each latent where it fires; NaN if it never fires."""
         return (self.squares / self.count - self.mean().square()).clamp_min(0).sqrt()
 
     def quantile(self, share: float) -> Float[Tensor, " d_sae"]:
-        """Activation below which this share of a latent's firings lie; NaN of a silent latent."""
+        """Activation below which this share of a latent's firings lie; NaN if it never fires."""
         below = self.bins.cumsum(1)
         place = (below >= (share * self.count).unsqueeze(1)).int().argmax(1)
         middle = (self.edges()[:-1] * self.edges()[1:]).sqrt()[place]
@@ -113,7 +113,7 @@ class Strengths:
                 continue
             # Share of each logarithmic bin that lies below each edge of the even ones.
             even = torch.arange(1, bins + 1, dtype=torch.float64) / bins * top
-            low = torch.minimum(starts[some], top * (1 - 1e-6))  # bins know tops to rounding only
+            low = torch.minimum(starts[some], top * (1 - 1e-6))  # for rounding
             high = torch.minimum(starts[some] + widths[some], top)
             share = (even.unsqueeze(1) - low) / (high - low)
             below = (share.clamp(0, 1) * counts[some]).sum(1)
@@ -122,17 +122,17 @@ class Strengths:
 
 
 class Contexts:
-    """For each latent, the tokens on which it fires most, and a sample of every interval.
+    """For each latent, the tokens on which it fires most strongly, and a sample of each interval.
 
-    Of the strongest there is at most one in a block of text. Intervals are octaves of activation:
+    The strongest firings come from different blocks of text. Intervals are octaves of activation:
     from each, `per_interval` firings are drawn with equal probability (the same one may be drawn
-    twice). The draw is by a hash of token and latent, so it does not depend on who read what.
+    twice). The draw uses a hash of token and latent, so it does not depend on the number of ranks.
 
     Args:
         d_sae: Number of latents.
-        n_top: Strongest firings kept of each latent.
+        n_top: Strongest firings kept for each latent.
         per_interval: Firings drawn from each octave.
-        reference: Any typical activation; octaves are kept from 2^-12 to 2^4 times it.
+        reference: A typical activation; octaves are kept from 2^-12 to 2^4 times it.
     """
 
     OCTAVES = 16
@@ -147,7 +147,7 @@ class Contexts:
         self.drawn_tokens = torch.full(slots, -1, dtype=torch.int64)
 
     def update(self, firings: Firings, block_length: int) -> None:
-        """Take note of the latents of some blocks of text."""
+        """Add the latents of some blocks of text."""
         if len(firings.value):
             self._update_top(firings, block_length)
             self._update_drawn(firings)
@@ -159,7 +159,7 @@ class Contexts:
         place = firings.latent * shape[1] + (block - first)
         values = torch.zeros(shape).view(-1)
         values.scatter_reduce_(0, place, firings.value.float(), "amax")
-        # Of equal activations in a block, the first.
+        # Among equal activations in a block, the first.
         strongest = firings.value.float() == values[place]
         tokens = torch.full((len(values),), torch.iinfo(torch.int64).max)
         tokens.scatter_reduce_(0, place[strongest], firings.token[strongest], "amin")
@@ -169,7 +169,7 @@ class Contexts:
         n_top = self.top_values.shape[1]
         values = torch.cat([self.top_values, values], 1)
         tokens = torch.cat([self.top_tokens, tokens], 1)
-        by_token = tokens.argsort(1)  # of equal activations, the one that is read first
+        by_token = tokens.argsort(1)  # among equal activations, the first one read
         order = values.gather(1, by_token).argsort(dim=1, descending=True, stable=True)
         order = by_token.gather(1, order)[:, :n_top]
         self.top_values, self.top_tokens = values.gather(1, order), tokens.gather(1, order)
@@ -187,7 +187,7 @@ class Contexts:
             self.keys[draw] = new
 
     def merge(self, other: "Contexts") -> None:
-        """Keep the best of both."""
+        """Merge the contexts of another rank."""
         self._keep_top(other.top_values, other.top_tokens)
         won = other.keys > self.keys
         self.keys = torch.maximum(self.keys, other.keys)
@@ -195,11 +195,11 @@ class Contexts:
         self.drawn_tokens = torch.where(won, other.drawn_tokens, self.drawn_tokens)
 
     def chosen(self) -> dict[str, Tensor]:
-        """All that are kept, each once, latent by latent, the strongest first.
+        """All kept firings, each once, ordered by latent, the strongest first.
 
         Returns:
-            `latent`, `token`, `value`, and `interval`: 0 of the strongest, else 1 for activations
-            above half of the latent's largest, 2 above a quarter, and so on; all [n].
+            `latent`, `token`, `value`, and `interval`: 0 for the strongest firings, otherwise 1 for
+            activations above half of the latent's largest, 2 above a quarter, and so on; all [n].
         """
         d_sae, n_top = self.top_values.shape
         latents = torch.arange(d_sae)
@@ -239,16 +239,16 @@ def hashed(token: Int[Tensor, " n"], latent: Int[Tensor, " n"], draw: int) -> In
 
 
 class PairCounts:
-    """How often each latent occurs with something else: a token, or another latent.
+    """How often each latent co-occurs with partners: tokens, or other latents.
 
-    Counts are exact while a latent has few partners. When there are many, each latent keeps its
-    first ones, and a partner that was dropped and comes back counts from zero.
+    Counts are exact while a latent has few partners. When there are too many, each latent keeps its
+    highest-ranked partners, and a dropped partner that returns counts from zero.
 
     Args:
         n_partners: Number of possible partners.
-        by: What ranks the partners of a latent: `counts`, or `sums` of its activations.
-        keep: Partners that each latent keeps when memory is tidied.
-        limit: Pairs above which it is.
+        by: Ranking of a latent's partners: by `counts`, or by `sums` of its activations.
+        keep: Partners that each latent keeps when pairs are dropped.
+        limit: Number of pairs above which pairs are dropped.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class PairCounts:
     def update(
         self, latent: Int[Tensor, " n"], partner: Int[Tensor, " n"], value: Float[Tensor, " n"]
     ) -> None:
-        """Count pairs, and add up their values."""
+        """Count pairs, and sum their values."""
         pairs, inverse = (latent * self.n_partners + partner).unique(return_inverse=True)
         counts = torch.bincount(inverse, minlength=len(pairs))
         sums = torch.zeros(len(pairs), dtype=torch.float64)
@@ -276,7 +276,7 @@ class PairCounts:
             self._tidy()
 
     def merge(self, other: "PairCounts") -> None:
-        """Add what another rank counted."""
+        """Add the counts of another rank."""
         other._tidy()
         self._waiting.append((other.pairs, other.counts, other.sums))
         self._tidy()
@@ -295,7 +295,7 @@ class PairCounts:
             self.sums = self.sums[kept]
 
     def _ranks(self) -> Int[Tensor, " pairs"]:
-        """Place of each pair among those of its latent."""
+        """Rank of each pair among those of its latent."""
         latent = self.pairs // self.n_partners
         ranked = self.counts if self.by == "counts" else self.sums
         order = ranked.argsort(descending=True, stable=True)
@@ -306,7 +306,7 @@ class PairCounts:
         return ranks
 
     def first(self, d_sae: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """First partners of each latent, counts and mean values, [d_sae, n]; -1 where fewer."""
+        """Top partners of each latent, counts and mean values, each [d_sae, n]; -1 for none."""
         self._tidy()
         ranks = self._ranks()
         kept = ranks < n
@@ -324,10 +324,11 @@ def together(firings: Firings, most: int = 1_000_000) -> tuple[Tensor, Tensor, T
 
     Args:
         firings: Latents of some tokens, token by token.
-        most: Pairs to make; tokens beyond are left out, in the order of a hash of their number.
+        most: Maximum number of pairs; tokens beyond it are left out, chosen by a hash of their
+            index.
 
     Returns:
-        The one latent, the other, and how strongly the one fires, [pairs].
+        First latent, second latent, and the activation of the first; each [pairs].
     """
     tokens, n = firings.token.unique_consecutive(return_counts=True)
     order = hashed(tokens, tokens, 0).argsort()

@@ -1,4 +1,4 @@
-"""What the language model loses when an SAE's reconstruction stands in for the activation."""
+"""The language model's loss when an SAE's reconstruction replaces the activation."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from lightning_sae.functional.language_modelling import (
 
 Tokens = Int[Tensor, "blocks context_length"]
 Replace = Callable[[Tensor], Tensor]
-"""What stands in for activations [..., d_in]."""
+"""A replacement for activations [..., d_in]."""
 
 
 ABLATIONS = ("ce_zero_ablation", "ce_mean_ablation")
@@ -33,28 +33,27 @@ def evaluate_in_model(
     n_tokens: int,
     known: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Cross-entropy of the model on held-out text with the activation left, spliced and ablated.
+    """Cross-entropy of the model on held-out text with the activation kept, spliced and ablated.
 
-    The activations that training leaves out (BOS, positions, outliers) are left alone in every
-    condition. Predictions of special tokens, where one document follows another, and of tokens that
-    are context alone do not count.
-    The mean activation is that of the same held-out tokens. With several ranks all have to ask;
-    each reads its own documents and gets the figures of all.
+    The activations that training leaves out (BOS, positions, outliers) are not changed in any
+    condition. Predictions of special tokens between documents, and of tokens that are only context,
+    do not count. The mean activation is that of the same held-out tokens. With several ranks, every
+    rank must call this; each reads its own documents and returns the figures over all ranks.
 
     Args:
         sae: The SAE; it acts on raw activations.
-        data: Gives the language model, its held-out text and the filter of training.
-        n_tokens: Held-out tokens to read, about, by all ranks together.
-        known: What an earlier call with the same data and number gave: ablations, which no SAE
-            changes, are taken from it, and so two passes are enough.
+        data: Provides the language model, its held-out text and the filter of training.
+        n_tokens: Approximate number of held-out tokens to read, over all ranks.
+        known: Result of an earlier call with the same data and `n_tokens`. Its ablation figures,
+            which do not depend on the SAE, are reused, so two passes are enough.
 
     Returns:
         `ce_clean`, `ce_spliced`, `ce_zero_ablation`, `ce_mean_ablation` and `kl` in nats per
         token; `loss_recovered_zero` and `loss_recovered_mean`, (CE ablated - CE spliced) / (CE
-        ablated - CE clean); `perplexity_clean`, `perplexity_spliced`; `n_tokens`, predictions
-        counted.
+        ablated - CE clean); `perplexity_clean`, `perplexity_spliced`; `n_tokens`, the number of
+        counted predictions.
     """
-    size = max(1, 2**25 // sae.d_sae)  # rows whose latents may exist as a matrix
+    size = max(1, 2**25 // sae.d_sae)  # rows whose latents may be held as a dense matrix
 
     def replace(x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         parts = x.flatten(0, -2).split(size)
@@ -73,7 +72,7 @@ def evaluate_all_in_model(
     """`evaluate_in_model` of several replacements, with the text and the ablations read once.
 
     Args:
-        replacements: By name, what stands in for raw activations [..., d_in].
+        replacements: By name, functions that replace raw activations [..., d_in].
         data: As for `evaluate_in_model`.
         n_tokens: As for `evaluate_in_model`.
         known: As for `evaluate_in_model`.
@@ -123,7 +122,7 @@ def _ablations(data: ActivationDataModule, n_tokens: int) -> dict[str, Replace]:
 
 
 def _passes(data: ActivationDataModule, n_tokens: int) -> Iterator[Tokens]:
-    """Held-out blocks a pass at a time; of a pass with more tokens than asked for, the first."""
+    """Held-out blocks, one pass at a time; the last pass is cut to `n_tokens`."""
     n_blocks = max(1, round(n_tokens / data.context_length))
     yield from (tokens[:n_blocks] for tokens in data.held_out_tokens(n_tokens))
 
@@ -134,10 +133,9 @@ def _nats_and_kl(
     counted: Bool[Tensor, "blocks predictions"],
     edits: Sequence[Edit | None],
 ) -> tuple[list[float], list[float]]:
-    """Sums over the counted predictions, with each edit: cross-entropy, divergence from the first.
+    """Sums over the counted predictions, for each edit: cross-entropy, and KL from the first edit.
 
-    Logits are made for a share of the predictions at a time: those of all may need more memory
-    than the model.
+    Logits are computed in chunks, because all of them may need more memory than the model.
     """
     finals = []
     for edit in edits:
@@ -158,7 +156,7 @@ def _nats_and_kl(
 
 
 def _add_up(sums: dict[str, float], data: ActivationDataModule) -> None:
-    """Make them the sums of all ranks."""
+    """Sum over all ranks, in place."""
     own = torch.tensor(list(sums.values()), dtype=torch.float64)
     sums.update(zip(sums, data.of_all_ranks(own, "sum").tolist(), strict=True))
 
@@ -197,7 +195,7 @@ def _kept(
 def _mean_activation(data: ActivationDataModule, n_tokens: int) -> Float[Tensor, " d_in"]:
     sums = torch.zeros(
         data.language_model.width() + 1, dtype=torch.float64
-    )  # of activations, and their number
+    )  # sum of activations, and their number
     for rows in _kept_rows(data, n_tokens):
         sums[:-1] += rows.double().sum(0).cpu()
         sums[-1] += len(rows)

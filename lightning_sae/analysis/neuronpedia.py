@@ -24,21 +24,21 @@ from lightning_sae.files import write_atomically
 
 PER_BATCH = 128
 CREATOR_ID = "clkht01d40000jv08hvalcvly"
-"""The user that Neuronpedia's own script names where none is given."""
+"""The default user of Neuronpedia's own script."""
 SITES = {"hook_resid_post": "res", "hook_resid_pre": "res", "hook_mlp_out": "mlp"}
 
 
 class Source(NamedTuple):
-    """What all rows of an SAE share.
+    """Values shared by all rows of an SAE.
 
     Attributes:
         model_id: The model's name on Neuronpedia: letters, digits, `-` and `_`.
-        set_name: Of the SAEs of all layers.
-        layer: Of this one.
-        hook_name: Of this one.
-        creator_name: Who made it.
+        set_name: Name of the set of SAEs of all layers.
+        layer: Layer of this SAE.
+        hook_name: Hook of this SAE.
+        creator_name: Creator of the SAE.
         creator_id: The user of the database to whom it belongs.
-        created_at: When, as ISO 8601.
+        created_at: Time of creation, as ISO 8601.
     """
 
     model_id: str
@@ -51,7 +51,7 @@ class Source(NamedTuple):
 
     @property
     def id(self) -> str:
-        """As Neuronpedia's addresses have it."""
+        """The source's id in Neuronpedia's addresses."""
         return f"{self.layer}-{self.set_name}"
 
 
@@ -64,15 +64,15 @@ def write_neuronpedia(
     creator_name: str = "lightning-sae",
     creator_id: str = CREATOR_ID,
 ) -> Path:
-    """Write an analysis as Neuronpedia's importer reads it.
+    """Write an analysis in the format of Neuronpedia's importer.
 
     Args:
         store: The analysis.
         folder: A new folder; files go to `<folder>/<model_id>/<layer>-<set_name>`, which is the
             path below `v1/` in the importer's bucket.
         model_id: The model's name on Neuronpedia; by default the last part of its own.
-        set_name: Of the set of SAEs; by default site and width, as `res-1024`.
-        creator_name: Who made it.
+        set_name: Name of the set of SAEs; by default site and width, such as `res-1024`.
+        creator_name: Creator of the SAE.
         creator_id: The user of Neuronpedia's database to whom it belongs.
 
     Returns:
@@ -220,7 +220,7 @@ def _activations(source: Source, store: FeatureStore, latent: int) -> Iterator[d
 def _bin(example: Example, largest: float, store: FeatureStore, latent: int) -> dict[str, float]:
     """The interval for which a piece was drawn and the share of all tokens with it.
 
-    Of the strongest pieces SAEDashboard writes -1, the maximum and -1.
+    For the strongest pieces SAEDashboard writes -1, the maximum and -1.
     """
     if example.interval == 0:
         return {"binMin": -1.0, "binMax": _rounded(largest), "binContains": -1.0}

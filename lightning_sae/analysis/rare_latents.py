@@ -22,7 +22,7 @@ BEFORE, AFTER = 16, 6  # tokens shown around an input
 
 
 class Input(NamedTuple):
-    """A token whose activation lies far along the direction of rare latents.
+    """A token whose activation has a large projection on the direction of rare latents.
 
     Attributes:
         along: The projection of the encoder's input on that direction.
@@ -144,9 +144,9 @@ def furthest_inputs(
     Args:
         sae: The SAE, on the CPU.
         rare: Which latents are rare.
-        data: Gives the language model, its text and the filter of training.
-        n_tokens: Tokens to read, about.
-        n: Inputs to give.
+        data: Provides the language model, its text and the filter of training.
+        n_tokens: Approximate number of tokens to read.
+        n: Maximum number of inputs to return.
 
     Returns:
         At most `n` inputs, the furthest first; none without rare latents.
@@ -179,5 +179,5 @@ def encoder_decoder_cosines(sae: SparseAutoencoder) -> Float[Tensor, " d_sae"]:
 
 
 def median(values: Float[Tensor, " n"]) -> float:
-    """The median; NaN of no values."""
+    """The median; NaN without values."""
     return float(values.median()) if len(values) else float("nan")

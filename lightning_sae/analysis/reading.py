@@ -1,8 +1,8 @@
 """One pass over text: what every latent of an SAE fires on.
 
 The text is read by Lightning's `Trainer.predict`, so accelerator, precision and devices are its
-arguments. Of several ranks each runs every n-th pass of the model, and rank 0 merges what they
-found, which is what one rank would have found.
+arguments. With n ranks, each runs every n-th pass of the model, and rank 0 merges their results,
+which equals the result of a single rank.
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ BEFORE, AFTER = 24, 7
 
 
 class Passes:
-    """This rank's share of some blocks of tokens, with the number of the first block of each pass.
+    """This rank's share of the blocks of tokens, with the index of the first block of each pass.
 
     Args:
-        data: Gives the tokens.
-        n_tokens: Tokens to read, about, on all ranks together.
-        trainer: Says which rank this is.
+        data: Provides the tokens.
+        n_tokens: Approximate number of tokens to read, over all ranks.
+        trainer: Provides the rank.
     """
 
     def __init__(self, data: ActivationDataModule, n_tokens: int, trainer: Trainer) -> None:
@@ -61,13 +61,13 @@ class Reader(LightningModule):
         self.sae, self.data = sae, data
 
     def activations(self, tokens: Tokens) -> tuple[Float[Tensor, "rows d_in"], Bool[Tensor, "..."]]:
-        """Raw activations of all tokens in a row, and which of them training would keep."""
+        """Raw activations of all tokens as rows, and a mask of those that training keeps."""
         x = self.data.language_model.activations(tokens)
         kept = self.data.filter.kept(tokens.cpu(), x)
         return x.float().flatten(0, 1), kept.flatten().to(x.device)
 
     def rows_at_a_time(self) -> int:
-        """Rows whose latents may exist as a matrix."""
+        """Number of rows whose latents may be held as a dense matrix."""
         return max(1, 2**23 // self.sae.d_sae)
 
 
@@ -77,8 +77,8 @@ class FiringReader(Reader):
     Args:
         sae: The SAE, in evaluation mode.
         data: Its language model, text and filter.
-        n_tokens: Tokens to read, about.
-        n_top: Strongest contexts kept of each latent.
+        n_tokens: Approximate number of tokens to read.
+        n_top: Strongest contexts kept for each latent.
         per_interval: Contexts drawn from each octave of activation.
     """
 
@@ -101,7 +101,7 @@ class FiringReader(Reader):
 
     @override
     def on_predict_start(self) -> None:
-        """Make empty statistics; all ranks take their reference from the first pass of the text."""
+        """Create empty statistics; all ranks take the reference from the first pass of the text."""
         tokens = self.data.training_blocks().read_first_epoch(self.data.blocks_per_pass)
         x, kept = self.activations(tokens)
         largest = [float(self.sae.encode(rows).max()) for rows in self._chunks(x[kept])]
@@ -116,7 +116,7 @@ class FiringReader(Reader):
 
     @override
     def predict_step(self, batch: tuple[int, Tokens], batch_idx: int) -> int:
-        """Take note of one pass; returns how many firings there were."""
+        """Add one pass; return the number of firings."""
         first, tokens = batch[0], batch[1]
         x, kept = self.activations(tokens)
         numbers = torch.arange(tokens.numel(), device=x.device)[kept]
@@ -143,7 +143,7 @@ class FiringReader(Reader):
 
     @override
     def on_predict_epoch_end(self) -> None:
-        """Give rank 0 what all ranks found."""
+        """Merge the results of all ranks on rank 0."""
         own: tuple[Any, ...] = (self.strengths, self.contexts, self.on_tokens, self.on_latents)
         for other in gathered(self.trainer, (own, self.tokens, self.left_out))[1:]:
             for mine, its in zip(own, other[0], strict=True):
@@ -152,19 +152,19 @@ class FiringReader(Reader):
             self.left_out += other[2]
 
     def text(self) -> Tokens:
-        """All blocks that were read, in order; on rank 0."""
+        """All blocks that were read, in order; only on rank 0."""
         return torch.cat([self.tokens[first] for first in sorted(self.tokens)])
 
 
 class ContextReader(Reader):
-    """Reads chosen contexts once more, for the activation of a latent on every token in them.
+    """Reads the chosen contexts again, to get a latent's activation on every token in them.
 
     Args:
         sae: The SAE, in evaluation mode.
         data: Its language model and filter.
         text: All blocks.
-        chosen: What `Contexts.chosen` gave.
-        largest: Largest activation of each latent, of which `shares` are shares.
+        chosen: Result of `Contexts.chosen`.
+        largest: Largest activation of each latent, by which `shares` are divided.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class ContextReader(Reader):
         self.shares = torch.zeros(n, length, dtype=torch.float16)
 
     def predict_dataloader(self) -> "OneLoader":
-        """Numbers of this rank's share of the blocks in which a context lies, in small passes."""
+        """Indices of this rank's share of the blocks that contain a context, in small passes."""
         blocks = (self.chosen["token"] // self.text.shape[1]).unique()
         size = max(1, self.rows_at_a_time() // self.text.shape[1])
         size = min(size, self.data.blocks_per_pass)
@@ -191,7 +191,7 @@ class ContextReader(Reader):
 
     @override
     def predict_step(self, batch: Int[Tensor, " blocks"], batch_idx: int) -> int:
-        """Fill in the contexts of some blocks; returns how many there were."""
+        """Fill in the contexts of some blocks; return their number."""
         blocks, length = batch.cpu(), self.text.shape[1]
         x, kept = self.activations(self.text[blocks].long())
         f = (self.sae.encode(x) * kept.unsqueeze(1)).view(len(blocks), length, -1).cpu()
@@ -209,14 +209,14 @@ class ContextReader(Reader):
 
     @override
     def on_predict_epoch_end(self) -> None:
-        """Give rank 0 the contexts of all ranks."""
+        """Merge the contexts of all ranks on rank 0."""
         for tokens, shares in gathered(self.trainer, (self.tokens, self.shares))[1:]:
             filled = (tokens >= 0).any(1)
             self.tokens[filled], self.shares[filled] = tokens[filled], shares[filled]
 
 
 class OneLoader:
-    """Batches from a list, which Lightning would take for several data loaders."""
+    """Batches from a list, which Lightning itself would treat as several data loaders."""
 
     def __init__(self, batches: list[Tensor]) -> None:
         self.batches = batches
@@ -229,7 +229,7 @@ class OneLoader:
 
 
 def gathered(trainer: Trainer, own: Any) -> list[Any]:
-    """What all ranks have, in the order of the ranks."""
+    """The values of all ranks, in order of rank."""
     if trainer.world_size == 1:
         return [own]
     found: list[Any] = [None] * trainer.world_size

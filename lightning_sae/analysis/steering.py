@@ -4,8 +4,8 @@ At the hook, the activation x becomes
 
     x' = SAE.decode(edit(f)) + (x - SAE.decode(f)),    f = SAE.encode(x)
 
-With the error term in brackets, x' - x is the edited latents' own contribution, and nothing else
-changes; without it, x' is the SAE's reconstruction.
+With the error term in brackets, x' - x is exactly the change that the edit makes to the
+reconstruction; without it, x' is the reconstruction from the edited latents.
 """
 
 import sys
@@ -30,9 +30,9 @@ class LatentEdit(NamedTuple):
     """A change of one latent.
 
     Attributes:
-        latent: Which one.
+        latent: Index of the latent.
         kind: `add` to the activation, `clamp` it to a value, or `ablate` it.
-        value: What is added, or what it is clamped to.
+        value: Value to add, or to clamp to.
     """
 
     latent: int
@@ -40,7 +40,7 @@ class LatentEdit(NamedTuple):
     value: float = 0.0
 
     def apply(self, f: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The latent's activations after the change; `add` goes no lower than zero."""
+        """The latent's activations after the change; `add` does not go below zero."""
         if self.kind == "add":
             return (f + self.value).clamp_min(0)
         return torch.full_like(f, self.value if self.kind == "clamp" else 0.0)
@@ -53,15 +53,14 @@ def edit_of(
     error_term: bool = True,
     positions: list[int] | None = None,
 ) -> Callable[[Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"]]:
-    """What replaces the activations at the hook.
+    """The function that replaces the activations at the hook.
 
     Args:
         sae: The SAE.
         edits: Changes of latents.
-        error_term: Whether what the SAE does not reconstruct is added back.
-        positions: Positions of the prompt to change; all by default. While a continuation is
-            generated token by token, each new token counts as a position of its own and is changed
-            only if all are.
+        error_term: Whether to add back the SAE's reconstruction error.
+        positions: Positions of the prompt to change; all by default. During generation, new tokens
+            are changed only if all positions are.
 
     Raises:
         ValueError: If a latent is out of range.
@@ -89,7 +88,7 @@ def edit_of(
         if positions is None:
             return new.to(x)
         chosen = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-        if x.shape[1] > 1:  # the prompt; later passes are of one token each
+        if x.shape[1] > 1:  # the prompt; later passes hold one token each
             chosen[[p for p in positions if p < x.shape[1]]] = True
         return torch.where(chosen.unsqueeze(-1), new.to(x), x)
 
@@ -117,7 +116,7 @@ def steered(
         model: A `LanguageModel`, or a model of `transformers`.
         sae: The SAE.
         edits: Changes of latents.
-        error_term: Whether what the SAE does not reconstruct is added back.
+        error_term: Whether to add back the SAE's reconstruction error.
         positions: Positions of the prompt to change; all by default.
         hook_name: The hook; by default the one at which the SAE was trained.
 
@@ -142,8 +141,8 @@ class Steering(NamedTuple):
     Attributes:
         tokens: Texts of the next tokens whose probabilities change most, with the probability
             before and after.
-        before: A continuation without the edit.
-        after: A continuation with it.
+        before: The continuation without the edit.
+        after: The continuation with it.
     """
 
     tokens: list[tuple[str, float, float]]
@@ -166,19 +165,19 @@ def steer(
     new_tokens: int = 30,
     top: int = 10,
 ) -> Steering:
-    """Edit latents of an SAE in its language model, and see what changes.
+    """Edit latents of an SAE in its language model, and print what changes.
 
     Args:
         sae: Folder that `save_pretrained` wrote, or a checkpoint.
         prompt: Text that the model reads.
         latent: Latent to edit, or several.
-        add: What is added to their activations.
-        clamp: What their activations become.
-        ablate: Whether they become 0.
+        add: Value to add to their activations.
+        clamp: Value to set their activations to.
+        ablate: Whether to set them to 0.
         model: Folder or hub name of the language model; by default the SAE's own.
         hook_name: Its hook; by default the SAE's own.
         positions: Positions of the prompt at which latents are edited; all by default.
-        error_term: Whether what the SAE does not reconstruct is added back.
+        error_term: Whether to add back the SAE's reconstruction error.
         new_tokens: Length of the continuations, which take the likeliest token at each step.
         top: Rows of the table of next tokens.
 

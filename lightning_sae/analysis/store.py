@@ -1,4 +1,4 @@
-"""What an analysis of an SAE leaves on the disk, and how it is opened again.
+"""Write an analysis of an SAE to disk, and open it again.
 
 A folder holds `latents.parquet` (a row for each latent), `latents.safetensors` (several numbers for
 each latent: histograms, tokens, neighbours, logits), `contexts.safetensors` (token ids, and the
@@ -28,7 +28,7 @@ class Example(NamedTuple):
     Attributes:
         tokens: Texts of its tokens.
         activations: The latent's activation on each of them, in raw units.
-        at: Place of the token for which the piece was chosen.
+        at: Index of the token for which the piece was chosen.
         interval: 0 if it is one of the strongest; else it was drawn from all activations above half
             of the largest (1), a quarter (2), and so on.
     """
@@ -46,7 +46,7 @@ class FeatureStore:
         folder: The folder.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not such a folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -60,17 +60,17 @@ class FeatureStore:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row for each latent; the index is its number."""
+        """A row for each latent; the index is the latent's number."""
         return pd.read_parquet(self.folder / TABLE)
 
     @cached_property
     def results(self) -> dict[str, Any]:
-        """Settings of the analysis, and figures of all latents together."""
+        """Settings of the analysis, and figures over all latents."""
         return json.loads((self.folder / RESULTS).read_text())
 
     @cached_property
     def arrays(self) -> dict[str, Tensor]:
-        """Several numbers for each latent, by name, [d_sae, n]."""
+        """Arrays with several numbers for each latent, by name, each [d_sae, n]."""
         return load_file(self.folder / LATENTS)
 
     @cached_property
@@ -117,7 +117,7 @@ class FeatureStore:
         return found
 
     def latent(self, latent: int) -> "Latent":
-        """One latent, which shows itself in a notebook."""
+        """One latent; displays itself in a notebook."""
         self._require(latent)
         return Latent(self, latent)
 
@@ -133,8 +133,8 @@ class Latent(NamedTuple):
     """A latent of a `FeatureStore`.
 
     Attributes:
-        store: Where it lies.
-        number: Which one it is.
+        store: The store that holds it.
+        number: Its index.
     """
 
     store: FeatureStore
@@ -182,10 +182,10 @@ def write_store(
     texts: dict[int, str],
     results: dict[str, Any],
 ) -> None:
-    """Write all parts of an analysis; see the module for what they are.
+    """Write all parts of an analysis; the module's docstring describes them.
 
     Args:
-        folder: Where.
+        folder: The folder to write to.
         table: Columns [d_sae] of `latents.parquet`.
         arrays: Tensors [d_sae, n] of `latents.safetensors`.
         contexts: `tokens` and `shares` [contexts, length], `interval` [contexts], `starts`

@@ -12,13 +12,13 @@ FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "norm_f", 
 
 
 class Unembedding(NamedTuple):
-    """How a direction at a hook changes the logits, if nothing between reacted to it.
+    """The direct effect of a direction at a hook on the logits, ignoring the layers between.
 
     Attributes:
         to_residual: Output matrix of the attention or MLP whose input is the hook; None on the
             residual stream.
-        matrix: The unembedding, the scale of the final norm folded in.
-        note: What was folded, for the reader.
+        matrix: The unembedding, with the scale of the final norm folded in.
+        note: A description of what was folded in.
     """
 
     to_residual: Float[Tensor, "d_in d_model"] | None
@@ -27,11 +27,11 @@ class Unembedding(NamedTuple):
 
 
 def unembedding_of(model: LanguageModel) -> Unembedding | None:
-    """The unembedding of a language model as its hook sees it.
+    """The unembedding of a language model as seen from its hook.
 
-    The scale of the final norm is folded into the matrix, and for a LayerNorm its centring. What
-    the norm divides by depends on the input and is left out, so that logits are known up to a
-    positive factor.
+    The scale of the final norm is folded into the matrix, and for a LayerNorm its centring. The
+    norm's divisor depends on the input and is left out, so logits are known up to a positive
+    factor.
 
     Returns:
         None if the model has no unembedding, or the hook's activations are not of the residual
@@ -51,7 +51,7 @@ def unembedding_of(model: LanguageModel) -> Unembedding | None:
 
 
 def _final_norm(network: nn.Module) -> nn.Module | None:
-    """The norm before the unembedding: the last of these names outside of the blocks."""
+    """The norm before the unembedding: the last module outside the blocks so named."""
     found = None
     for name, module in network.named_modules():
         *_, last = name.split(".")
@@ -81,5 +81,5 @@ def _output_matrix(module: nn.Module) -> Float[Tensor, "d_in d_model"] | None:
 
 @torch.no_grad()
 def null_space_matrix(model: LanguageModel) -> Float[Tensor, "d_in d_model"] | None:
-    """The output matrix behind the hook, whose null space is of interest; None on the stream."""
+    """The output matrix after the hook, for its null space; None on the residual stream."""
     return _output_matrix(model.site.module) if model.site.side == "input" else None

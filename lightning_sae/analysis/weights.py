@@ -1,4 +1,4 @@
-"""What the weights of an SAE say about its latents, without any activation.
+"""Figures of an SAE's latents that depend only on its weights.
 
 Source of neuron sparsity: Rajamanoharan et al. and Nanda, Open source replication of Towards
 Monosemanticity (2023), for activations of an MLP, whose coordinates are neurons.
@@ -14,17 +14,17 @@ from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.functional.geometry import unit_rows
 
 ONE_SPARSE, TEN_SPARSE = 0.35, 0.1
-"""Shares of a row's squared norm that tell how many neurons it needs; see `neuron_sparsity`."""
+"""Thresholds on shares of a row's squared norm; see `neuron_sparsity`."""
 
 
 @torch.no_grad()
 def latent_geometry(sae: SparseAutoencoder) -> dict[str, Float[Tensor, " d_sae"]]:
-    """Figures of each latent's directions.
+    """Figures of each latent's encoder and decoder directions.
 
     Returns:
         `encoder_decoder_cosine`; `projection`, the dot product of encoder and decoder rows (the
-        activation that a latent's own decoder row would give, less the bias); norms; the bias;
-        what `neuron_sparsity` gives of decoder rows, and their `kurtosis`.
+        activation of a latent on its own decoder row, without the bias); norms; the bias; the
+        figures of `neuron_sparsity` for decoder rows, and their `kurtosis`.
     """
     encoder, decoder = sae.W_enc.T, sae.W_dec
     return {
@@ -39,7 +39,7 @@ def latent_geometry(sae: SparseAutoencoder) -> dict[str, Float[Tensor, " d_sae"]
 
 
 def neuron_sparsity(rows: Float[Tensor, "rows d_in"]) -> dict[str, Float[Tensor, " rows"]]:
-    """How the squared norm of each row is shared out over its coordinates.
+    """How the squared norm of each row is distributed over its coordinates.
 
     Returns:
         `top_1`, the share of the largest coordinate; `next_9`, that of the nine after it;
@@ -62,7 +62,7 @@ def neuron_sparsity(rows: Float[Tensor, "rows d_in"]) -> dict[str, Float[Tensor,
 
 
 def excess_kurtosis(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " rows"]:
-    """Fourth standardised moment of each row's coordinates, less 3; 0 for normal ones.
+    """Fourth standardised moment of each row's coordinates, minus 3; 0 for a normal distribution.
 
     Example:
         >>> excess_kurtosis(torch.tensor([[1.0, -1.0, 1.0, -1.0]]))
@@ -81,7 +81,7 @@ def null_space_share(
     Args:
         rows: Decoder rows, in the space of an MLP's activations.
         W_out: The matrix that maps activations to the residual stream.
-        tolerance: Singular values below this share of the largest count as nothing.
+        tolerance: Singular values below this share of the largest count as zero.
     """
     left, singular, _ = torch.linalg.svd(W_out.double(), full_matrices=False)
     seen = unit_rows(rows.double()) @ left[:, singular > tolerance * singular.max()]
@@ -92,7 +92,7 @@ def null_space_share(
 def nearest(
     rows: Float[Tensor, "rows d_in"], n: int, chunk: int = 1024
 ) -> tuple[Int[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """Other rows of the largest cosine with each, and these cosines."""
+    """For each row, the other row with the largest cosine, and that cosine."""
     directions = unit_rows(rows)
     n = min(n, len(rows) - 1)
     found = []
@@ -115,15 +115,15 @@ def pairwise_cosines(
 
 
 def baseline(d_sae: int, d_in: int, seed: int) -> Float[Tensor, "d_sae d_in"]:
-    """Random rows of the same shape, to compare decoder rows with."""
+    """Random rows of the same shape, as a baseline for decoder rows."""
     return torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
 
 
 def rare_cluster(frequency: Float[Tensor, " d_sae"]) -> Bool[Tensor, " d_sae"]:
     """Latents below the widest gap in the logarithm of frequency, if there is a clear gap.
 
-    The gap is looked for among latents that fire, between the 5th and the 95th percentile of their
-    ranks; it is clear if it is as wide as half a decade. None are rare otherwise.
+    The gap is searched among latents that fire, between the 5th and the 95th percentile of their
+    ranks; it is clear if it is at least half a decade wide. Otherwise no latent counts as rare.
     """
     firing = frequency > 0
     logs = frequency[firing].double().log10().sort().values
@@ -142,15 +142,15 @@ def logit_weights(
     n: int,
     chunk: int = 256,
 ) -> dict[str, Tensor]:
-    """Tokens whose logits each latent raises and lowers most, through the unembedding alone.
+    """Tokens whose logits each latent raises and lowers most by its direct effect.
 
     Args:
         W_dec: The decoder.
         to_residual: The MLP's output matrix, for SAEs on its activations; None on the residual
             stream.
-        unembedding: With the final norm's scale folded in.
+        unembedding: The unembedding, with the final norm's scale folded in.
         n: Tokens for each latent.
-        chunk: Latents at a time.
+        chunk: Latents processed at a time.
 
     Returns:
         `raised` and `lowered`, tokens [d_sae, n], and `raised_by`, `lowered_by`, the change of
@@ -169,7 +169,7 @@ def logit_weights(
 
 
 def summary(values: Num[Tensor, " n"] | Bool[Tensor, " n"]) -> dict[str, Any]:
-    """Mean and some quantiles, as plain numbers; empty of no finite values."""
+    """Mean and some quantiles, as plain numbers; empty if no value is finite."""
     values = values.double()
     values = values[values.isfinite()]
     if len(values) == 0:

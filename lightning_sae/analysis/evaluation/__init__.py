@@ -1,4 +1,4 @@
-"""Whether latents are features: probing, absorption, compute, redundancy, stability."""
+"""Evaluate latents as features: probing, absorption, compute, redundancy, stability."""
 
 from lightning_sae.analysis.evaluation.command import evaluate
 from lightning_sae.analysis.evaluation.figures import evaluate_saes, questions_of

@@ -3,9 +3,9 @@ r"""Absorption and splitting: does the latent of a property stay silent where it
 Chanin et al., *A is for absorption* (2024), with the definitions of SAEBench (Karvonen et al.
 2025, "feature absorption"). A probe on the activation finds the direction :math:`\hat p` of a
 property, such as a first letter. The property's own latents are those of the smallest k-sparse
-probe to which another latent adds no more than .03 of F1; more than one is splitting. On each
-token of the test half that has the property by label and by probe, with
-:math:`a = (x - b_{dec}) \cdot \hat p` and :math:`c_j = f_j\, W_j \cdot \hat p`:
+probe whose F1 rises by at most .03 with one more latent; more than one own latent is splitting. On
+each token of the test half that has the property by label and by probe, with :math:`a = (x -
+b_{dec}) \cdot \hat p` and :math:`c_j = f_j\, W_j \cdot \hat p`:
 
 *Full absorption*: the property's own latents are silent, and the latent of the largest
 :math:`c_j` has a cosine of at least .025 with :math:`\hat p` and :math:`c_j \ge .4\, a`.
@@ -15,9 +15,9 @@ over the three other latents of largest :math:`c_j > 0` whose cosine is at least
 :math:`m \ge a` or :math:`s < .4\, a`; 1 if :math:`m \le 0`; else :math:`s' / (s' + m)` with
 :math:`s' = \min(s, a - m)`.
 
-Both are means over these tokens. What differs from SAEBench: tokens are those of running text, each
-at most a few times, not words in a prompt that spells; halves differ in their documents; and
-`b_dec`, which is no latent's, is taken off the activation.
+Both are means over these tokens. Differences from SAEBench: tokens come from running text, each at
+most a few times, not from spelling prompts; the halves consist of different documents; and `b_dec`,
+which belongs to no latent, is subtracted from the activation.
 """
 
 from typing import Any, NamedTuple
@@ -32,12 +32,12 @@ from torch import Tensor
 
 from lightning_sae.analysis.evaluation.probing import dense
 
-LEAST_F1 = 0.6  # of the probe on the activation, for the property to be there at all
+LEAST_F1 = 0.6  # F1 that the probe on the activation needs for the property to count as present
 FEWEST = 20  # tokens that have the property by label and by probe
 JUMP = 0.03
 MOST_LATENTS = 10
-L1 = 0.01  # weight of the penalty that chooses latents, relative to a mean over tokens
-SHARE = 0.4  # of the projection on the probe that absorbing latents have at least
+L1 = 0.01  # weight of the L1 penalty that selects latents, relative to a mean over tokens
+SHARE = 0.4  # minimum share of the projection on the probe for absorbing latents
 COSINE_FULL, COSINE_PART = 0.025, 0.1
 ABSORBERS = 3
 
@@ -47,8 +47,8 @@ class Probe(NamedTuple):
 
     Attributes:
         direction: Unit vector.
-        f1: On the test half.
-        found: Rows of the test half that have the property by label and by probe.
+        f1: F1 on the test half.
+        found: Indices of rows of the test half that have the property by label and by probe.
     """
 
     direction: Float[Tensor, " d_in"]
@@ -57,7 +57,7 @@ class Probe(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Tokens with labels, in two halves, as numbers of rows."""
+    """Row indices of labelled tokens, in two halves."""
 
     train: Int[Tensor, " train"]
     test: Int[Tensor, " test"]
@@ -76,11 +76,11 @@ def natural_rows(
 
     Args:
         labels: 1, 0, or -1 for rows that are left out.
-        tested: Which rows are of the half that is tested on.
+        tested: Mask of the rows in the test half.
         ids: Token ids.
-        per_type: Occurrences of a token that are kept in a half; None keeps all.
+        per_type: Maximum occurrences of a token in a half; None keeps all.
         generator: Draws the rows.
-        most: Rows of the halves at most.
+        most: Maximum number of rows of the halves.
     """
     halves = []
     for mask, n in zip((~tested, tested), most, strict=True):
@@ -93,7 +93,7 @@ def natural_rows(
 
 
 def _occurrence(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """How many times the same number came before.
+    """How many times each number occurred before.
 
     Example:
         >>> _occurrence(torch.tensor([5, 3, 5, 5, 3]))
@@ -107,10 +107,10 @@ def _occurrence(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
 
 
 def train_probe(x: Float[Tensor, "n d_in"], rows: Rows) -> Probe:
-    """A logistic regression on activations, both classes weighing the same.
+    """A logistic regression on activations with equal class weights.
 
-    They are centred, and divided by one number for all coordinates: a coordinate that hardly varies
-    is to have hardly any part in the direction.
+    Activations are centred and divided by one number for all coordinates, so a coordinate with
+    little variance contributes little to the direction.
     """
     train, test = x[rows.train].numpy(), x[rows.test].numpy()
     mean = train.mean(0)
@@ -127,8 +127,8 @@ def train_probe(x: Float[Tensor, "n d_in"], rows: Rows) -> Probe:
 def own_latents(latents: Any, rows: Rows) -> tuple[list[int], float]:
     """The latents of a property, by k-sparse probes of growing k, and the F1 of the last.
 
-    An L1-penalised logistic regression on all latents ranks them by weight; a further one is taken
-    while F1 on the test half rises by more than .03.
+    An L1-penalised logistic regression on all latents ranks them by weight; latents are added while
+    F1 on the test half rises by more than .03.
 
     Args:
         latents: Sparse matrix [n, d_sae].
@@ -136,7 +136,7 @@ def own_latents(latents: Any, rows: Rows) -> tuple[list[int], float]:
     """
     train, test = latents[rows.train.numpy()], latents[rows.test.numpy()]
     y, truth = rows.labels[rows.train].numpy(), rows.labels[rows.test].numpy()
-    unit = train.data.mean() if train.nnz else 1.0  # the penalty is not to depend on the unit
+    unit = train.data.mean() if train.nnz else 1.0  # makes the penalty independent of the unit
     ranked = np.argsort(-l1_probe(train / unit, y)[0], kind="stable")
     best = -1.0
     own: list[int] = []
@@ -157,21 +157,21 @@ def l1_probe(rows: Any, labels: Any, weight: float = L1, steps: int = 400) -> tu
     .. math:: \min_{w, b} \frac{1}{n} \sum_i s_i \ln\left(1 + e^{-y_i (w \cdot x_i + b)}\right)
         + \lambda \|w\|_1
 
-    :math:`s_i` lets both classes weigh the same. By FISTA (Beck and Teboulle 2009), which needs
-    products with a sparse matrix alone.
+    :math:`s_i` gives both classes equal weight. Solved by FISTA (Beck and Teboulle 2009), which
+    needs only products with the sparse matrix.
 
     Args:
         rows: Matrix [n, d], sparse or not.
         labels: 0 or 1, [n].
         weight: :math:`\lambda`.
-        steps: Steps to take.
+        steps: Number of steps.
 
     Returns:
         `w` [d] and `b`.
     """
     n, d = rows.shape
     share = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean())) / n
-    # A column of ones for `b`, as long as the others, so that one step size fits all.
+    # A constant column for `b`, of the same norm as the others, so that one step size fits all.
     unit = float(np.sqrt(_square_norm(rows, share)))
     now, ahead, momentum = np.zeros(d + 1), np.zeros(d + 1), 1.0
     step = 4 / (2 * unit**2) if unit else 1.0
@@ -195,7 +195,7 @@ def _square_norm(rows: Any, share: Any) -> float:
         vector = vector / max(float(np.linalg.norm(vector)), 1e-30)
         vector = np.asarray(rows.T @ (share * np.asarray(rows @ vector).ravel())).ravel()
         size = float(np.linalg.norm(vector))
-    return 1.1 * size  # from below: a little more is on the safe side
+    return 1.1 * size  # power iteration underestimates: add a margin
 
 
 def absorbed(
@@ -208,11 +208,11 @@ def absorbed(
     """Absorption fraction and full absorption of each of some tokens.
 
     Args:
-        projection: Of their activations on the probe's direction.
-        f: Their latents.
+        projection: Projections of their activations on the probe's direction, [n].
+        f: Their latents, [n, d_sae].
         W_dec: Decoder rows.
         direction: The probe's direction, of norm 1.
-        own: The property's own latents.
+        own: Indices of the property's own latents.
     """
     along = W_dec @ direction
     cosine = along / W_dec.norm(dim=-1).clamp_min(1e-12)

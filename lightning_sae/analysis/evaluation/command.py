@@ -1,4 +1,4 @@
-"""`lightning-sae evaluate`: whether latents are features, in figures, for several SAEs at once."""
+"""`lightning-sae evaluate`: metrics of several SAEs and of their latents as features."""
 
 import importlib
 import importlib.util
@@ -26,7 +26,7 @@ from lightning_sae.loading import load
 SHORT = """Evaluate SAEs: the figures of a test, sparse probing, absorption and splitting, the
 compute that splicing costs, redundancy and stability, in one table."""
 SAME = ("model", "hook_name", "text", "text_column", "context_length", "head", "positions")
-"""What SAEs have in common that are evaluated on one reading of the text."""
+"""Settings shared by SAEs that are evaluated in one pass over the text."""
 
 
 def evaluate(
@@ -47,38 +47,37 @@ def evaluate(
     device: str | None = None,
     seed: int = 0,
 ) -> Path:
-    """Evaluate SAEs on held-out text: how well they copy, and whether latents are features.
+    """Evaluate SAEs on held-out text: their reconstruction, and whether latents are features.
 
-    Model, hook, text, context and filter are those that each SAE was trained with unless they are
-    given. SAEs of one model and hook are evaluated on the same text.
+    Model, hook, text, context and filter default to those that each SAE was trained with. SAEs of
+    one model and hook are evaluated on the same text.
 
     Args:
         saes: Folders that `save_pretrained` wrote, or checkpoints.
         output: New folder for `evaluation.json`, `.csv`, `.md` and `.png`.
         tokens: Held-out tokens for the figures of `test`.
-        probe_tokens: Held-out tokens for probes and what follows from them.
-        properties: Properties of your own, as `module:function` or `file.py:function`: the
-            function takes a `Passage` and gives True, False or None for each of its `pieces`, or
-            for the passage as a whole.
-        label_column: A column of the text with words, of which each value is a property of
-            contexts.
-        curve: Losses of models like this one by compute, as JSON; for the embedded model it comes
-            with the package.
+        probe_tokens: Held-out tokens for probing, absorption and redundancy.
+        properties: User-defined properties, as `module:function` or `file.py:function`. The
+            function takes a `Passage` and returns True, False or None for each of its `pieces`, or
+            for the whole passage.
+        label_column: A text column whose values are used as properties of contexts.
+        curve: JSON file with the loss of similar models by compute; the package has one for the
+            embedded model.
         model: Folder or hub name of the language model.
         hook_name: Its hook.
         text: Text to read.
-        text_column: Name of the text column, where there are columns.
+        text_column: Name of the text column, if the text has columns.
         streaming: Read a hub data set as a stream.
         validation_fraction: Share of the documents that were held out in training.
-        device: Where to run; a GPU if there is one.
-        seed: Draws the tokens of probes.
+        device: Device to run on; by default a GPU if there is one.
+        seed: Seed of the draw of tokens for probes.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If an SAE's model is not known, the text is too short, a property has no
-            examples, or `output` holds files; all before any model runs.
+        ValueError: If an SAE's model is unknown, the text is too short, a property has no examples,
+            or `output` holds files; raised before any model runs.
     """
     folder = Path(output)
     expect(
@@ -127,7 +126,7 @@ def _data(
     streaming: bool,
     validation_fraction: float,
 ) -> ActivationDataModule:
-    """What SAEs of one model and hook were trained on."""
+    """The data that SAEs of one model and hook were trained on."""
     first = next(iter(saes.values()))
     data = data_of(first, {**given}, None, streaming, validation_fraction)
     for name, sae in saes.items():
@@ -146,7 +145,7 @@ def _questions(
     own: Mapping[str, Question],
     label_column: str | None,
 ) -> Questions:
-    """What to ask; found without running the model."""
+    """The properties to probe; found without running the model."""
     longest = max(data.context_length, probe_tokens // 32)
     passages = read_passages(data, probe_tokens, longest, label_column)
     needed = () if label_column is None else ("label=",)
@@ -156,7 +155,7 @@ def _questions(
 def _groups(
     saes: Mapping[str, SparseAutoencoder], given: Mapping[str, Any]
 ) -> list[dict[str, SparseAutoencoder]]:
-    """SAEs by what they were trained on, as far as that is not given for all."""
+    """SAEs grouped by their training data, apart from settings given for all."""
     found: dict[str, dict[str, SparseAutoencoder]] = {}
     for name, sae in saes.items():
         key = repr([given.get(entry, sae.source.get(entry)) for entry in SAME])
@@ -165,7 +164,7 @@ def _groups(
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-    """Short names of SAEs: their folders, or those above `sae`; whole paths where two are alike."""
+    """Short names of SAEs: their folder, or the parent of `sae`; full paths if two are equal."""
     parts = [Path(path) for path in paths]
     short = [p.parent.name if p.name.startswith("sae") and p.parent.name else p.name for p in parts]
     chosen = [s if short.count(s) == 1 else str(p) for s, p in zip(short, parts, strict=True)]
@@ -174,10 +173,10 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 
 def function_of(name: str) -> Callable[..., Any]:
-    """A function by `module:function` or `file.py:function`.
+    """Import a function by `module:function` or `file.py:function`.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such function.
     """
     where, _, function = name.rpartition(":")
     try:

@@ -1,10 +1,10 @@
-r"""The compute-efficiency hit: how much less compute makes a model as bad as the spliced one.
+r"""Compute share: the training compute of a model with the same loss as the spliced one.
 
-A language model into which an SAE is spliced is as good as a smaller model. Gao et al., *Scaling
+A language model with a spliced SAE has the loss of a smaller model. Gao et al., *Scaling
 and evaluating sparse autoencoders* (2024, section 4.1), and the discussion of Rajamanoharan et al.,
-*Improving dictionary learning with gated sparse autoencoders* (LessWrong, 2024), ask with how much
-compute that one would have been trained. From models by one recipe, of which each was trained with
-compute :math:`C_i` to a loss of :math:`L_i`, a curve is fitted by least squares,
+*Improving dictionary learning with gated sparse autoencoders* (LessWrong, 2024), estimate the
+training compute of that smaller model. To models of one recipe, each trained with compute
+:math:`C_i` to a loss of :math:`L_i`, a curve is fitted by least squares,
 
 .. math:: \ln C = \beta_0 + \beta_1 \ln L + \beta_2 \ln^2 L = \beta \cdot \varphi(L),
 
@@ -14,9 +14,9 @@ and read at the loss :math:`L_0` of the model itself and at :math:`L_0` plus wha
     s^2 = d^\top \mathrm{Cov}(\beta)\, d.
 
 The interval is :math:`\beta \cdot d \pm t_{.975} s`, with the quantile of n - 3 degrees of freedom.
-Several models of one compute count as one, of their mean loss. The interval tells how well the
-points fix the curve; that other recipes give other curves it does not tell. Beyond the losses of
-the points nothing is said.
+Several models with equal compute count as one, with their mean loss. The interval covers the error
+of the fit, not the difference between recipes. Losses outside the range of the points give no
+estimate.
 """
 
 from pathlib import Path
@@ -36,12 +36,12 @@ FORM = (
 
 
 class Curve(NamedTuple):
-    """Losses of models by the compute that they were trained with.
+    """Losses of models by their training compute.
 
     Attributes:
-        own_compute: That of the model of which SAEs are evaluated, in the unit of `compute`.
-        compute: Of each point.
-        loss: Of each point, in nats per token.
+        own_compute: Compute of the model whose SAEs are evaluated, in the unit of `compute`.
+        compute: Training compute of each point.
+        loss: Loss of each point, in nats per token.
     """
 
     own_compute: float
@@ -50,12 +50,12 @@ class Curve(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """Share of the model's compute that a model as bad as the spliced one needs.
+    """Share of the model's compute with which a model reaches the loss of the spliced one.
 
     Attributes:
         share: The estimate.
-        low: Lower end of its interval of 95 %.
-        high: Upper end.
+        low: Lower end of the 95 % confidence interval.
+        high: Upper end of the interval.
     """
 
     share: float
@@ -64,7 +64,7 @@ class Hit(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Coefficients of the curve, their covariance, and the standard deviation left in ln C."""
+    """Coefficients of the curve, their covariance, and the residual standard deviation of ln C."""
 
     coefficients: Any
     covariance: Any
@@ -73,10 +73,10 @@ class Fit(NamedTuple):
 
 
 def read_curve(path: str | Path) -> Curve:
-    """Read a curve from JSON; other entries than those of `FORM` are left alone.
+    """Read a curve from JSON; entries other than those in `FORM` are ignored.
 
     Raises:
-        ValueError: If the file is not of this form, or there are too few points.
+        ValueError: If the file does not have this form, or has too few points.
     """
     path = Path(path)
     if not path.is_file():
@@ -105,14 +105,14 @@ def read_curve(path: str | Path) -> Curve:
 
 
 def curve_of(model: str | None) -> Curve | None:
-    """The curve that comes with the package for a model, if one does."""
+    """The package's curve for a model, if there is one."""
     return read_curve(EMBEDDED_CURVE) if model == "embedded" else None
 
 
 def fit_curve(curve: Curve) -> Fit:
     """Fit the curve by least squares, to the mean loss of the models of each compute.
 
-    Models of one compute that differ by their seeds would not tell how well the form fits.
+    Models with equal compute and different seeds carry no information on the shape of the curve.
     """
     computes = np.unique(curve.compute)
     design = _features(np.array([curve.loss[curve.compute == c].mean() for c in computes]))
@@ -125,14 +125,14 @@ def fit_curve(curve: Curve) -> Fit:
 
 
 def compute_hit(curve: Curve, added: float) -> Hit | None:
-    """Read the curve where the loss is by `added` higher than that of the model itself.
+    """Read the curve at the model's own loss plus `added`.
 
     Args:
         curve: The points.
         added: Nats per token that splicing adds; 0 gives a share of exactly 1.
 
     Returns:
-        None where the loss lies beyond those of the points.
+        None if the loss lies outside the range of the points.
     """
     own = float(curve.loss[curve.compute == curve.own_compute].mean())
     if not curve.loss.min() <= own + added <= curve.loss.max():

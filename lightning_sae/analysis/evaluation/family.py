@@ -1,10 +1,10 @@
-"""Smaller models by the recipe of the embedded one: loss against compute.
+"""Train smaller models by the recipe of the embedded one: loss against compute.
 
     python -m lightning_sae.analysis.evaluation.family --output curve.json
 
-The largest has a 9th of the embedded model's compute, each other one a third of the next;
-tokenizer, text, context, batch and learning rate are those of the embedded model. The package keeps
-what they scored as `embedded_curve.json`.
+The largest has a 9th of the embedded model's compute, every other a third of the next larger;
+tokenizer, text, context, batch and learning rate are those of the embedded model. The losses are
+stored in `embedded_curve.json`.
 """
 
 import json
@@ -27,7 +27,7 @@ from lightning_sae.data.pretrained import load_network, load_tokenizer
 from lightning_sae.files import write_atomically
 
 CONTEXT = 128
-"""Predictions in a window when models are scored: the context that SAEs are trained with."""
+"""Predictions per window when models are scored: the context length of SAE training."""
 
 
 class Size(NamedTuple):
@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
     width: int
     layers: int
-    part: int  # its compute is this part of the embedded model's
+    part: int  # its compute is the embedded model's divided by this
     seeds: int  # models of this size
 
 
@@ -50,7 +50,7 @@ SIZES = (
 def compute(parameters: int, settings: Settings) -> float:
     """Training compute in FLOP: 6 times parameters times tokens (Kaplan et al. 2020, section 2.1).
 
-    Embeddings count, for the unembedding, tied to them, is a product with them.
+    Embeddings are included, because the tied unembedding multiplies with them.
     """
     return 6.0 * parameters * settings.steps * settings.batch_size * settings.context
 
@@ -63,7 +63,7 @@ def settings_of(size: Size, seed: int, own: Settings, parameters: int) -> Settin
 
 
 def points() -> list[dict[str, Any]]:
-    """Train the smaller models and score them and the embedded one, which comes last."""
+    """Train and score the smaller models, and score the embedded one, which comes last."""
     own = Settings()
     train, rest = split(standard_library_documents())
     tokenizer = load_tokenizer(str(EMBEDDED_MODEL), {})
@@ -102,7 +102,7 @@ def with_fit(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Points, the curve through them and its error, and how they were made.
 
     Args:
-        found: The points, that of the model itself last.
+        found: The points, the model's own last.
     """
     own = found[-1]["compute"]
     compute, loss = (np.array([point[key] for point in found]) for key in ("compute", "loss"))

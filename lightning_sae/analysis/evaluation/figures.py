@@ -1,4 +1,4 @@
-"""All figures of SAEs at one hook: as in a test, probing, absorption, compute, redundancy."""
+"""All metrics of SAEs at one hook: those of `test`, probing, absorption, compute, redundancy."""
 
 from collections.abc import Callable, Mapping
 from itertools import combinations
@@ -31,19 +31,19 @@ NO_QUESTIONS: Mapping[str, properties.Question] = {}
 
 
 def say_nothing(text: str) -> None:
-    """Progress that nobody asked for."""
+    """Ignore progress messages."""
 
 
 class Questions(NamedTuple):
-    """What is asked of the latents, known before any model has run.
+    """The properties to probe, determined before any model runs.
 
     Attributes:
-        blocks: The text.
-        of_tokens: By property, labels of all tokens.
-        of_blocks: By property, labels of all blocks.
-        tested_tokens: Which tokens are of the half that is tested on.
-        tested_blocks: Which blocks are.
-        left_out: By property that is not asked for, how many examples it has.
+        blocks: The text in blocks.
+        of_tokens: Labels of all tokens, by property.
+        of_blocks: Labels of all blocks, by property.
+        tested_tokens: Mask of the tokens in the test half.
+        tested_blocks: Mask of the blocks in the test half.
+        left_out: Number of examples of each property that is left out.
     """
 
     blocks: Blocks
@@ -60,16 +60,16 @@ def questions_of(
     own: Mapping[str, properties.Question] = NO_QUESTIONS,
     needed: tuple[str, ...] = (),
 ) -> Questions:
-    """Labels of a text, of properties of which both halves have examples of both classes.
+    """Labels of a text for the properties that have examples of both classes in both halves.
 
     Args:
         passages: The text.
         context_length: Tokens in a block.
-        own: By name, properties of the user.
-        needed: Beginnings of the names of further properties that may not all be left out.
+        own: User-defined properties, by name.
+        needed: Prefixes of property names of which at least one property must remain.
 
     Raises:
-        ValueError: If a property of the user does not have both classes.
+        ValueError: If a user-defined property lacks examples of a class.
     """
     tested = halves(passages)
     blocks = blocks_of(passages, context_length)
@@ -122,16 +122,16 @@ def evaluate_saes(
     """Evaluate SAEs of one model and hook on the same text.
 
     Args:
-        saes: By name; on the device on which activations are given.
-        data: Gives the language model and its held-out text.
-        questions: What is asked of latents.
-        n_tokens: Held-out tokens for the figures of a test.
-        curve: Compute and loss of models like this one; for the embedded model there is one.
-        seed: Draws the tokens of probes, and random rows to compare with.
-        say: Told what is being done.
+        saes: SAEs by name, on the device of the activations.
+        data: Provides the language model and its held-out text.
+        questions: The properties to probe.
+        n_tokens: Held-out tokens for the figures of `test`.
+        curve: Compute and loss of similar models; by default the package's, for the embedded model.
+        seed: Seed of the draw of tokens for probes and of random baseline rows.
+        say: Called with progress messages.
 
     Returns:
-        By name of the SAE its figures, and those of the activation and of neurons to compare with.
+        The figures of each SAE by name, and those of the activation and of neurons as baselines.
     """
     say(f"reading {n_tokens:,} held-out tokens for the figures of `test`")
     curve = curve or curve_of(data.source.get("model"))
@@ -160,7 +160,7 @@ def evaluate_saes(
 
 
 class _Task(NamedTuple):
-    """A task, and the rows that it speaks of: tokens, or means over blocks."""
+    """A task and its rows: tokens, or means over blocks."""
 
     of: str
     task: probing.Task
@@ -181,7 +181,7 @@ def _tasks(sample: Sample, questions: Questions, seed: int) -> dict[str, _Task]:
 
 
 def _rows(matrix: Any, sample: Sample) -> dict[str, Any]:
-    """A matrix of tokens, and its means over blocks."""
+    """A matrix over tokens, and its means over blocks."""
     return {
         "token": matrix,
         "context": means_of_blocks(matrix, sample.block, sample.block.unique()),
@@ -189,7 +189,7 @@ def _rows(matrix: Any, sample: Sample) -> dict[str, Any]:
 
 
 def _reference(sample: Sample, tasks: Mapping[str, _Task]) -> Figures:
-    """What probes reach on the whole activation, and on few neurons."""
+    """Accuracy of probes on the whole activation, and on a few neurons."""
     x, neurons = _rows(sample.x.numpy(), sample), _rows(sample.neurons.numpy(), sample)
     found = {}
     for name, (of, task) in tasks.items():
@@ -225,7 +225,7 @@ class _Probed(NamedTuple):
 
 
 def _probes(sample: Sample, questions: Questions, seed: int) -> dict[str, _Probed]:
-    """Probes on the activation for properties of tokens, of those that it has by a clear F1."""
+    """Probes on the activation for token properties; only those with a sufficient F1."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, labels in questions.of_tokens.items():
@@ -270,7 +270,7 @@ def _absorption(
 
 
 def _stability(saes: Mapping[str, SparseAutoencoder], seed: int) -> dict[str, Figures]:
-    """Matched cosines of SAEs that are of one kind, and so may differ by their seeds alone."""
+    """Matched cosines of SAEs with equal settings, which may differ only in their seeds."""
     pairs: dict[str, list[Figures]] = {name: [] for name in saes}
     for a, b in combinations(saes, 2):
         if _is_of_one_kind(saes[a], saes[b]):

@@ -1,4 +1,4 @@
-"""The figures of `lightning-sae test`, of several SAEs in one reading of the held-out text."""
+"""The figures of `lightning-sae test` for several SAEs, in one pass over the held-out text."""
 
 from collections.abc import Mapping
 
@@ -15,12 +15,12 @@ from lightning_sae.metrics import held_out_metrics
 def held_out_figures(
     saes: Mapping[str, SparseAutoencoder], data: ActivationDataModule, n_tokens: int
 ) -> dict[str, dict[str, float]]:
-    """By name of the SAE: its metrics on held-out activations, and its costs in the model.
+    """Metrics on held-out activations and in the language model, by name of the SAE.
 
     Args:
-        saes: By name; on one device.
-        data: Gives the held-out text and the language model.
-        n_tokens: Tokens to read, about.
+        saes: SAEs by name, on one device.
+        data: Provides the held-out text and the language model.
+        n_tokens: Approximate number of tokens to read.
     """
     metrics = {name: held_out_metrics(sae.d_in, sae.d_sae) for name, sae in saes.items()}
     for batch in HeldOutBatches(data, n_tokens):

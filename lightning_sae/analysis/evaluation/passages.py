@@ -15,20 +15,20 @@ from lightning_sae.data.encoding import PADDING, Unreadable, ids_of
 from lightning_sae.data.local_files import FileSpan
 
 CHARACTERS_PER_TOKEN = 16
-"""More than a token has on average: of a file, no more text is read than may be needed."""
+"""Characters per token, chosen above the average, to bound the text read of a file."""
 
 
 class Passage(NamedTuple):
-    """The beginning of a document, and what stands on each of its tokens.
+    """The beginning of a document, with the text of each of its tokens.
 
     Attributes:
         name: Name of the document.
-        kind: First folder of its name, or else the file that it is from.
+        kind: First folder of its name, or else the file that contains it.
         text: Its text; tokens may cover less.
-        tokens: Token ids, the mark that begins the document included.
-        pieces: Text of each token with the white space before it; empty for a mark. Together they
+        tokens: Token ids, including the mark that begins the document.
+        pieces: Text of each token with the white space before it; empty for a mark. Joined, they
             are the beginning of `text`.
-        label: Value of the column that was asked for, if one was.
+        label: Value of `label_column`, if one was given.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Passage(NamedTuple):
     label: str | None = None
 
     def ends(self) -> list[int]:
-        """Where in the text each token ends."""
+        """Position in the text where each token ends."""
         return torch.tensor([len(piece) for piece in self.pieces]).cumsum(0).tolist()
 
 
@@ -49,13 +49,13 @@ def read_passages(
     """Beginnings of held-out documents, in the order in which a test reads them.
 
     Args:
-        data: Gives the documents, and the tokenizer.
-        n_tokens: Tokens of all of them, about; fewer if the text has no more.
-        per_document: Tokens of one document at most.
+        data: Provides the documents and the tokenizer.
+        n_tokens: Approximate total number of tokens; fewer if the text is shorter.
+        per_document: Maximum number of tokens per document.
         label_column: A column of the text whose values become labels.
 
     Raises:
-        ValueError: If the held-out text is too short to be probed.
+        ValueError: If the held-out text is too short for probing.
     """
     found: list[Passage] = []
     total = 0
@@ -84,7 +84,7 @@ def _documents(
     documents = data.held_out_corpus.epoch(0)
     labels: Iterator[Any] = iter(lambda: None, 0)
     if label_column is not None:
-        # The same rows in the same order, for the order follows from the seed.
+        # The seed fixes the order, so these are the same rows in the same order.
         labels = (d.text for d in _labels(data, label_column).epoch(0))
     for document, label in zip(documents, labels, strict=False):
         if held_out(document.name, fraction):
@@ -123,7 +123,7 @@ def _passage(
 
 
 def _with_offsets(tokenizer: Any, text: str, most: int) -> tuple[list[int], list[str]]:
-    """Tokens of the beginning of a text, and the pieces into which they cut it."""
+    """Tokens of the beginning of a text, and the text of each token."""
     found = tokenizer(
         text[: CHARACTERS_PER_TOKEN * most],
         add_special_tokens=False,
@@ -132,7 +132,7 @@ def _with_offsets(tokenizer: Any, text: str, most: int) -> tuple[list[int], list
     )
     pieces, at = [], 0
     for _, end in found["offset_mapping"][:most]:
-        pieces.append(text[at : max(at, end)])  # of a character in several tokens: the first's
+        pieces.append(text[at : max(at, end)])  # a character in several tokens belongs to the first
         at = max(at, end)
     return found["input_ids"][:most], pieces
 
@@ -144,7 +144,7 @@ def _kind(document: Document) -> str:
 
 
 def halves(passages: list[Passage]) -> Bool[Tensor, " passages"]:
-    """Which passages are tested on: of each kind and label every second, beginning with one."""
+    """Mask of the passages in the test half: every second of each kind and label."""
     seen: dict[tuple[str, str | None], int] = {}
     tested = []
     for passage in passages:
@@ -155,7 +155,7 @@ def halves(passages: list[Passage]) -> Bool[Tensor, " passages"]:
 
 
 class Blocks(NamedTuple):
-    """Passages cut into blocks, none of which holds two of them; the last of each is padded."""
+    """Passages cut into blocks of one passage each; the last block of a passage is padded."""
 
     tokens: Int[Tensor, "blocks context_length"]
     passage: Int[Tensor, " blocks"]

@@ -1,14 +1,14 @@
 r"""Sparse probing: can a few latents tell whether a token or a context has a property?
 
 Gurnee et al., *Finding neurons in a haystack: case studies with sparse probing* (2023), as SAEBench
-(Karvonen et al. 2025, "sparse probing") applies it to SAEs. Of the training half, the k latents
-are taken whose means over the two classes differ most,
+(Karvonen et al. 2025, "sparse probing") applies it to SAEs. On the training half, the k latents
+with the largest difference of class means are selected,
 
 .. math:: \arg\max_j \left| E[f_j \mid y = 1] - E[f_j \mid y = 0] \right|,
 
-and a logistic regression on these k alone is scored on the other half, of other documents. Both
-classes are equally frequent in either half, so that .5 is chance. The same is done with neurons,
-and with the activation as a whole, which bounds what can be expected.
+and a logistic regression on these k is scored on the other half, which consists of other documents.
+Both classes are equally frequent in each half, so chance is .5. The baselines are the same probe on
+neurons, and a probe on the whole activation as an upper bound.
 """
 
 from typing import Any, NamedTuple
@@ -38,13 +38,13 @@ def balanced_task(
     generator: torch.Generator,
     per_class: dict[str, int] | None = None,
 ) -> Task:
-    """Draw equally many rows of both classes in either half.
+    """Draw equally many rows of both classes in each half.
 
     Args:
         labels: 1, 0, or -1 for rows that are left out.
-        tested: Which rows are of the half that is tested on.
+        tested: Mask of the rows in the test half.
         generator: Draws the rows.
-        per_class: Rows of a class at most, in `train` and `test`.
+        per_class: Maximum rows of a class, in `train` and in `test`.
     """
     per_class = PER_CLASS if per_class is None else per_class
     rows, values = {}, {}
@@ -58,13 +58,13 @@ def balanced_task(
 
 
 def class_difference(rows: Any, labels: Any) -> Any:
-    """Means over rows with the property less those over rows without, [d]."""
+    """Mean over rows with the property minus mean over rows without, [d]."""
     means = [np.asarray(rows[labels == value].mean(axis=0)).ravel() for value in (1, 0)]
     return means[0] - means[1]
 
 
 def probe_accuracy(train: Any, train_labels: Any, test: Any, test_labels: Any) -> float:
-    """Accuracy of a logistic regression on columns brought to a mean of 0 and a variance of 1."""
+    """Accuracy of a logistic regression on columns standardised to mean 0 and variance 1."""
     mean, scale = train.mean(0), train.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     probe = LogisticRegression(max_iter=2000).fit((train - mean) / scale, train_labels)
@@ -77,7 +77,7 @@ def sparse_probes(matrix: Any, task: Task, widths: tuple[int, ...] = WIDTHS) -> 
     Args:
         matrix: Latents or neurons [n, d], sparse or not.
         task: The rows.
-        widths: Numbers of columns.
+        widths: Values of k.
     """
     train, test = matrix[task.train], matrix[task.test]
     order = np.argsort(-np.abs(class_difference(train, task.train_labels)), kind="stable")

@@ -1,6 +1,6 @@
-"""Properties of tokens and of whole contexts that a corpus itself gives.
+"""Properties of tokens and of contexts that can be read off a text.
 
-A label is 1 where the property holds, 0 where it does not and -1 where the question makes no sense.
+A label is 1 where the property holds, 0 where it does not and -1 where it is undefined.
 """
 
 import ast
@@ -18,22 +18,22 @@ from lightning_sae.analysis.evaluation.passages import Passage
 from lightning_sae.analysis.evaluation.python_source import python_masks
 
 Question = Callable[[Passage], Any]
-"""A property: for each token of a passage whether it has it, or for the passage as a whole.
+"""A property: a function of a passage, with a value for each token or for the whole passage.
 
-True, False, or None where the question makes no sense.
+Values are True, False, or None where the property is undefined.
 """
 FEWEST = 20
-"""Examples of either class that a half of the text needs."""
+"""Examples of each class that each half of the text needs."""
 PER_TYPE = 8
-"""Occurrences of one token that count for its first letter, in either half of the text."""
+"""Maximum occurrences of a token that count for its first letter, in each half of the text."""
 
 
 class Labels(NamedTuple):
-    """Labels of all tokens of all passages, one after the other, and of the passages.
+    """Labels of all tokens of all passages, concatenated, and of the passages.
 
     Attributes:
-        of_tokens: By property, of each token.
-        of_passages: By property, of each passage.
+        of_tokens: Labels of the tokens, by property.
+        of_passages: Labels of the passages, by property.
     """
 
     of_tokens: dict[str, Int[Tensor, " tokens"]]
@@ -41,14 +41,14 @@ class Labels(NamedTuple):
 
 
 def labels_of(passages: Sequence[Passage], own: Mapping[str, Question] | None = None) -> Labels:
-    """Labels by the properties that come with the package, and by those of a user.
+    """Labels by the built-in properties and by those of the user.
 
     Args:
         passages: The text.
-        own: By name, further properties.
+        own: User-defined properties, by name.
 
     Raises:
-        ValueError: If a user's property gives something else than labels.
+        ValueError: If a user-defined property returns anything but labels.
     """
     per_passage = [{**word_labels(p.pieces), **python_labels(p)} for p in passages]
     names = dict.fromkeys(name for labels in per_passage for name in labels)
@@ -97,14 +97,14 @@ def word_labels(pieces: Sequence[str]) -> dict[str, Int[Tensor, " tokens"]]:
 
 
 def python_labels(passage: Passage) -> dict[str, Int[Tensor, " tokens"]]:
-    """Of Python source: keyword, identifier, indentation, inside a string or a comment.
+    """Labels in Python source: keyword, identifier, indentation, inside a string or a comment.
 
-    A token is what its first character is that is no white space. Empty where Python cannot parse
+    A token is labelled by its first character that is not white space. Empty if Python cannot parse
     the text.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that are none
+            warnings.simplefilter("ignore")  # warnings about invalid escapes
             ast.parse(passage.text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
@@ -135,7 +135,7 @@ def usable(
 
 
 def _one_of_several(name: str, values: Sequence[str | None]) -> dict[str, Int[Tensor, " passages"]]:
-    """A property for each value that occurs at least four times, but for a value that all have."""
+    """A property for each value that occurs at least four times and not everywhere."""
     counts = {v: values.count(v) for v in dict.fromkeys(values) if v is not None}
     return {
         f"{name}={value}": torch.tensor([v == value for v in values], dtype=torch.int8)

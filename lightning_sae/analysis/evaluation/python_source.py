@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 STRINGS = {"STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"}
-"""Names of the tokens that make up strings; f-strings are in pieces from Python 3.12 on."""
+"""Names of the tokens that make up strings; Python 3.12 and later split f-strings into several."""
 
 
 class Masks(NamedTuple):
@@ -36,7 +36,7 @@ def python_masks(text: str, end: int) -> Masks:
         first = lines[found.start[0] - 1] + found.start[1]
         name = _name_of(found)
         if name is not None:
-            # The last line of a text without a line break at its end has none to look up.
+            # The last line of a text may have no line break.
             masks[name][first : lines[found.end[0] - 1] + found.end[1]] = True
         if first >= end:
             break

@@ -1,4 +1,4 @@
-r"""Redundancy: latents that point the same way, and latents that always fire together."""
+r"""Redundancy: latents with nearly equal directions, and latents that always fire together."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ MOST_PAIRS = 10**8
 
 @torch.no_grad()
 def duplicate_share(W_dec: Float[Tensor, "d_sae d_in"], alive: Bool[Tensor, " d_sae"]) -> float:
-    r"""Share of the living latents that have another of nearly their direction.
+    r"""Share of the alive latents that have a near duplicate among them.
 
     .. math:: \max_{i \ne j} \frac{W_i \cdot W_j}{\|W_i\| \|W_j\|} \ge .9
 

@@ -1,4 +1,4 @@
-"""Activations, neurons and latents of passages, and which of their tokens are asked about."""
+"""Activations, neurons and latents of the tokens of passages that training would keep."""
 
 import re
 from typing import Any, NamedTuple
@@ -18,15 +18,15 @@ ROWS_TIMES_LATENTS = 2**23
 
 
 class Sample(NamedTuple):
-    """All tokens of some blocks that training would keep; n of them.
+    """The n tokens of some blocks that training would keep.
 
     Attributes:
-        x: Activations at the hook.
+        x: Activations at the hook, [n, d_in].
         neurons: Activations of the MLP's neurons in the same layer; those at the hook if the model
             has no hook for them.
         neurons_at: The hook of the neurons.
-        token: Number of each among all tokens of the passages, without padding.
-        block: The block in which it is.
+        token: Index of each among all tokens of the passages, without padding.
+        block: Index of its block.
         ids: Token ids.
     """
 
@@ -58,14 +58,14 @@ def read_sample(data: ActivationDataModule, blocks: Blocks) -> Sample:
 
 
 def neurons_of(model: LanguageModel) -> LanguageModel | None:
-    """The model at the neurons of the hook's layer; None if they are not to be had or are there."""
+    """The model at the neurons of the hook's layer; None if they are missing or are the hook."""
     layer = re.match(r"blocks\.(\d+)\.", model.hook_name)
     name = f"blocks.{layer[1]}.mlp.hook_post" if layer else ""
     if not layer or name == model.hook_name or not model.has(name):
         return None
     try:
         return model.at(name)
-    except ValueError:  # an MLP of another form
+    except ValueError:  # an MLP of an unknown form
         return None
 
 
@@ -79,7 +79,7 @@ def latents_of(sae: SparseAutoencoder, x: Float[Tensor, "n d_in"]) -> csr_matrix
 
 
 def means_of_blocks(rows: Any, block: Int[Tensor, " n"], blocks: Int[Tensor, " m"]) -> Any:
-    """Mean of the rows of each of some blocks, [m, d]; rows are a matrix, sparse or not."""
+    """Mean of the rows of each block, [m, d]; `rows` is a matrix, sparse or not."""
     place = torch.searchsorted(blocks, block).numpy()
     n = np.bincount(place, minlength=len(blocks))
     weights = 1.0 / n[place]

@@ -1,4 +1,4 @@
-"""Figures of several SAEs as one flat row each, as a table, and as a picture."""
+"""Figures of several SAEs as one flat row each, as a table, and as a plot."""
 
 import json
 import math
@@ -37,16 +37,16 @@ COLUMNS = {
 def flat(figures: Mapping[str, Any]) -> dict[str, float]:
     """The figures of an SAE as one row of numbers, for a table or TensorBoard's HParams.
 
-    What cannot be said (no curve of compute, no other seed, no property) is left out.
+    Figures that are not available (no compute curve, no other seed, no property) are left out.
 
     Args:
-        figures: What `evaluate_saes` gave of an SAE.
+        figures: Result of `evaluate_saes` for one SAE.
 
     Returns:
         All figures of a test; `ce_added`; `compute_share` with `_low` and `_high`; mean accuracies
         `probing_token_1` and so on; `absorption_fraction`, `absorption_full` and
-        `latents_per_property` over all properties of tokens that the activation has, and with
-        `_letters` behind over first letters; `duplicates`, `together`, `stability_cosine`,
+        `latents_per_property` over all token properties that a probe finds in the activation, and
+        with the suffix `_letters` over first letters; `duplicates`, `together`, `stability_cosine`,
         `stability_above_0.9`, `stability_random`.
     """
     held_out = figures["held_out"]
@@ -67,7 +67,7 @@ def flat(figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def mean_accuracies(probing: Mapping[str, Any], of: str) -> dict[str, float]:
-    """Mean accuracy over the properties of tokens and of contexts, by number of `of`."""
+    """Mean accuracy over the properties of tokens and of contexts, by number of columns."""
     found = {}
     for kind in ("token", "context"):
         own = [probed for probed in probing.values() if probed["of"] == kind]
@@ -93,13 +93,13 @@ def _mean(values: Any) -> float:
 
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """A row for each SAE: name, path, architecture, size, and what `flat` gives."""
+    """A row for each SAE: name, path, architecture, size, and the result of `flat`."""
     about = ("name", "path", "architecture", "d_in", "d_sae", "model", "hook_name")
     return pd.DataFrame([{**{key: r[key] for key in about}, **flat(r["figures"])} for r in results])
 
 
 def markdown(results: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> str:
-    """The table, with rows of the activation and of neurons to compare probes with."""
+    """The table, with rows of the activation and of neurons as baselines for probes."""
     names = list(COLUMNS)
     lines = ["| | " + " | ".join(names) + " |"]
     lines.append("| --- |" + " ---: |" * len(names))
@@ -155,7 +155,7 @@ def picture(results: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].invert_yaxis()  # of all, for they share it
+    figure.axes[0].invert_yaxis()  # one for all panels, which share it
     for axis in list(figure.axes)[len(panels) :]:
         axis.set_visible(False)
     return figure
@@ -178,7 +178,7 @@ TITLES = {
     "always together": "together",
     "matched cosine with another seed": "stability_cosine",
 }
-"""Titles of the picture's panels, and the figures in them."""
+"""Titles of the plot's panels, and the figures in them."""
 
 
 def write(folder: Path, evaluation: Mapping[str, Any]) -> None:
@@ -197,7 +197,7 @@ def write(folder: Path, evaluation: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same with null in place of what is no number, which JSON does not have."""
+    """The same with null in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,1 +1,1 @@
-"""The pages of an analysis, which open from the disk."""
+"""The web pages of an analysis, opened from disk."""

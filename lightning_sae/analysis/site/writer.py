@@ -1,8 +1,8 @@
-"""From a `FeatureStore` to pages that open from the disk, without a network or a server.
+"""Write a `FeatureStore` as web pages that open from disk, without a network or a server.
 
-Browsers do not let a page that was opened from the disk read other files, but they run scripts that
-lie beside it. So `table.js` holds the table of all latents, and `latents/0.js`, `latents/1.js`, ...
-hold the rest, `CHUNK` latents each, and are loaded when one of them is looked at.
+Browsers do not let a page opened from disk read other files, but they run scripts beside it. So
+`table.js` holds the table of all latents, and `latents/0.js`, `latents/1.js`, ... hold the rest,
+`CHUNK` latents each, and are loaded when one of them is viewed.
 """
 
 import json
@@ -37,11 +37,11 @@ COLUMNS = (
     "kurtosis",
     "null_space",
 )
-"""Columns of the table that the pages show, where it has them."""
+"""Columns of the table that the pages show, if present."""
 
 
 def write_site(store: FeatureStore) -> Path:
-    """Write `index.html` and what it loads into the folder of an analysis."""
+    """Write `index.html` and the files that it loads into the folder of an analysis."""
     folder, d_sae = store.folder, len(store.table)
     _write(folder / "table.js", _table(store, range(d_sae)))
     for chunk in range(math.ceil(d_sae / CHUNK)):
@@ -58,13 +58,13 @@ def write_page(store: FeatureStore, latents: Sequence[int], path: Path) -> Path:
         ValueError: If there is no such latent.
     """
     for latent in latents:
-        store.latent(latent)  # refuses one that is out of range
+        store.latent(latent)  # raises if one is out of range
     inline = [_table(store, latents), _latents(store, latents)]
     return _write(path, _page(store, sources=[], inline=inline))
 
 
 def table_of(store: FeatureStore, latents: Sequence[int]) -> dict[str, Any]:
-    """What the table of latents shows: columns of figures, and the tokens that each fires on."""
+    """The table of latents: columns of figures, and the tokens that each latent fires on."""
     rows = store.table.loc[list(latents)]
     names = [name for name in COLUMNS if name in rows]
     return {
@@ -75,7 +75,7 @@ def table_of(store: FeatureStore, latents: Sequence[int]) -> dict[str, Any]:
 
 
 def latent_of(store: FeatureStore, number: int) -> dict[str, Any]:
-    """All that the panel of a latent shows beside its row of the table."""
+    """Everything that the panel of a latent shows beside its row of the table."""
     latent, arrays = store.latent(number), store.arrays
     largest = float(store.table["maximum"][number])
     counts = arrays["fires_on_count"][number].tolist()
@@ -114,14 +114,14 @@ def _latents(store: FeatureStore, latents: Sequence[int]) -> str:
 
 
 def _rounded(x: Any) -> float | int | None:
-    """A number with four digits; None, which is JSON, for what is not finite."""
+    """A number with four digits; None (null in JSON) if it is not finite."""
     if isinstance(x, int):
         return int(x)
     return float(f"{x:.4g}") if math.isfinite(x) else None
 
 
 def _script(content: Any) -> str:
-    """JSON that cannot end the script in which it stands."""
+    """JSON that cannot end the script that contains it."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
