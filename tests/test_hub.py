@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, constants, hf_hub_download
 import lightning_sae
 from lightning_sae import ReLUSAE, TopKSAE
 from lightning_sae.hub import is_hub_name
+from lightning_sae.interop import export
 from lightning_sae.publishing import push
 
 
@@ -238,6 +239,16 @@ def test_a_damaged_sae_is_not_published(hub: StandIn, sweep: Path) -> None:
     assert not hub.branches
     with pytest.raises(ValueError, match="`run` to be the folder of an SAE or of a run"):
         push(str(sweep.parent / "nothing"), "me/sweep")
+
+
+@pytest.mark.parametrize("format", ["saelens", "dictionary_learning", "sparsify"])
+def test_other_libraries_saes_are_loaded_by_name_too(
+    hub: StandIn, sae: TopKSAE, format: str, tmp_path: Path
+) -> None:
+    folder = export(sae, tmp_path / "out", format)
+    hub.commit("them/saes", {f"layer_3/{p.name}": p.read_bytes() for p in folder.iterdir()})
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(lightning_sae.load("them/saes/layer_3").encode(x), sae.encode(x))
 
 
 def test_only_what_the_sae_needs_is_downloaded(hub: StandIn, sae: TopKSAE, tmp_path: Path) -> None:
