@@ -28,6 +28,7 @@ from lightning_sae.architectures.optimizer import (
     NAMES,
     adam_with_schedule,
     clip_gradients,
+    peak_rate,
     schedule_problems,
     set_peak_rates,
 )
@@ -71,12 +72,14 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
-        lr: Peak learning rate of Adam.
+        lr: Peak learning rate of Adam; by default 0.002 for 1024 latents and less for more, see
+            `lightning_sae.architectures.optimizer.peak_rate`.
         betas: Adam's decay rates of the first and second moment.
         lr_warmup_steps: Optimizer steps over which the learning rate rises linearly from zero, or
-            a share of `trainer.max_steps` between 0 and 1.
+            a share of `trainer.max_steps` between 0 and 1; by default 0.05, or 0 if
+            `trainer.max_steps` is not set.
         lr_decay_steps: Optimizer steps at the end of the run over which it falls linearly to zero,
-            or a share of the run.
+            or a share of the run; by default 0.2, or 0 if `trainer.max_steps` is not set.
         clip_grad_norm: Norm to which the gradient is clipped; null for no clipping.
         apply_b_dec_to_input: Whether `b_dec` is subtracted from the encoder's input.
         b_dec_init: Initial `b_dec`: `mean` of the first batch, or `zero`.
@@ -162,10 +165,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         d_in: int,
         d_sae: int | None = None,
         *,
-        lr: float = 3e-4,
+        lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
-        lr_warmup_steps: Length = 0,
-        lr_decay_steps: Length = 0,
+        lr_warmup_steps: Length | None = None,
+        lr_decay_steps: Length | None = None,
         clip_grad_norm: float | None = 1.0,
         apply_b_dec_to_input: bool = True,
         b_dec_init: Literal["mean", "zero"] = "mean",
@@ -179,8 +182,11 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         super().__init__()
         d_sae = 8 * d_in if d_sae is None else d_sae
         require_integers(d_in=d_in, d_sae=d_sae)
-        require_positive(d_in=d_in, d_sae=d_sae, lr=lr, dead_after=dead_after)
-        require_lengths(0, lr_warmup_steps=lr_warmup_steps, lr_decay_steps=lr_decay_steps)
+        require_positive(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
+        lr = peak_rate(d_sae) if lr is None else lr
+        require_positive(lr=lr)
+        lengths = {"lr_warmup_steps": lr_warmup_steps, "lr_decay_steps": lr_decay_steps}
+        require_lengths(0, **{k: length for k, length in lengths.items() if length is not None})
         if clip_grad_norm is not None:
             require_positive(clip_grad_norm=clip_grad_norm)
         if chunk_rows is not None:
@@ -190,8 +196,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         require_one_of(("none", "auxk", "ghost"), revive=revive)
         require_positive(k_aux=k_aux or 1)
         self.d_in, self.d_sae = d_in, d_sae
-        self.save_hyperparameters()
         self.lr, self.betas = lr, betas
+        self.save_hyperparameters()
         self.lr_warmup_steps, self.lr_decay_steps = lr_warmup_steps, lr_decay_steps
         self.clip_grad_norm = clip_grad_norm
         self.apply_b_dec_to_input = apply_b_dec_to_input
@@ -215,13 +221,15 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     def save_hyperparameters(
         self, *args: Any, frame: FrameType | None = None, **kwargs: Any
     ) -> None:
-        """As Lightning's, but saves the actual `d_sae` where none was given."""
+        """As Lightning's, but saves the actual `d_sae` and `lr` where none were given."""
         frame = frame or cast(FrameType, inspect.currentframe()).f_back
         super().save_hyperparameters(*args, frame=frame, **kwargs)
         own = cast(Any, self)  # Lightning's own types leave these out
         for noted in (own._hparams, own._hparams_initial):
             if "d_sae" in noted:
                 noted["d_sae"] = self.d_sae
+            if noted.get("lr", 0.0) is None:
+                noted["lr"] = self.lr
 
     def _create_dictionary(self) -> None:
         """Decoder: random unit rows; encoder: its transpose; encoder bias: zero.

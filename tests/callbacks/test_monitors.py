@@ -109,7 +109,15 @@ def fit(
 
 def new_sae() -> ReLUSAE:
     seed_everything(3, verbose=False)
-    return ReLUSAE(128, 64, l1_coefficient=0.5, lr_warmup_steps=4, orthogonality_coefficient=1.0)
+    return ReLUSAE(
+        128,
+        64,
+        l1_coefficient=0.5,
+        lr=3e-4,
+        lr_warmup_steps=4,
+        lr_decay_steps=0,
+        orthogonality_coefficient=1.0,
+    )
 
 
 class Run:

@@ -243,7 +243,7 @@ def test_centring_and_scaling_are_what_the_sae_sees(
 
 
 def test_scaling_may_be_asked_for_before_the_first_batch(make_data: Any) -> None:
-    data = make_data(scale=True, prefetch=False)
+    data = make_data(center=False, prefetch=False)
     loader = data.train_dataloader()
     asked = data.scaling()
     next(iter(loader))
