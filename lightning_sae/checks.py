@@ -23,7 +23,7 @@ def require_positive(**values: int | float) -> None:
 
 
 def require_integers(**values: Any) -> None:
-    """Raise a ValueError if an argument is no whole number; True and False are none."""
+    """Raise a ValueError if an argument is not an integer; True and False are refused."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise ValueError(f"Expected argument `{name}` to be a whole number but got {value!r}.")
@@ -35,7 +35,7 @@ def require_not_negative(**values: int | float) -> None:
 
 
 def require_at_least(least: float, **values: int | float | None) -> None:
-    """Raise a ValueError if an argument is below `least`; None, a default, is not looked at."""
+    """Raise a ValueError if an argument is below `least`; None, a default, is accepted."""
     for name, value in values.items():
         if value is not None and not value >= least:
             raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value}.")
@@ -54,7 +54,7 @@ def require_between(least: float, most: float, **values: float | Tensor) -> None
 
 
 def require_k(k: Any, d_sae: int) -> None:
-    """Raise a ValueError if there are not `k` latents to choose."""
+    """Raise a ValueError unless 0 < `k` <= `d_sae`."""
     if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= d_sae:
         raise ValueError(
             f"Expected argument `k` to be above 0 and at most `d_sae`={d_sae} but got {k!r}."
@@ -71,9 +71,9 @@ def require_one_of(allowed: tuple[str, ...], **values: str) -> None:
 
 
 def require_types(kind: type, arguments: Mapping[str, Any]) -> None:
-    """Raise a ValueError if arguments are of other types than a class and its bases say.
+    """Raise a ValueError if arguments do not match the annotations of a class and its bases.
 
-    Of what is read from a file, where Python does not look: plain values, and tuples of them.
+    For arguments read from a file: plain values, and tuples of them.
     """
     for name, value in arguments.items():
         for base in kind.__mro__:
@@ -85,7 +85,7 @@ def require_types(kind: type, arguments: Mapping[str, Any]) -> None:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a plain value is of a type; of types that are not plain, any is."""
+    """Whether a plain value is of a type; always true for types that are not plain."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_is_of(value, part) for part in parts)
@@ -106,7 +106,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def require_width(x: Any, d_in: int) -> None:
-    """Raise a ValueError if `x` is no tensor or its last axis is not `d_in`."""
+    """Raise a ValueError if `x` is not a tensor or its last axis is not `d_in`."""
     if not isinstance(x, Tensor):
         raise ValueError(
             f"Expected a batch to be a tensor of activations but got a {type(x).__name__}: have "
@@ -120,7 +120,7 @@ def require_width(x: Any, d_in: int) -> None:
 
 
 def require_batch(x: Any, d_in: int) -> None:
-    """Raise a ValueError if `x` is no batch to train or evaluate on, a row an activation."""
+    """Raise a ValueError if `x` is not a batch [batch, d_in] of floating-point activations."""
     require_width(x, d_in)
     if x.dim() != 2:
         raise ValueError(
@@ -145,13 +145,13 @@ def require_a_batch(n_batches: float) -> None:
 
 @runtime_checkable
 class Reduces(Protocol):
-    """What is found out of all ranks together; see `lightning_sae.distributed.Ranks`."""
+    """Reductions over all ranks; see `lightning_sae.distributed.Ranks`."""
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks."""
 
     def least(self, value: Tensor) -> Tensor:
-        """The least of all ranks, elementwise."""
+        """The minimum over all ranks, elementwise."""
 
 
 def require_finite(
@@ -162,28 +162,28 @@ def require_finite(
     step: int,
     ranks: Reduces,
 ) -> None:
-    """Raise a FloatingPointError if the loss is not finite, saying at which step and likely why.
+    """Raise a FloatingPointError with step and likely cause if the loss is not finite.
 
     Args:
-        loss: What is minimised; of all ranks, so that all end here together.
-        losses: Its terms by name.
-        x: The batch, as the objective has it.
-        module: What is trained.
-        step: Optimiser steps taken.
-        ranks: Those that have a share of the batch.
+        loss: The loss, reduced over all ranks so that all of them raise.
+        losses: The terms of the loss by name.
+        x: The batch as passed to the objective.
+        module: The module in training.
+        step: Optimizer steps taken.
+        ranks: The ranks that share the batch.
     """
     if torch.isfinite(loss):
         return
     terms = ", ".join(name for name, value in losses.items() if not torch.isfinite(value))
     where = f" in {terms}" if terms else ""
     cause = _cause(terms, x, module, torch.finfo(x.dtype).max ** 0.25, ranks)
-    raise FloatingPointError(f"The loss is {loss.item()}{where} at optimiser step {step}; {cause}.")
+    raise FloatingPointError(f"The loss is {loss.item()}{where} at optimizer step {step}; {cause}.")
 
 
 def _cause(
     terms: str, x: Float[Tensor, "batch d_in"], module: nn.Module, large: float, ranks: Reduces
 ) -> str:
-    """What made a loss infinite or no number: activations, weights or a coefficient."""
+    """The likely cause of a loss that is not finite: activations, weights or a coefficient."""
     counts = torch.tensor([int((~torch.isfinite(x)).any(-1).sum()), len(x)])
     bad, total = ranks.sum(counts).tolist()
     if bad:
@@ -216,7 +216,7 @@ def require_finite_weights(module: nn.Module, step: int) -> None:
     bad = not_finite(module.state_dict(), dict(module.named_buffers()))
     if bad:
         raise FloatingPointError(
-            f"The weights are not finite after optimiser step {step} ({', '.join(bad)}), and are "
+            f"The weights are not finite after optimizer step {step} ({', '.join(bad)}), and are "
             "not saved: lower `lr` or raise `lr_warmup_steps`."
         )
 
@@ -234,7 +234,7 @@ def compare_sources(saved: dict[str, Any], present: dict[str, Any]) -> None:
     if changed:
         warnings.warn(
             f"The data is not what the checkpoint was trained on ({'; '.join(changed)}); a run "
-            "resumed like this is not the one that would have been.",
+            "resumed like this differs from an uninterrupted one.",
             stacklevel=2,
         )
 
@@ -243,11 +243,11 @@ OF_ACTIVATIONS = (
     *("model", "model_revision", "model_dtype", "quantization", "hook_name", "head"),
     *("document_start", "separator", "pack", "keep_rest", "chat_roles", "drop_special_tokens"),
 )
-"""What makes an SAE's activations, of its `source`: all but the text itself."""
+"""Keys of an SAE's `source` that determine its activations, except the text itself."""
 
 
 def warn_of_other_activations(saved: dict[str, Any], present: dict[str, Any]) -> None:
-    """Warn if an SAE is evaluated on another model or rule of text than it was trained on."""
+    """Warn if an SAE is evaluated with another model or text processing than in training."""
     both = [name for name in OF_ACTIVATIONS if name in saved and name in present]
     changed = [f"{k} {saved[k]} to {present[k]}" for k in both if saved[k] != present[k]]
     if changed:
@@ -278,7 +278,7 @@ def require_matching(sae: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def refuse_second(trainer: Trainer, callback: Callback) -> None:
-    """Raise a ValueError if the trainer has another callback of the kind of `callback`."""
+    """Raise a ValueError if the trainer has another callback of the class of `callback`."""
     kind = type(callback)
     if sum(isinstance(other, kind) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
         raise ValueError(

@@ -61,23 +61,23 @@ BESIDE = {
     "push": "lightning_sae.publishing:main",
     "steer": "lightning_sae.analysis.steering:main",
 }
-"""Commands that need no run. Imported when they are asked for: `fit` needs no scikit-learn."""
+"""Commands without a run. Imported only when used: `fit` needs no scikit-learn."""
 
 
 class SaveConfig(SaveConfigCallback):
     """Writes the run's whole configuration to `<trainer.default_root_dir>/config.yaml`.
 
-    With several ranks: refuses to start if they have different ones.
+    With several ranks: refuses to start if their configurations differ.
 
     Attributes:
-        path: The file, once it is written.
+        path: The file, set when it is written.
     """
 
     path: Path
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare the ranks. The file is written in `on_fit_start`, when a resume is known."""
+        """Compare the ranks. `on_fit_start` writes the file, because only it knows of a resume."""
         if trainer.world_size > 1:
             text = self.parser.dump(self.config, skip_none=False)
             require_agreement(trainer, yaml.safe_load(text))
@@ -90,7 +90,7 @@ class SaveConfig(SaveConfigCallback):
             return
         remove_unfinished(folder, "config*.yaml")
         text = self.parser.dump(self.config, skip_none=False)
-        # A start that was stopped before its first checkpoint may have left the same.
+        # A run stopped before its first checkpoint may have left the same file.
         if not self.path.exists() or self.path.read_text() != text:
             self.path = unused(self.path)  # a resumed run may have other settings
             write_atomically(self.path, lambda path: path.write_text(text))
@@ -99,14 +99,14 @@ class SaveConfig(SaveConfigCallback):
 class SAECLI(LightningCLI):
     """Lightning's command line with an SAE as model and a stream of activations as data.
 
-    The SAE's `d_in` is read from the data. Every run gets a progress bar, TensorBoard logs,
-    checkpoints, the exported SAE and, by `test`, an evaluation in the language model, by `predict`
-    the latents, all below `trainer.default_root_dir`.
+    The SAE's `d_in` is read from the data. Every run writes TensorBoard logs, checkpoints and the
+    exported SAE below `trainer.default_root_dir`; `test` adds an evaluation in the language model,
+    `predict` the latents. Every run shows a progress bar.
     """
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """As Lightning's, but `--model` is an SAE or several side by side, and no other module."""
+        """Like Lightning's, but `--model` must be an SAE or several side by side."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         kinds = (SparseAutoencoder, SideBySide)
         parser.add_subclass_arguments(kinds, "model", fail_untyped=False, required=True)
@@ -131,14 +131,14 @@ class SAECLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Take no arguments and no classes from a checkpoint: the configuration has them all.
+        """Take no arguments or classes from a checkpoint: the configuration has them all.
 
-        When the checkpoint is loaded, its settings are compared with those of the configuration.
+        When the checkpoint is loaded, its settings are compared with the configuration's.
         """
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As Lightning's, and use the new folder if the run's folder was moved."""
+        """Like Lightning's, but use the new folder if the run's folder was moved."""
         super().parse_arguments(parser, args)
         given = sys.argv[1:] if args is None else args
         in_words = isinstance(given, list) and any("default_root_dir" in word for word in given)
@@ -154,7 +154,8 @@ class SAECLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         root = self._get(self.config_init, "trainer.default_root_dir")
         if self._get(self.config_init, "trainer.logger") in (None, True):
-            # Without a placeholder among the hyper-parameters: `RunOverview` gives them figures.
+            # Without Lightning's placeholder metric: `RunOverview` logs the hyper-parameters with
+            # metrics.
             kwargs["logger"] = TensorBoardLogger(
                 root, name="tensorboard", version="", default_hp_metric=False
             )
@@ -169,7 +170,7 @@ class SAECLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _give_each(self, model: SideBySide) -> None:
-        """Give the parts of a run on one SAE to each member instead of to the run."""
+        """Give the callbacks for a single SAE to each member instead of to the run."""
         for key in ("evaluation", "spliced_loss"):
             self._parser(self.subcommand).callback_keys.remove(key)
         self.trainer_defaults = {"callbacks": [StreamMonitor()]}
@@ -179,7 +180,7 @@ class SAECLI(LightningCLI):
 
         def parts() -> list[Callback]:
             monitor = SplicedLossMonitor(spliced_loss.n_tokens)
-            monitor.known = known  # so that ablations are run once for all
+            monitor.known = known  # so that ablations are run once for all members
             watching = [Histograms(), RunOverview(), StepMonitor(), monitor]
             return [ExportSAE(), LatentWriter(), HeldOutEvaluation(evaluation.n_tokens), *watching]
 
@@ -192,7 +193,7 @@ class SAECLI(LightningCLI):
         return {**LightningCLI.subcommands(), "bench": {"model", "datamodule"}}
 
     def fit(self, **arguments: Any) -> None:
-        """Train, unless the folder holds another run or one that is still going on."""
+        """Train, unless the folder holds another run or one that is still running."""
         root, ckpt_path = Path(self.trainer.default_root_dir), self._ckpt_path()
         with held(root) if self.trainer.is_global_zero else nullcontext():
             if ckpt_path is not None:
@@ -210,7 +211,7 @@ class SAECLI(LightningCLI):
         return self._get(self.config_init, "ckpt_path")
 
     def after_fit(self) -> None:
-        """Say what was made and what to type next."""
+        """Print what was written and the next commands."""
         root = Path(self.trainer.default_root_dir)
         last, config = root / "checkpoints" / "last.ckpt", self._config_in_force()
         if isinstance(self.model, SideBySide):
@@ -218,7 +219,7 @@ class SAECLI(LightningCLI):
             return
         made = {
             self._callback(ExportSAE).folder: "the SAE, for lightning_sae.load",
-            last: "to go on from",
+            last: "to resume from",
             root / "tensorboard": "curves and histograms",
         }
         say(
@@ -240,7 +241,7 @@ class SAECLI(LightningCLI):
         return self._callback(SaveConfig).path
 
     def after_test(self) -> None:
-        """Show the figures and where they are."""
+        """Print the metrics and their path."""
         if isinstance(self.model, SideBySide):
             say(*after_test(self.model, self.trainer))
             return
@@ -257,7 +258,7 @@ class SAECLI(LightningCLI):
         )
 
     def after_validate(self) -> None:
-        """Say that nothing was written."""
+        """Print that nothing was written."""
         if isinstance(self.model, SideBySide):
             say(*after_validate(self.model))
             return
@@ -268,7 +269,7 @@ class SAECLI(LightningCLI):
         self.trainer.predict(**{**arguments, "return_predictions": False})
 
     def after_predict(self) -> None:
-        """Say where the latents are."""
+        """Print where the latents are."""
         if isinstance(self.model, SideBySide):
             say(*after_predict(self.model))
             return
@@ -279,7 +280,7 @@ class SAECLI(LightningCLI):
         )
 
     def after_bench(self) -> None:
-        """Show the figures and where they are."""
+        """Print the metrics and their path."""
         report = cast(BenchTrainer, self.trainer).bench_report
         say("", *report.lines(), "", f"Made: {report.path}")
 
@@ -289,19 +290,19 @@ class SAECLI(LightningCLI):
 
 
 def require_checkpoint(ckpt_path: str | None, root: Path) -> None:
-    """Raise a ValueError if `ckpt_path` is no checkpoint file; without one, weights are random."""
+    """Raise a ValueError if `ckpt_path` is not a checkpoint file; weights would be random."""
     if ckpt_path is None or ("://" not in ckpt_path and not Path(ckpt_path).is_file()):
         last = root / "checkpoints" / "last.ckpt"
         remedy = f"the run in {root} left {last}"
         if not last.is_file():
-            remedy = f"there is none in {root} either; `fit` without `--ckpt_path` starts anew"
+            remedy = f"there is none in {root} either; `fit` without `--ckpt_path` starts a new run"
         raise ValueError(
             f"Expected argument `ckpt_path` to be a checkpoint file but got {ckpt_path}: {remedy}."
         )
 
 
 def _is_moved(folder: Path, ckpt_path: Path, noted: Path) -> bool:
-    """Whether a configuration and a checkpoint of one run lie elsewhere than the run has noted."""
+    """Whether a run's configuration and checkpoint were moved from where the run wrote them."""
     together = ckpt_path.parent.resolve() == (folder / "checkpoints").resolve()
     return together and folder.resolve() != noted.resolve()
 
@@ -312,24 +313,24 @@ def _newest(root: Path) -> str:
 
 
 def quoted(*words: str | Path) -> str:
-    """Words of a command as one may paste them into a shell."""
+    """Words of a command, quoted for a shell."""
     return shlex.join(map(str, words))
 
 
 @rank_zero_only
 def say(*lines: str) -> None:
-    """Print lines for the reader at the terminal, once for all ranks."""
+    """Print lines to the terminal, on rank 0 only."""
     sys.stdout.write("\n".join(lines) + "\n")
 
 
 def command() -> None:
-    """Run `lightning-sae`, and end with one line, not a traceback, where the input is bad.
+    """Run `lightning-sae`; bad input ends in a one-line message instead of a traceback.
 
-    The environment variable `LIGHTNING_SAE_TRACEBACK=1` shows the traceback all the same.
+    The environment variable `LIGHTNING_SAE_TRACEBACK=1` shows the traceback.
     """
     _leave_out_of_others()
     try:
-        sys.argv[1:] = configurations.with_files(sys.argv[1:])  # ranks are started with these
+        sys.argv[1:] = configurations.with_files(sys.argv[1:])  # other ranks are started with these
         if sys.argv[1:2] == ["study"]:
             _study(sys.argv[2:])
         elif sys.argv[1:2] and sys.argv[1] in BESIDE:
@@ -346,36 +347,36 @@ def command() -> None:
 
 
 def _leave_out_of_others() -> None:
-    """Keep Lightning's advertisements and deprecations that no user can act on off the terminal."""
+    """Silence Lightning's advertisements, and deprecations that users cannot act on."""
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))
 
 
 def of_ours(error: Exception) -> Exception:
-    """The error itself, where jsonargparse has wrapped it into one that shows all arguments."""
+    """The original error, if jsonargparse has wrapped it in one that shows all arguments."""
     while isinstance(error.__cause__, ValueError) and "Given value" in str(error):
         error = error.__cause__
     return error
 
 
 def end_with(message: str) -> NoReturn:
-    """End with a line, or with the exception in progress if that is asked for."""
+    """Exit with one line, or with the traceback if requested."""
     if os.environ.get("LIGHTNING_SAE_TRACEBACK"):
         raise
     sys.exit(f"lightning-sae: {message}\n(LIGHTNING_SAE_TRACEBACK=1 shows where)")
 
 
 def lost_a_rank(error: RuntimeError) -> bool:
-    """Whether an error is what a process with several ranks gets when another one is gone."""
+    """Whether an error means that another rank is gone."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
     return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 def _study(args: list[str]) -> None:
-    """A study builds its own models and data, so Lightning's parser has no part in it."""
-    from lightning_sae import studies  # for its pictures it needs matplotlib, which is slow to load
+    """Run a study, which builds its own models and data, without Lightning's parser."""
+    from lightning_sae import studies  # needs matplotlib, which is slow to import
 
     studies.main(args)
 
@@ -385,10 +386,10 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
 
     Args:
         args: Command-line arguments; those of the process by default.
-        run: Whether to run the command, rather than only build its parts.
+        run: Whether to run the command, or only build its parts.
 
     Returns:
-        The command line with its model, data and trainer.
+        The command line object with its model, data and trainer.
     """
     return SAECLI(
         LightningModule,  # see `add_core_arguments_to_parser`

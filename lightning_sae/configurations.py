@@ -15,17 +15,17 @@ def names() -> list[str]:
 
 
 def summary(name: str) -> str:
-    """The first sentence of the comment with which a configuration begins."""
+    """The first sentence of a configuration's leading comment."""
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
     comment = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
     return comment.split(". ")[0].split(": lightning-sae")[0].rstrip(".") + "."
 
 
 def found(given: str) -> str:
-    """The file that `--config` means: `given` if there is such a file, else the one of that name.
+    """The file for `--config`: `given` if that file exists, else the configuration of that name.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If neither exists.
     """
     if Path(given).exists() or given.lstrip().startswith("{"):
         return given

@@ -1,12 +1,13 @@
-"""What the ranks of a run find out together: one configuration, means, and files of their own.
+"""Agreement between ranks: equal configurations, reductions, and each rank's own files.
 
 Each rank evaluates the objective on its own batch, and Lightning's strategy averages gradients.
-That is the gradient of all batches together for every term that is a mean over rows. What is not a
-mean over rows (a selection among all rows, a ratio of sums, the square of a mean) asks the other
-ranks through `Ranks`. Ranks have batches of equal size.
+That is the gradient of all batches together for every term that is a mean over rows. Terms that are
+not a mean over rows (a selection among all rows, a ratio of sums, the square of a mean) are reduced
+over the ranks through `Ranks`. Batches have the same size on all ranks.
 
-They also have equally many. The data modules of this package never end. With other loaders an epoch
-ends for all ranks with the shortest; validation loaders must have one length.
+The number of batches is also equal. The data modules of this package never end. With other loaders,
+an epoch ends on all ranks when the shortest loader ends; validation loaders must have equal
+lengths.
 """
 
 import re
@@ -23,10 +24,10 @@ from lightning_sae.files import read_checkpoint, write_atomically
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """The trainer that a module is attached to; None in a loop of the user's own, or of Fabric.
+    """The trainer that a module is attached to; None in a user's own loop, or with Fabric.
 
     Raises:
-        ValueError: With Fabric on several ranks: what they find out together needs a trainer.
+        ValueError: With Fabric on several ranks, because reductions over ranks need a trainer.
     """
     if module.fabric is not None:
         if module.fabric.world_size > 1:
@@ -37,12 +38,12 @@ def trainer_of(module: LightningModule) -> Trainer | None:
         return None
     try:
         return module.trainer
-    except RuntimeError:  # so Lightning says that there is none
+    except RuntimeError:  # Lightning's error if there is none
         return None
 
 
 class Ranks:
-    """The copies of a module that are being trained, one on each rank.
+    """The copies of a module in training, one on each rank.
 
     All ranks must call these methods in the same order. Outside of training, and on one rank, each
     method returns its argument.
@@ -56,12 +57,12 @@ class Ranks:
 
     @property
     def n(self) -> int:
-        """Copies that are being trained."""
+        """Number of copies in training."""
         trainer = trainer_of(self._module)
         return 1 if trainer is None or not trainer.training else trainer.world_size
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over all ranks, a constant to the gradient."""
+        """The mean over all ranks, without a gradient."""
         return self._reduced(value, "mean")
 
     def least(self, value: Tensor) -> Tensor:
@@ -75,39 +76,39 @@ class Ranks:
     def _reduced(self, value: Tensor, operation: str) -> Tensor:
         if self.n == 1:
             return value
-        # On a copy, for `reduce` works in place.
+        # On a copy, because `reduce` works in place.
         value = value.detach().to(self._module.device, copy=True)
         return self._module.trainer.strategy.reduce(value, reduce_op=operation)
 
     def mean_with_gradient(self, value: Tensor) -> Tensor:
-        """The mean over all ranks, whose gradient is that of this rank's share of it.
+        """The mean over all ranks, with the gradient of this rank's share.
 
-        Of a function of this mean each rank has its own share of the gradient, and the mean over
-        ranks, which the strategy takes, is the whole gradient.
+        For a function of this mean, each rank computes its share of the gradient. The strategy's
+        mean over ranks is then the whole gradient.
         """
         return value if self.n == 1 else value + (self.mean(value) - value.detach())
 
     def gathered(self, values: Float[Tensor, " n"]) -> Float[Tensor, "ranks n"]:
-        """The vectors of all ranks, in the order of the ranks."""
+        """The vectors of all ranks, concatenated in order of rank."""
         if self.n == 1:
             return values.unsqueeze(0)
         return self._module.trainer.strategy.all_gather(values)
 
     def shorten_epoch(self) -> bool:
-        """Have all ranks train on as many batches as the shortest loader has, where that is known.
+        """Limit all ranks to the number of batches of the shortest loader, where that is known.
 
-        Lightning trains on as many as each rank has: without this, and without
-        `end_with_the_first`, ranks with more batches wait for ever for the gradients of the others
-        (`tests/ranks/test_agreement.py` has such a run). So Lightning's `max_batches` and
-        `is_last_batch` are set, which it has no other way to be told.
+        Lightning trains each rank on all of its batches: without this, and without
+        `end_with_the_first`, ranks with more batches wait forever for the gradients of the others
+        (`tests/ranks/test_agreement.py` has such a run). Lightning has no public interface for
+        this, so its `max_batches` and `is_last_batch` are set.
 
         Returns:
-            Whether a length is not known: then call `end_with_the_first` with each batch.
+            Whether a length is unknown: then call `end_with_the_first` with each batch.
         """
         if self.n == 1:
             return False
         trainer = self._module.trainer
-        # Where validation goes by the clock there is no such attribute.
+        # The attribute is missing if validation runs by time.
         loop, share = trainer.fit_loop, getattr(trainer, "val_check_interval", None)
         own = torch.tensor(float(loop.max_batches))
         least, most = self.least(own), -self.least(-own)
@@ -118,10 +119,10 @@ class Ranks:
         return bool(most.isinf())
 
     def end_with_the_first(self) -> None:
-        """End the epoch on all ranks with the last batch of the first rank to end."""
+        """End the epoch on all ranks when the first rank reaches its last batch."""
         progress = self._module.trainer.fit_loop.epoch_loop.batch_progress
         is_last = self.sum(torch.tensor(float(progress.is_last_batch)))
-        # What Lightning reads to step with accumulated gradients, to validate and to end.
+        # Lightning reads this to step with accumulated gradients, to validate and to end.
         progress.is_last_batch = bool(is_last > 0)
 
 
@@ -129,8 +130,8 @@ def require_agreement(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     """Raise a ValueError on all ranks unless all have the same settings.
 
     Args:
-        trainer: Says how many ranks there are; with one there is nothing to compare.
-        settings: Plain values by name, nested or not.
+        trainer: Provides the number of ranks; with one, nothing is compared.
+        settings: Plain values by name, possibly nested.
     """
     if trainer.world_size == 1:
         return
@@ -148,9 +149,9 @@ def require_agreement(trainer: Trainer, settings: Mapping[str, Any]) -> None:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by their dotted names, as text.
+    """Settings by dotted name, as text.
 
-    Parts of a list are counted, or called by the name that they have.
+    Items of a list are named by their `name` if they have one, otherwise by index.
 
     Example:
         >>> flat({"model": {"d_sae": 8, "betas": (0.9, 0.99)}, "seed": None})
@@ -165,17 +166,17 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{name}.")
         else:
-            # Without addresses, for these belong to a process.
+            # Without memory addresses, which differ between processes.
             found[f"{prefix}{name}"] = re.sub(" at 0x[0-9a-f]+", "", str(value))
     return found
 
 
-# What only one rank knows of a run, in a file beside the checkpoint. Rank 0 writes the checkpoint:
-# weights, moments and schedules, which are the same on all ranks, and what rank 0 alone has, such
-# as its buffer and its place in the text. Each other rank writes its own of these beside it,
-# `last.ckpt` having `last.ckpt.step-400.rank-1`. All parts are complete before the checkpoint
-# replaces an earlier one, and parts of earlier steps are removed only after it: whenever a run is
-# killed, the checkpoint's own parts are there.
+# State that differs between ranks is stored in files beside the checkpoint. Rank 0 writes the
+# checkpoint: weights, moments and schedules, which are the same on all ranks, and its own state,
+# such as its buffer and its position in the text. Each other rank writes its own state beside it,
+# for `last.ckpt` into `last.ckpt.step-400.rank-1`. All these files are complete before the
+# checkpoint replaces an earlier one, and files of earlier steps are removed only afterwards, so a
+# killed run always leaves the files that belong to the checkpoint.
 
 SHARED = {"state_dict", "optimizer_states", "lr_schedulers", "hyper_parameters", "settings"}
 """Entries of a checkpoint that are the same on all ranks."""
@@ -187,21 +188,21 @@ def part_of(path: Path, step: int, rank: int) -> Path:
 
 
 def write_part(path: Path, rank: int, checkpoint: dict[str, Any]) -> None:
-    """Write what a rank's own checkpoint holds beyond the one of rank 0 at `path`."""
+    """Write a rank's own state beside the checkpoint of rank 0 at `path`."""
     own = {name: value for name, value in checkpoint.items() if name not in SHARED}
     part = part_of(path, checkpoint["global_step"], rank)
     write_atomically(part, lambda temporary: torch.save(own, temporary))
 
 
 def take_part(path: Path, rank: int, checkpoint: dict[str, Any]) -> None:
-    """Put a rank's own entries into the checkpoint that was read from `path`, if it has any."""
+    """Merge a rank's own state, if any, into the checkpoint read from `path`."""
     part = part_of(path, checkpoint["global_step"], rank)
     if part.is_file():
         checkpoint.update(read_checkpoint(part))
 
 
 def remove_other_parts(path: Path, step: int) -> None:
-    """Remove what was written beside earlier checkpoints at `path`."""
+    """Remove the ranks' files of earlier checkpoints at `path`."""
     for part in path.parent.glob(f"{path.name}.step-*.rank-*"):
         if not part.name.startswith(f"{path.name}.step-{step}."):
             part.unlink(missing_ok=True)

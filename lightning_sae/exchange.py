@@ -1,4 +1,4 @@
-"""`lightning-sae import` and `lightning-sae export`: other libraries' SAEs in, ours out."""
+"""`lightning-sae import` and `export`: convert SAEs from and to other libraries' formats."""
 
 import sys
 import warnings
@@ -25,16 +25,16 @@ def import_sae(
 
     Args:
         source: Folder or file.
-        output: The folder to write; it has to be new or empty. With `config`, a new file.
+        output: The folder to write, new or empty; with `config`, a new file.
         format: Its format; recognised by default.
-        config: In the place of an SAE, SAELens' runner_cfg.json or the folder with it: a
-            configuration for `lightning-sae fit` is written, that does the same as far as it goes.
+        config: Instead of an SAE, SAELens' runner_cfg.json or its folder: writes the closest
+            configuration for `lightning-sae fit`.
 
     Returns:
         The folder or file.
 
     Raises:
-        ValueError: If there is no SAE, or the folder holds files.
+        ValueError: If there is no SAE, or the folder is not empty.
     """
     if (source is None) == (config is None):
         got = "neither" if source is None else "both"
@@ -60,16 +60,17 @@ def export_sae(
     Args:
         sae: Folder or checkpoint of an SAE, or one in another library's format; for `neuronpedia`
             the folder of its analysis.
-        output: The folder to write; it has to be new or empty.
+        output: The folder to write, new or empty.
         format: The other library's format, or `neuronpedia`.
-        member: Which one, in a checkpoint of several side by side.
-        unit_decoder: Fold norms of decoder rows into the encoder: latents are times the norms.
+        member: Name of the SAE, in a checkpoint of several side by side.
+        unit_decoder: Fold the norms of decoder rows into the encoder; latents are multiplied by
+            them.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If there is no SAE, the format cannot hold it, or the folder holds files.
+        ValueError: If there is no SAE, the format cannot hold it, or the folder is not empty.
     """
     if format == NEURONPEDIA:
         return write_neuronpedia(FeatureStore(sae), output)

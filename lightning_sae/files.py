@@ -1,4 +1,4 @@
-"""Files that are complete or not there, and checkpoints that are what was written."""
+"""Atomic file writes, and checks that a checkpoint is undamaged."""
 
 import json
 import os
@@ -21,12 +21,13 @@ from typing_extensions import override
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` on a temporary neighbour of `path`, then put that in the place of `path`.
+    """Call `write` on a temporary file beside `path`, then replace `path` by it.
 
-    Whatever happens, `path` is either what it was or complete.
+    `path` is always either unchanged or completely written.
 
     Raises:
-        OSError: If writing fails, for instance on a full disk; says what became of the old file.
+        OSError: If writing fails, for instance on a full disk; the message says whether the old
+            file is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -34,7 +35,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # as if opened in the ordinary way
+        temporary.chmod(0o666 & ~_umask())  # the permissions of an ordinary new file
         _flush_to_disk(temporary)
         temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap ENOSPC
@@ -56,10 +57,10 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        ValueError: If it holds something else; one line, which names the file.
+        ValueError: If it is not JSON; the message is one line and names the file.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
@@ -68,7 +69,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Put plain values into the place of an earlier JSON file."""
+    """Write plain values to a JSON file, replacing an earlier one."""
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -80,14 +81,14 @@ def _constant(name: str) -> float:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written beside the old file and then put in its place."""
+    """Checkpoint I/O that writes atomically: first beside the old file, then in its place."""
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write `checkpoint`; a failure leaves an existing file at `path` as it was."""
-        if "://" in str(path):  # not a disk, whose files could be renamed
+        if "://" in str(path):  # remote storage, where files cannot be renamed
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
@@ -96,9 +97,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint that is not damaged.
+        """Read a checkpoint, after a check for damage.
 
-        Tensors and plain values only, unless told otherwise: a pickle can run code.
+        By default only tensors and plain values, because a pickle can run code.
         """
         return read_checkpoint(path, map_location, weights_only=weights_only is not False)
 
@@ -116,7 +117,7 @@ ENTRIES = {
     "global_step": int,
     "pytorch-lightning_version": str,
 }
-"""What a checkpoint holds, by type; each may be missing."""
+"""Types of a checkpoint's entries, each of which may be missing."""
 
 
 def read_checkpoint(
@@ -125,20 +126,20 @@ def read_checkpoint(
     needed: tuple[str, ...] | None = None,
     weights_only: bool = True,
 ) -> dict[str, Any]:
-    """Read a checkpoint whose bytes are those that were written.
+    """Read a checkpoint, and check that it is undamaged.
 
     Args:
         path: The file.
-        map_location: Where tensors go, as `torch.load` takes it.
-        needed: Entries that are wanted; damaged ones among the others are left out with a warning.
-            By default all.
-        weights_only: Whether tensors and plain values alone are read. A file that may hold more
-            can run code.
+        map_location: Device of the tensors, as for `torch.load`.
+        needed: Entries that are needed; damage in others only gives a warning and drops them. By
+            default all.
+        weights_only: Whether to read only tensors and plain values. Reading other objects can run
+            code.
 
     Raises:
         FileNotFoundError: If there is no file at `path`.
-        ValueError: If it is no checkpoint, is damaged, or its weights are not finite. The message
-            is one line, which names the file, what is intact in it and what can be used instead.
+        ValueError: If it is not a checkpoint, is damaged, or its weights are not finite. The
+            message is one line, and names the file, its intact parts and what to use instead.
     """
     filesystem = get_filesystem(path)
     if filesystem.isdir(str(path)):
@@ -168,7 +169,7 @@ def _content(path: str | Path, file: BinaryIO, map_location: Any, weights_only: 
         kind = f"a {kinds[0]}" if kinds else "an object"
         reason = f"it holds {kind}, and only tensors and plain values are read, for others can run"
         raise _refusal(path, f"{reason} code") from error
-    except Exception as error:  # of many kinds, as `torch.load` does not check what it reads
+    except Exception as error:  # `torch.load` raises errors of many types on damaged files
         raise _refusal(path, f"it is damaged ({first_line(error)})") from error
 
 
@@ -181,7 +182,7 @@ def _require_entries(path: str | Path, content: Any) -> None:
     weights = content.get("state_dict", {})
     if not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise _refusal(path, "its `state_dict` holds more than tensors")
-    if "members" not in content:  # of those that have stopped some may not be finite
+    if "members" not in content:  # the state of stopped members may not be finite
         bad = not_finite(weights)
         if bad:
             raise _refusal(path, f"its weights are not finite ({_listed(bad)})")
@@ -191,9 +192,9 @@ def not_finite(weights: Mapping[str, Tensor], buffers: Collection[str] | None = 
     """Names of the weights that are not finite.
 
     Args:
-        weights: By name.
-        buffers: Those that may be -inf, as a threshold below all values is; by default, all that
-            are no matrices.
+        weights: Tensors by name.
+        buffers: Names of tensors that may be -inf, such as a threshold below all values; by default
+            all that are not matrices.
     """
     return sorted(name for name, weight in weights.items() if _is_bad(name, weight, buffers))
 
@@ -205,12 +206,12 @@ def _is_bad(name: str, weight: Tensor, buffers: Collection[str] | None) -> bool:
     return not (may_be_low and (torch.isfinite(weight) | (weight == -torch.inf)).all())
 
 
-# Damage. `torch.load` checks nothing; but a zip archive has a checksum of each of its records, one
-# of which has the structure and each other one a tensor.
+# Damage. `torch.load` checks nothing, but the zip archive has a checksum for each record. One
+# record holds the structure, each other one a tensor.
 
 
 def _damaged_entries(path: str | Path, file: BinaryIO) -> set[str]:
-    """Names of the entries that have damaged tensors.
+    """Names of the entries with damaged tensors.
 
     Raises:
         ValueError: If the archive or its structure is damaged.
@@ -220,7 +221,7 @@ def _damaged_entries(path: str | Path, file: BinaryIO) -> set[str]:
         if not all("/data/" in record.filename for record in records):
             raise ValueError("what describes its tensors does not match its checksum")
         return _entries_in(file, records) if records else set()
-    except Exception as error:  # what damage makes of an archive raises errors of all kinds
+    except Exception as error:  # a damaged archive raises errors of many types
         raise _refusal(path, f"it is damaged ({first_line(error)})") from error
 
 
@@ -228,8 +229,8 @@ def damaged_records(file: BinaryIO) -> list[zipfile.ZipInfo]:
     """Records of an archive of `torch.save` that do not match their checksums.
 
     Raises:
-        ValueError: If it is no such archive.
-        BadZipFile: If a record is of another kind than `torch.save` writes.
+        ValueError: If it is not such an archive.
+        BadZipFile: If a record is of a kind that `torch.save` does not write.
     """
     if not file.read(1):
         raise ValueError("the file is empty")
@@ -240,15 +241,15 @@ def damaged_records(file: BinaryIO) -> list[zipfile.ZipInfo]:
 
 
 FOLDER = 0x10
-"""The attribute of a zip record that makes it a folder."""
+"""The attribute that marks a zip record as a folder."""
 
 
 def _is_intact(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
-    """Whether a record matches its checksum, which Python compares when it has read it.
+    """Whether a record matches its checksum, which Python compares after reading it.
 
     Raises:
-        BadZipFile: If it is not where it should be or of another kind than `torch.save` writes.
-            Of a folder `torch.load` would read nothing, and take what there is in memory.
+        BadZipFile: If it is not at its place, or of a kind that `torch.save` does not write. From a
+            folder, `torch.load` would read nothing and return uninitialised memory.
     """
     stored = record.compress_type == zipfile.ZIP_STORED and not record.external_attr & FOLDER
     if not stored or record.file_size != record.compress_size:
@@ -268,7 +269,7 @@ def _entries_in(file: BinaryIO, records: list[zipfile.ZipInfo]) -> set[str]:
     with zipfile.ZipFile(file) as archive:
         starts = sorted(record.header_offset for record in archive.infolist())
     file.seek(0)
-    with FakeTensorMode():  # tensors without values, which know their place in the file
+    with FakeTensorMode():  # tensors without values, which know their offset in the file
         content = torch.load(file, "cpu", weights_only=True)
     damaged = {record.header_offset for record in records}
 
@@ -300,17 +301,17 @@ def _refusal(path: str | Path, reason: str) -> ValueError:
 
 
 def _instead_of(path: Path) -> str:
-    """What a reader of a damaged checkpoint can use: other checkpoints, or exported SAEs."""
+    """What to use instead of a damaged checkpoint: other checkpoints, or exported SAEs."""
     others = [other for other in path.parent.glob("*.ckpt") if other != path and _is_sound(other)]
     others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     exported = [*run.glob("sae*/config.json"), *run.glob("members/*/sae*/config.json")]
     if others:
-        return f"Beside it, {others[0]} is intact: go on from there with --ckpt_path."
+        return f"Beside it, {others[0]} is intact: continue from it with --ckpt_path."
     if exported:
         folders = _listed(str(config.parent) for config in exported)
         return f"The exported SAE is there for `lightning_sae.load`: {folders}."
-    return "There is no other checkpoint beside it and no exported SAE: start anew."
+    return "There is no other checkpoint beside it and no exported SAE: start over."
 
 
 def _is_sound(path: Path) -> bool:
@@ -327,5 +328,5 @@ def _listed(names: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line; its kind, if it says nothing."""
+    """The first line of an error's message, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -1,4 +1,4 @@
-"""SAEs on the Hugging Face hub: which files a name stands for, and the card beside an SAE."""
+"""SAEs on the Hugging Face hub: the files of an SAE, and its model card."""
 
 import glob
 import re
@@ -16,13 +16,13 @@ OWNER_AND_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHTS = (".safetensors", ".npz", ".pt")
 READ = (*WEIGHTS, ".json")
 LEFT_ALONE = ("optimizer", "lr_scheduler", "trainer_state", "state.pt", "activations_store")
-"""Beginnings of the names of files that hold no SAE, in folders of other libraries."""
+"""Prefixes of file names that are not SAEs, in folders of other libraries."""
 
 
 def is_hub_name(path: str | Path) -> bool:
     """Whether a path that does not exist may be `owner/name` or `owner/name/folder` on the hub.
 
-    Where its first folder exists, it is a slip of the pen in a path of this machine.
+    If its first folder exists, it is a misspelt local path.
     """
     text = str(path)
     owner, *rest = text.split("/")
@@ -32,7 +32,7 @@ def is_hub_name(path: str | Path) -> bool:
 
 
 def on_disk(path: str | Path, revision: str | None = None) -> Path:
-    """Where an SAE is on this machine; what is on the hub is downloaded, once.
+    """The local path of an SAE; files on the hub are downloaded once.
 
     Args:
         path: A folder or file, or the name `owner/name[/folder]` of one on the hub.
@@ -66,14 +66,14 @@ def _downloaded(name: str, revision: str | None) -> Path:
         raise _refusal(name, reason) from error
     except ValueError:
         raise
-    except Exception as error:  # of the network, of many kinds
+    except Exception as error:  # network errors of many types
         root = _cached(name, repo_id, revision, error)
         _files_of(name, folder, _files_in(Path(root)))
     return Path(root, folder)
 
 
 def _cached(name: str, repo_id: str, revision: str | None, error: Exception) -> str:
-    """What was downloaded before, where the hub cannot be reached."""
+    """The earlier download, used if the hub cannot be reached."""
     try:
         return snapshot_download(
             repo_id, revision=revision, local_files_only=True, allow_patterns=[]
@@ -91,10 +91,10 @@ def _files_in(root: Path) -> list[str]:
 
 
 def _files_of(name: str, folder: str, files: Iterable[str]) -> list[str]:
-    """Files of the SAE in a folder of a repository: its weights, and all that describes them.
+    """Files of the SAE in a folder of a repository: its weights and their descriptions.
 
     Raises:
-        ValueError: If it holds none; the message names folders that do.
+        ValueError: If it holds no SAE; the message names folders that do.
     """
     files = [file for file in files if file.endswith(READ)]
     if folder in files:  # one file
@@ -129,12 +129,12 @@ def _refusal(name: str, reason: str) -> ValueError:
 def card_of(
     description: Mapping[str, Any], name: str, figures: Mapping[str, Any] | None = None
 ) -> ModelCard:
-    """The card of one SAE, from what it was trained with.
+    """The model card of one SAE, from its settings.
 
     Args:
-        description: As in the `config.json` of a folder that `save_pretrained` wrote.
-        name: Of the repository, for the line that loads the SAE.
-        figures: Its figures on held-out text.
+        description: Content of the `config.json` that `save_pretrained` wrote.
+        name: Name of the repository, for the line that loads the SAE.
+        figures: Its metrics on held-out text.
     """
     kind, where = description["architecture"], _origin(description["source"])
     sections = [
@@ -155,12 +155,12 @@ def card_of_several(
     name: str,
     figures: Mapping[str, Mapping[str, Any]],
 ) -> ModelCard:
-    """The card of a repository of several SAEs, a folder each.
+    """The model card of a repository of several SAEs, one per folder.
 
     Args:
-        descriptions: By folder.
-        name: Of the repository.
-        figures: By folder, as far as they are known.
+        descriptions: Descriptions by folder.
+        name: Name of the repository.
+        figures: Metrics by folder, where known.
     """
     rows = []
     for folder, description in descriptions.items():
@@ -183,7 +183,7 @@ def card_of_several(
 
 
 SHOWN = ("l0", "fvu", "dead_fraction", "ce_spliced", "loss_recovered_zero")
-"""Figures in the table of several SAEs."""
+"""Metrics in the table of several SAEs."""
 
 
 def _origin(source: Mapping[str, Any]) -> str:

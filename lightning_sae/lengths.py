@@ -1,4 +1,4 @@
-"""Lengths of the parts of a run: a number of optimiser steps, or a share of the run."""
+"""Lengths of the parts of a run: a number of optimizer steps, or a share of the run."""
 
 from numbers import Integral
 from typing import Protocol, runtime_checkable
@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 from lightning.pytorch import LightningModule, Trainer
 
 Length = int | float
-"""Optimiser steps, as `200`, or a share of `trainer.max_steps` between 0 and 1, as `0.05`."""
+"""Optimizer steps, as `200`, or a share of `trainer.max_steps` between 0 and 1, as `0.05`."""
 
 
 def is_share(length: Length) -> bool:
@@ -15,7 +15,7 @@ def is_share(length: Length) -> bool:
 
 
 def require_lengths(least: int, **values: Length) -> None:
-    """Raise a ValueError if an argument is neither a share nor at least so many whole steps."""
+    """Raise a ValueError if an argument is neither a share nor at least `least` steps."""
     for name, value in values.items():
         if isinstance(value, float):
             holds = 0 < value < 1
@@ -29,12 +29,12 @@ def require_lengths(least: int, **values: Length) -> None:
 
 
 def steps_of(length: Length, total: int, name: str) -> int:
-    """Optimiser steps of a length in a run of `total`. A share is rounded, to one step or more.
+    """Optimizer steps of a length in a run of `total`. A share is rounded, to one step or more.
 
     Args:
         length: Steps, or a share of the run.
         total: The run's `trainer.max_steps`.
-        name: The argument's, for the error.
+        name: The argument's name, for the error.
 
     Raises:
         ValueError: If it is a share of a run of unknown length.
@@ -53,7 +53,7 @@ def steps_of(length: Length, total: int, name: str) -> int:
 def two_steps_of(
     first: Length, second: Length, total: int, names: tuple[str, str]
 ) -> tuple[int, int]:
-    """The same of two lengths. Two shares of no more than the run fit into it, however short it is.
+    """The same for two lengths. Shares whose sum is at most 1 always fit into the run.
 
     Example:
         >>> two_steps_of(0.5, 0.5, 3, ("delay_steps", "warmup_steps"))
@@ -66,7 +66,7 @@ def two_steps_of(
 
 
 def unknown(total: int, **lengths: Length) -> list[str]:
-    """An error for each share, if the length of the run is not known."""
+    """A message for each share, if the length of the run is unknown."""
     return [
         f"`{name}`={length} is a share of the run and needs one of known length, but "
         f"`trainer.max_steps` is {total}: set `trainer.max_steps`, or give a number of steps."
@@ -80,19 +80,19 @@ class HasLengths(Protocol):
     """A part of a run that has lengths as arguments, kept under their names.
 
     Attributes:
-        length_names: Their names.
+        length_names: Names of these arguments.
     """
 
     length_names: tuple[str, ...]
 
     def length_problems(self, total: int) -> list[str]:
-        """What is wrong with them in a run of `trainer.max_steps`, an error each."""
+        """Messages on invalid lengths in a run of `total` steps, one each."""
 
 
 def refuse_lengths(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Raise one ValueError that says of all lengths what is wrong with them.
+    """Raise one ValueError with the messages on all invalid lengths.
 
-    The first part that is set up calls it for all. A trial with `fast_dev_run` takes any length.
+    Called once, by the first part that is set up. `fast_dev_run` accepts any length.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return

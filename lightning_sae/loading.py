@@ -1,4 +1,4 @@
-"""`load`: from files to an SAE. The one place that knows all architectures and formats."""
+"""`load`: read an SAE from files. The only module that knows all architectures and formats."""
 
 from pathlib import Path
 from typing import Any, overload
@@ -19,7 +19,7 @@ from lightning_sae.files import first_line, read_checkpoint
 from lightning_sae.hub import on_disk
 
 NEEDED = ("state_dict", "hyper_parameters", "lightning_sae", "members")
-"""What an SAE needs of a checkpoint."""
+"""Entries of a checkpoint that an SAE needs."""
 
 
 @overload
@@ -57,25 +57,25 @@ def load(
         path: A folder that `save_pretrained` wrote, a `.ckpt` file of a training run, a folder or
             file in another library's format, see `lightning_sae.interop`, or the name
             `owner/name[/folder]` of any of these on the Hugging Face hub.
-        architecture: Class to build; by default the one of this package that the file names.
-        member: Which one, in a checkpoint of several side by side.
-        device: Where to put it; the CPU by default.
-        dtype: dtype of its weights; by default the one they are stored in.
+        architecture: Class to build; by default the class that the file names.
+        member: Name of the SAE, in a checkpoint of several side by side.
+        device: Its device; the CPU by default.
+        dtype: dtype of its weights; by default the stored one.
         revision: Branch, tag or commit of a repository on the hub.
-        format: Of another library's files, where their names do not tell: a name in
+        format: Format of another library's files, if it cannot be recognised: a name in
             `lightning_sae.interop.FORMATS`.
 
     Returns:
         The SAE in evaluation mode; `sae.source` names its model and hook, and
-        `sae.source["imported"]` in which units the latents of an imported one are.
+        `sae.source["imported"]` the units of an imported SAE's latents.
 
     Raises:
         ValueError: If there is no SAE at `path`, it is damaged or not finite, or it needs another
-            class; if there is no such device.
+            class; or if the device does not exist.
     """
     require_place(device, dtype)
     path = on_disk(path, revision)
-    if path.suffix == ".safetensors" and path.is_file():  # what describes it is beside it
+    if path.suffix == ".safetensors" and path.is_file():  # its description is beside it
         path = path.parent
     if format is None and _is_checkpoint(path):
         sae = _load_checkpoint(path, architecture, member)
@@ -93,11 +93,11 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def require_place(device: str | torch.device | None, dtype: torch.dtype | None) -> None:
-    """Raise a ValueError if weights cannot be on such a device or of such a dtype."""
+    """Raise a ValueError if weights cannot have this device or dtype."""
     expect(dtype is None or dtype in FLOATS, "dtype", f"one of {FLOATS}", repr(dtype))
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # of a device that torch was built without
+    except (RuntimeError, AssertionError) as error:  # torch was built without this device
         why = f"{device} ({first_line(error)}): leave it out for the CPU"
         expect(False, "device", "one that this machine has", why)
 
@@ -132,7 +132,7 @@ def _load_checkpoint(
 
 
 def _of_member(checkpoint: dict[str, Any], member: str | None) -> dict[str, Any]:
-    """What a checkpoint of the member alone would hold of its SAE."""
+    """The SAE's entries as in a checkpoint of the member alone."""
     names = [str(own.get("name")) for own in checkpoint["members"]]
     if member not in names:
         raise ValueError(

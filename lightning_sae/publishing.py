@@ -1,4 +1,4 @@
-"""`lightning-sae push`: the SAE of a run, or all of a sweep, into a repository on the hub."""
+"""`lightning-sae push`: upload the SAE of a run, or all SAEs of a sweep, to the hub."""
 
 import shutil
 import sys
@@ -26,29 +26,29 @@ def push(
     branch: str | None = None,
     message: str = "SAEs trained with lightning-sae",
 ) -> str:
-    """Put the SAE of a run, or all SAEs of a run of several, into a repository on the hub.
+    """Upload the SAE of a run, or all SAEs of a run of several, to a repository on the hub.
 
-    With each goes what `test` wrote of it, `results.json`. Of several each is a folder, which
-    `lightning_sae.load("owner/name/folder")` reads. A card says how to load them, what they were
-    trained on and with, and what they reach.
+    The `results.json` of `test` is included. Several SAEs go into one folder each, which
+    `lightning_sae.load("owner/name/folder")` reads. A model card states how to load them, their
+    training data and settings, and their metrics.
 
     Args:
         run: Folder of a run, or of an SAE.
-        repo_id: `owner/name`; the repository is made if there is none.
+        repo_id: `owner/name`; the repository is created if missing.
         private: Whether a new repository is private.
         branch: Branch to commit to.
-        message: Of the commit.
+        message: Message of the commit.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: If there is no sound SAE in `run`.
-        OSError: If the hub does not take it.
+        ValueError: If `run` holds no SAE, or a damaged one.
+        OSError: If the upload fails.
     """
     found = saes_of(Path(run))
     for sae, _ in found.values():
-        load(sae)  # what is damaged is not published
+        load(sae)  # refuses damaged files
     api = HfApi()
     with TemporaryDirectory() as made:
         card = _gathered(found, repo_id, Path(made))
@@ -58,7 +58,7 @@ def push(
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=made, commit_message=message, revision=branch
             )
-        except Exception as error:  # of the network or the hub, of many kinds
+        except Exception as error:  # errors of the network or the hub, of many types
             raise OSError(
                 f"Could not push to {repo_id}: {first_line(error)}. Nothing here was changed; log "
                 "in with `hf auth login`, or look at the name and the network."
@@ -67,7 +67,7 @@ def push(
 
 
 def saes_of(run: Path) -> dict[str, tuple[Path, Path | None]]:
-    """The SAEs of a run and their figures, by the folder that they shall have; "" is the root.
+    """The SAEs of a run and their metrics, by target folder; "" is the root.
 
     Raises:
         ValueError: If there is none.
@@ -100,7 +100,7 @@ def _newest(paths: Iterable[Path]) -> Path | None:
 
 
 def _gathered(found: dict[str, tuple[Path, Path | None]], repo_id: str, root: Path) -> ModelCard:
-    """Copy all that goes into the repository to `root`; returns its card."""
+    """Copy all files of the repository to `root`; return the model card."""
     descriptions: dict[str, dict[str, Any]] = {}
     figures: dict[str, dict[str, Any]] = {}
     for name, (sae, results) in found.items():

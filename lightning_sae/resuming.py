@@ -1,8 +1,7 @@
-"""What counts when a run goes on from a checkpoint: what is given now, or what it was made with.
+"""Which settings apply on resume: those given now, or those of the checkpoint.
 
-Each setting that bears on the run is noted in the checkpoint. On resume, one that is given another
-value either is in force from there on, which is said, or is refused. `docs/resuming.md` has the
-table for readers.
+Each setting that affects the run is saved in the checkpoint. On resume, a changed setting either
+applies from then on, with a message, or is refused. The table is in `docs/resuming.md`.
 """
 
 import inspect
@@ -20,13 +19,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.lengths import HasLengths, is_share, steps_of
 
-# Of an SAE: what its weights mean, and what only the start of a run uses. Widths and architecture
-# are compared with the weights themselves, see `require_matching`. All else may change.
+# Settings of an SAE that give its weights their meaning or are only used at the start of a run.
+# Widths and architecture are compared with the weights, see `require_matching`. All others may
+# change.
 FIXED_IN_MODEL = {"apply_b_dec_to_input", "decoder_norm", "b_dec_init", "threshold_init"}
-# Of the package's data: what may change. The text, model and hook are compared as the SAE's
-# `source`, see `compare_sources`. All else is fixed, for the buffer would be another one.
+# Settings of the package's data that may change. Text, model and hook are compared as the SAE's
+# `source`, see `compare_sources`. All others are fixed, because they would change the buffer.
 FREE_IN_DATA = {"prefetch", "n_validation", "n_test", "largest_saved_buffer", "verify"}
-# Of the same data in another place; whether it is the same, `source` says.
+# Locations of the data; `source` tells whether it is the same data.
 FREE_IN_DATA |= {"activations", "evaluation_model", "evaluation_text"}
 SOURCE = {
     "model",
@@ -39,7 +39,7 @@ SOURCE = {
 }
 FIXED_IN_TRAINER = ("accumulate_grad_batches", "precision")
 CHANGING_IN_TRAINER = ("max_steps", "gradient_clip_val", "gradient_clip_algorithm")
-# Callbacks of the package on which no weight depends.
+# Callbacks of the package that do not affect the weights.
 WATCHING = {
     "ExportSAE",
     "HeldOutEvaluation",
@@ -59,7 +59,7 @@ WATCHING = {
 
 
 class Setting(NamedTuple):
-    """A plain value, and whether a run may go on with another one."""
+    """A plain value, and whether it may change on resume."""
 
     value: Any
     may_change: bool
@@ -73,12 +73,12 @@ def settings_of(
     models: Mapping[str, LightningModule],
     callbacks: Mapping[str, Sequence[Callback]],
 ) -> Settings:
-    """All settings of a run by their dotted names.
+    """All settings of a run by dotted name.
 
     Args:
-        trainer: The run's.
-        models: SAEs, by what their settings' names begin with.
-        callbacks: Theirs and the run's, likewise.
+        trainer: The trainer of the run.
+        models: SAEs, by the prefix of their settings' names.
+        callbacks: Callbacks of the SAEs and of the run, by prefix.
     """
     found = _of_trainer(trainer)
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -100,15 +100,16 @@ def settings_of(
 
 
 def note_settings(checkpoint: dict[str, Any], settings: Settings) -> None:
-    """Put the values into a checkpoint."""
+    """Save the values in a checkpoint."""
     checkpoint["settings"] = {name: setting.value for name, setting in settings.items()}
 
 
 def compare_settings(checkpoint: Mapping[str, Any], present: Settings, trainer: Trainer) -> None:
-    """Say which settings differ from those of the checkpoint, or refuse them where a run goes on.
+    """Report settings that differ from the checkpoint's; on resume, refuse fixed ones.
 
     Raises:
-        ValueError: If a run cannot go on with one of them, or ends before the checkpoint.
+        ValueError: If one of them may not change, or the run would end before the checkpoint's
+            step.
     """
     if "settings" not in checkpoint or _is_of_tuner(trainer):
         return
@@ -125,7 +126,7 @@ def compare_settings(checkpoint: Mapping[str, Any], present: Settings, trainer: 
     if differing:
         lines = [f"  {name}: {present[name].value} (was {saved[name]})" for name in differing]
         rank_zero_info(
-            "\n".join(["These settings are not the checkpoint's; what is given counts:", *lines])
+            "\n".join(["These settings are not the checkpoint's; the given ones apply:", *lines])
         )
 
 
@@ -134,9 +135,9 @@ def _refuse(fixed: Sequence[str], saved: Mapping[str, Any], present: Settings) -
         return
     pairs = "; ".join(f"`{n}` to be {saved[n]} but got {present[n].value}" for n in fixed)
     raise ValueError(
-        f"Expected, as in the checkpoint, {pairs}: a run cannot go on with another value. Give the "
-        "checkpoint's, or train anew in another folder, from `lightning_sae.load(ckpt_path)` if "
-        "these weights shall be the start."
+        f"Expected, as in the checkpoint, {pairs}: a run cannot continue with another value. Give "
+        "the checkpoint's, or start a new run in another folder, from "
+        "`lightning_sae.load(ckpt_path)` if it should start from these weights."
     )
 
 
@@ -149,7 +150,7 @@ def _require_steps_left(taken: int, max_steps: int) -> None:
 
 
 def _is_of_tuner(trainer: Trainer) -> bool:
-    """Whether Lightning's tuner puts back the state that it noted itself."""
+    """Whether Lightning's tuner is restoring the state that it saved itself."""
     name = Path(trainer.ckpt_path or "").name
     return name.startswith((".lr_find", ".scale_batch_size"))
 
@@ -181,7 +182,7 @@ def _of_data(data: LightningDataModule) -> Settings:
 
 
 def _of_shares(part: object, prefix: str, total: int) -> Settings:
-    """Lengths that are shares of the run in steps, which change with the length of the run."""
+    """Shares of the run converted to steps, which change with the length of the run."""
     if not isinstance(part, HasLengths) or total <= 0:
         return {}
     given = {name: getattr(part, name) for name in part.length_names}
@@ -206,7 +207,7 @@ def _of_callbacks(callbacks: Sequence[Callback]) -> Settings:
 
 
 def _acts(callback: Callback) -> bool:
-    """Whether weights may depend on it, as far as its class tells."""
+    """Whether weights may depend on the callback, judged by its class."""
     name, module = type(callback).__name__, _module(callback)
     return name not in WATCHING and name[0] != "_" and not module.startswith("lightning.")
 
@@ -216,14 +217,14 @@ def _module(callback: Callback) -> str:
 
 
 def _kept_arguments(part: object) -> dict[str, Any]:
-    """The arguments that an object keeps under their own names."""
+    """Constructor arguments that an object stores under their own names."""
     inits = [vars(each)["__init__"] for each in type(part).__mro__[:-1] if "__init__" in vars(each)]
     names = {name for init in inits for name in inspect.signature(init).parameters}
     return {name: value for name, value in sorted(vars(part).items()) if name in names}
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Plain values by their dotted names; others are left out."""
+    """Plain values by dotted name; others are left out."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}.{inner}", each) for inner, each in _flat(value))
@@ -238,10 +239,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value of Python's own types; lists as tuples, for configuration files know none."""
+    """A value of Python's built-in types; lists become tuples, which configuration files lack."""
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
-    if isinstance(value, Enum):  # as Lightning's, which are strings, too
+    if isinstance(value, Enum):  # such as Lightning's enums, which are also strings
         return value.value
     if value is None or isinstance(value, bool):
         return value

@@ -44,7 +44,7 @@ def rows() -> Tensor:
 
 
 def test_weights_are_looked_at_after_the_last_step(rows: Tensor) -> None:
-    with pytest.raises(FloatingPointError, match=r"not finite after optimiser step 1 \(W_dec, W_"):
+    with pytest.raises(FloatingPointError, match=r"not finite after optimizer step 1 \(W_dec, W_"):
         fitted(ReLUSAE(4, 8, lr=1e38), rows, max_steps=1)
 
 
@@ -57,7 +57,7 @@ def test_what_is_not_finite_is_neither_exported_nor_kept(rows: Tensor, tmp_path:
                 module.W_dec.data[3, 1] = math.nan
             super().on_train_batch_end(trainer, module, *rest)
 
-    with pytest.raises(FloatingPointError, match=r"after optimiser step 2 \(W_dec\), and are not"):
+    with pytest.raises(FloatingPointError, match=r"after optimizer step 2 \(W_dec\), and are not"):
         fitted(sae, rows, Spoil(1), ExportSAE(), default_root_dir=root, enable_checkpointing=True)
     kept = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 1
@@ -73,7 +73,7 @@ def test_a_member_whose_last_step_failed_does_not_take_the_others_along(rows: Te
     with pytest.warns(UserWarning, match="Member `bad` has stopped"):
         fitted(both, rows, max_steps=1)
     assert list(both.stopped) == ["bad"]
-    assert "after optimiser step 1" in both.stopped["bad"]
+    assert "after optimizer step 1" in both.stopped["bad"]
 
 
 @pytest.mark.parametrize(

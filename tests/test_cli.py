@@ -367,7 +367,7 @@ def test_a_start_that_left_no_checkpoint_is_started_anew(
     (root / "tensorboard").mkdir()
     (root / "config.yaml").write_text("mine")
     (root / "checkpoints" / ".last.ckpt.abcd1234").write_bytes(b"half")
-    with pytest.raises(ValueError, match="`fit` without `--ckpt_path` starts anew"):
+    with pytest.raises(ValueError, match="`fit` without `--ckpt_path` starts a new run"):
         main([*arguments, missing])
     main([*arguments, "--trainer.max_steps=3"])
     assert (root / "config.yaml").read_text() == "mine"

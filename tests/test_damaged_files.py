@@ -74,7 +74,7 @@ def test_weights_are_read_from_a_checkpoint_that_is_damaged_elsewhere(last: Path
 
 def test_damaged_weights_are_refused(last: Path) -> None:
     damage(last, "state_dict")
-    with pytest.raises(ValueError, match=r"last.ckpt.* damaged in state_dict.*: start anew\.$"):
+    with pytest.raises(ValueError, match=r"last.ckpt.* damaged in state_dict.*: start over\.$"):
         lightning_sae.load(last)
     with pytest.raises(ValueError, match=r"last.ckpt.* damaged in state_dict"):
         fitted(ReLUSAE(4, 64), last)  # by Lightning's own reader it would train on

@@ -91,7 +91,7 @@ def _require_training_step(module: LightningModule) -> None:
         raise ValueError(
             f"`{type(module).__name__}` sets `automatic_optimization = False` but inherits "
             "`training_step`, which leaves the step to Lightning: give a `training_step` that "
-            "steps the optimiser, or leave optimisation automatic."
+            "steps the optimizer, or leave optimisation automatic."
         )
 
 

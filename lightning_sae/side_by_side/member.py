@@ -106,7 +106,7 @@ class Member:
             1,
         ):
             raise ValueError(
-                "Expected `configure_optimizers` to give one optimiser, and a schedule with "
+                "Expected `configure_optimizers` to give one optimizer, and a schedule with "
                 f"`interval='step'` or none, but got {found}."
             )
         self.optimizer = found["optimizer"]

@@ -16,7 +16,7 @@ from lightning_sae.side_by_side.loggers import loggers_of
 class MemberTrainer(Trainer):
     """A view of the run's trainer: what is a member's own stands here, all else is the run's.
 
-    Its own are the SAE, callbacks, optimisers, the hook's data, loggers, metrics, a folder in the
+    Its own are the SAE, callbacks, optimizers, the hook's data, loggers, metrics, a folder in the
     run's, and the count of steps, which ends where the member stops. What a callback of the member
     sets here the run takes no notice of.
 
@@ -92,7 +92,7 @@ class MemberTrainer(Trainer):
     @property
     @override
     def global_step(self) -> int:
-        """Optimiser steps that the member has taken."""
+        """Optimizer steps that the member has taken."""
         return self._run_of_all.global_step if self.stopped_at is None else self.stopped_at
 
     @property  # type: ignore[misc]  # it cannot be set

@@ -28,7 +28,7 @@ from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
 class SideBySide(LightningModule):
     """SAEs that are trained side by side on the same batches, each as if it were alone.
 
-    Each member has its own weights, optimiser, schedule, callbacks, logs and count of steps. Its
+    Each member has its own weights, optimizer, schedule, callbacks, logs and count of steps. Its
     weights are, bit for bit, those of a run alone on the same batches, with the same seed and the
     same trainer. A member whose loss is not finite is stopped and reported, and the others go on.
 

@@ -26,7 +26,7 @@ def after_fit(model: SideBySide, trainer: Trainer, config: Path) -> Iterator[str
         if folder is not None:
             yield f"  {folder}"
     if last.exists():
-        yield f"  {last}  all members, to go on from"
+        yield f"  {last}  all members, to resume from"
     yield from _stopped(model)
     yield "Next:"
     yield "  " + shlex.join(

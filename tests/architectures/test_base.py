@@ -130,7 +130,7 @@ class LearningRates(Callback):
         self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def test_schedule_counts_optimiser_steps_not_batches() -> None:
+def test_schedule_counts_optimizer_steps_not_batches() -> None:
     rates = LearningRates()
     sae = free_sae(4, 6, lr=0.1, lr_warmup_steps=2, lr_decay_steps=2)
     trainer = quiet_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[rates])
@@ -192,7 +192,7 @@ def test_width_of_the_data_must_be_the_width_of_the_sae() -> None:
 def test_training_stops_at_activations_that_are_not_finite(value: float) -> None:
     x = torch.randn(64, 4)
     x[40, 1] = value  # in the third batch of 16
-    with pytest.raises(FloatingPointError, match="at optimiser step 2; 1 of the batch's 16"):
+    with pytest.raises(FloatingPointError, match="at optimizer step 2; 1 of the batch's 16"):
         quiet_trainer(max_steps=4).fit(free_sae(4, 6), datamodule=Activations(x))
 
 

@@ -121,7 +121,7 @@ def batches() -> DataLoader:
 
 
 class MomentsAtStart(Callback):
-    """A run's optimiser as its first step finds it."""
+    """A run's optimizer as its first step finds it."""
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.optimizer = trainer.optimizers[0]

@@ -66,7 +66,7 @@ class Saves(Callback):
 @pytest.mark.parametrize(
     ("accumulate", "expected"), [(1, [0, 0, 2, 2, 4]), (2, [0] * 4 + [2] * 4 + [4] * 2)]
 )
-def test_last_checkpoint_counts_optimiser_steps_and_holds_the_end(
+def test_last_checkpoint_counts_optimizer_steps_and_holds_the_end(
     accumulate: int, expected: list[int], tmp_path: Path
 ) -> None:
     saves = Saves(tmp_path / "checkpoints" / "last.ckpt")
@@ -87,7 +87,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
         fit(tmp_path / "a", interrupt, accumulate_grad_batches=accumulate)
     path = tmp_path / "a" / "checkpoints" / "last.ckpt"
     assert steps_in(path) == 3  # the step under way, the third, was finished
-    assert f"Stopped after 3 optimiser steps; the checkpoint is {path}" in caplog.text
+    assert f"Stopped after 3 optimizer steps; the checkpoint is {path}" in caplog.text
     assert f"--ckpt_path {path}" in caplog.text
 
 

@@ -52,7 +52,7 @@ def test_a_run_too_short_for_a_single_resampling_is_refused():
     refused_by([DeadFeatureResampling(4)], ReLUSAE(6, 6), message, max_steps=4)
 
 
-def test_another_optimiser_than_adam_is_refused():
+def test_another_optimizer_than_adam_is_refused():
     class Plain(ReLUSAE):
         def configure_optimizers(self):
             return SGD(self.parameters())
@@ -60,7 +60,7 @@ def test_another_optimiser_than_adam_is_refused():
     refused_by(
         [DeadFeatureResampling(4)],
         Plain(6, 6),
-        "moments of Adam .* but the optimiser is SGD: use one or",
+        "moments of Adam .* but the optimizer is SGD: use one or",
     )
 
 

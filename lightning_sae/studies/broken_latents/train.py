@@ -43,7 +43,7 @@ class ExperimentRun:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps."""
+        """Optimizer steps."""
         return -(-self.samples // BATCH_SIZE)
 
     def world(self) -> ToyDataModule:

@@ -43,7 +43,7 @@ class ArchitectureRun:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps."""
+        """Optimizer steps."""
         return math.ceil(self.samples / RECIPE["batch_size"])
 
     @property

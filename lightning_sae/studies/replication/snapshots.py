@@ -18,7 +18,7 @@ class Snapshots(NamedTuple):
     """Firings of an SAE's latents on its training activations.
 
     Attributes:
-        steps: Steps of the optimiser at the end of each window.
+        steps: Steps of the optimizer at the end of each window.
         n: Activations in each window.
         counts: On how many of them each latent fired.
     """
@@ -58,7 +58,7 @@ class FrequencySnapshots(Callback):
 
     Args:
         path: The file to write, `.safetensors`.
-        every_n_steps: Steps of the optimiser in a window.
+        every_n_steps: Steps of the optimizer in a window.
 
     Raises:
         ValueError: If `every_n_steps` is not positive.

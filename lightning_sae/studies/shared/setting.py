@@ -29,7 +29,7 @@ class Setting:
         model_dtype: dtype of the language model's weights.
         context_length: Tokens in a block.
         d_sae: Latents of each SAE.
-        steps: Optimiser steps of each SAE.
+        steps: Optimizer steps of each SAE.
         batch_size: Activations in a step.
         buffer_size: Activations in the shuffling buffer.
         lr: Learning rate.

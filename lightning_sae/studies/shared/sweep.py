@@ -207,9 +207,9 @@ def train_families(
         output: The study's folder.
         coefficients: Weights of the penalty by family.
         learning_rates: One is chosen for each family.
-        tuning_steps: Optimiser steps of the runs for that choice.
+        tuning_steps: Optimizer steps of the runs for that choice.
         d_sae: Latents of each SAE.
-        steps: Optimiser steps of each SAE.
+        steps: Optimizer steps of each SAE.
         batch_size: Activations in a step.
         held_out_tokens: Held-out tokens that every SAE is evaluated on.
         hook_name: TransformerLens name of the hook.

@@ -43,7 +43,7 @@ def train_together(
         folder: The folder of this training.
         members: Descriptions as for `SideBySide`, without `d_in`.
         seed: Of first weights and of the order of the text.
-        steps: Optimiser steps; those of the setting by default.
+        steps: Optimizer steps; those of the setting by default.
         data: The stream; by default that of the setting, with this seed.
         watching: Callbacks that see the whole run.
 

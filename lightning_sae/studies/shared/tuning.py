@@ -110,7 +110,7 @@ def tune(
         setting: The study's; results are kept in its folder.
         families: What is tuned.
         learning_rates: The grid.
-        steps: Optimiser steps of each run.
+        steps: Optimizer steps of each run.
     """
     folder = setting.folder / "tuning"
     path = folder / "objective.json"

@@ -38,12 +38,12 @@ def suppression(
         sae: Folders of trained SAEs to use instead of training, one for each hook and in their
             order. Their baseline keeps the penalty they were trained with, which is that of
             activations centred and scaled to mean norm sqrt(d_in).
-        fine_tune_steps: Optimiser steps of each fine-tuned copy.
-        toy_steps: Optimiser steps of each SAE on toy features.
+        fine_tune_steps: Optimizer steps of each fine-tuned copy.
+        toy_steps: Optimizer steps of each SAE on toy features.
         output: A new or empty folder, or that of this study with the same settings.
         hook_name: TransformerLens name of the hook, or a list of them; by default the residual
             stream behind each block of the embedded model.
-        steps: Optimiser steps of the SAE at each hook.
+        steps: Optimizer steps of the SAE at each hook.
         common: As for every study of a language model; see `Setting`.
 
     Raises:
