@@ -1,7 +1,7 @@
-"""Other libraries' files: each format is one file here, that reads and writes it.
+"""Other libraries' formats: one module per format, which reads and writes it.
 
-What comes in is an SAE of this package, with the latents that its own library gives. What goes out
-acts on raw activations, with the latents that this package gives. Both say in which units it is.
+An imported file becomes an SAE of this package with the latents of its own library. An exported SAE
+acts on raw activations, with the latents of this package. Both record the units of the latents.
 """
 
 from lightning_sae.interop.formats import FORMATS, export, is_ours, read, recognised

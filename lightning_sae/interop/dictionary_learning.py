@@ -14,7 +14,7 @@ The forward pass of each `dict_class`, with W and D the weights of `encoder` [d_
 
 Read from dictionary-learning 0.1.0, where inputs may be scaled in training and biases and
 thresholds are scaled back before they are saved: latents are in raw units. Only the backup of a run
-is not, and has its `norm_factor` with it.
+is saved in scaled units, with its `norm_factor`.
 """
 
 import re
@@ -62,7 +62,7 @@ NEEDED = {
     "MatryoshkaBatchTopKSAE": {**PLAIN, "threshold": 0},
     "JumpReluAutoEncoder": {**PLAIN, "threshold": 1},
 }  # fmt: skip
-"""Tensors of each `dict_class`, and their numbers of axes."""
+"""Tensors of each `dict_class`, and their number of axes."""
 CLASSES = {
     "AutoEncoder": "ReLUSAE",
     "AutoEncoderNew": "ReLUSAE",
@@ -98,10 +98,10 @@ def read(path: Path, wanted: str | None = None) -> Found:
 
     Args:
         path: A folder, or a file such as `checkpoints/ae_1000.pt`.
-        wanted: Class that was asked for: with it, a file without description can be either.
+        wanted: The requested class, for files without a description that could be either.
 
     Raises:
-        ValueError: If it is damaged, or no dictionary.
+        ValueError: If it is damaged, or not a dictionary.
     """
     file = path / WEIGHTS if path.is_dir() else path
     description = file.with_name(CONFIG)
@@ -110,13 +110,13 @@ def read(path: Path, wanted: str | None = None) -> Found:
 
 
 def of_tensors(content: Any, config: dict[str, Any], file: Path, wanted: str | None) -> Found:
-    """The same, of what is read."""
+    """The same, from loaded content."""
     if not isinstance(content, dict):
         raise refusal(file, f"it holds a {type(content).__name__} and no tensors by name")
     of, factor = file.with_name(CONFIG), 1.0
     guessed: list[str] = []
     trainer = part(config, "trainer", of)
-    if "ae" in content:  # the backup of a run, of scaled inputs if it has a factor
+    if "ae" in content:  # the backup of a run, for scaled inputs if it has a factor
         factor = number({**content, **_no_factor(content)}, "norm_factor", file)
         trainer = {**part(content, "config", file), **trainer}
         content = part(content, "ae", file)
@@ -162,7 +162,7 @@ def _no_factor(content: dict[str, Any]) -> dict[str, float]:
 
 
 def _scaled_back(values: Tensor, factor: float) -> Tensor:
-    """Biases, or a threshold, which below 0 is none."""
+    """Biases, or a threshold; negative means no threshold."""
     return values * factor if values.dim() or values >= 0 else values
 
 
@@ -173,7 +173,7 @@ def _kind(
     wanted: str | None,
     guessed: list[str],
 ) -> str:
-    """The `dict_class`, as the description says, or as the names of the tensors do."""
+    """The `dict_class`, from the description or else from the tensors' names."""
     named = text(trainer.get("dict_class"))
     if named is not None and named in NEEDED:
         return named
@@ -203,7 +203,7 @@ def _has_axes(value: Any, axes: int) -> bool:
 
 
 def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names of this package."""
+    """Weights by this package's names."""
     found = {RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
     for theirs, ours in (("encoder.weight", "W_enc"), ("decoder.weight", "W_dec")):
         if theirs in found:
@@ -229,7 +229,7 @@ def _arguments(
 
 
 def _from_on(weights: dict[str, Tensor], guessed: list[str]) -> Tensor:
-    """A threshold from which on latents fire, of one above which they do."""
+    """Convert a threshold for `>` to one for `>=`."""
     threshold = weights["threshold"]
     if threshold < 0:
         guessed.append(
@@ -263,7 +263,7 @@ def _source(trainer: dict[str, Any], buffer: dict[str, Any], guessed: list[str])
 
 
 def write(sae: Outgoing, folder: Path) -> None:
-    """Write an SAE as dictionary_learning's `load_dictionary` reads it."""
+    """Write an SAE in the format of dictionary_learning's `load_dictionary`."""
     kind = _dict_class(sae)
     if kind not in NO_CENTRING:
         sae = sae.subtracting(True)
@@ -326,13 +326,13 @@ def _tensors_of(kind: str, sae: Outgoing) -> dict[str, Tensor]:
 
 
 def _shared_threshold(weights: dict[str, Tensor]) -> Tensor:
-    """The one of all latents; -1 where each positive pre-activation is a latent."""
+    """The common threshold of all latents; -1 if every positive pre-activation is a latent."""
     own = weights.get("threshold")
     return torch.tensor(-1.0) if own is None or own[0] <= 0 else own[0].clone()
 
 
 def _place(source: dict[str, Any]) -> dict[str, Any]:
-    """Model and layer; of a site that its names do not know, the name as it is."""
+    """Model and layer; a site without a name in the library keeps its name."""
     hook = source.get("hook_name")
     named = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", hook if isinstance(hook, str) else "")
     layer = int(named[1]) if named else None

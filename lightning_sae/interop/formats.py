@@ -1,4 +1,4 @@
-"""All formats, and what is common to them: recognise, read, write."""
+"""All formats, and functions to recognise, read and write them."""
 
 import warnings
 from collections.abc import Callable
@@ -25,12 +25,12 @@ from lightning_sae.interop.writing import require_new
 
 
 class Format(NamedTuple):
-    """A layout of files.
+    """A file format.
 
     Attributes:
-        files: Its files, in words.
-        recognises: Whether a folder or file is in it, by the names of files and their contents.
-        read: The SAE in a folder or file, and the class that was asked for if there was one.
+        files: Description of its files.
+        recognises: Whether a folder or file has this format, by file names and contents.
+        read: Reads the SAE in a folder or file; also takes the requested class, or None.
         write: Writes an SAE to a folder.
     """
 
@@ -52,7 +52,7 @@ FORMATS["openai_normalised"] = Format(
     openai.read_normalised,
     openai.write_normalised,
 )
-"""By name, in the order in which a folder is compared with them."""
+"""Formats by name, in the order in which they are tried."""
 
 
 def is_ours(path: Path) -> bool:
@@ -68,19 +68,20 @@ def recognised(path: Path) -> str | None:
 def read(
     path: Path, format: str | None = None, architecture: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `portable.build` needs to make an SAE of another library's files.
+    """Read another library's files into the arguments of `portable.build`.
 
     Args:
         path: Folder or file.
         format: Its format; recognised by default.
-        architecture: Class that is wanted, where files can be read as several.
+        architecture: Requested class, for files that can be read as several.
 
     Returns:
-        Class, arguments and source; and the weights. What had to be guessed is in a warning, and
-        in `source["imported"]`.
+        Class, arguments and source; and the weights. Guesses are reported in a warning and in
+        `source["imported"]`.
 
     Raises:
-        ValueError: If it is in no known format, is damaged, or computes what no SAE here does.
+        ValueError: If its format is unknown, it is damaged, or no SAE of this package computes the
+            same.
     """
     if format is not None:
         require_one_of(tuple(FORMATS), format=format)
@@ -116,7 +117,7 @@ def _contents(path: Path) -> str:
 
 
 def _below(path: Path) -> list[Path]:
-    """Folders one and two levels below that hold an SAE."""
+    """Folders with an SAE, one and two levels below."""
     below = [*sorted(path.glob("*/"))[:50], *sorted(path.glob("*/*/"))[:50]]
     return [folder for folder in below if is_ours(folder) or recognised(folder) is not None]
 
@@ -126,21 +127,21 @@ def export(
 ) -> Path:
     """Write an SAE to a new folder for another library.
 
-    It acts on raw activations there: centring and scaling are folded into the weights, and latents
-    are those of `sae.encode`. What is written says so.
+    The written SAE acts on raw activations: centring and scaling are folded into the weights, and
+    latents are those of `sae.encode`. This is noted in the files.
 
     Args:
         sae: An SAE of this package's architectures.
         path: The folder.
         format: `saelens`, `dictionary_learning`, ...: a name in `FORMATS`.
-        unit_decoder: Fold the norms of decoder rows into the encoder: latents are times the norms
-            then, as dashboards and benchmarks want them, and reconstructions stay.
+        unit_decoder: Fold the norms of decoder rows into the encoder, as dashboards and benchmarks
+            expect. Latents are multiplied by the norms; reconstructions do not change.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the format cannot hold the SAE, or the folder holds files.
+        ValueError: If the format cannot hold the SAE, or the folder is not empty.
     """
     require_one_of(tuple(FORMATS), format=format)
     folder = Path(path)

@@ -1,4 +1,4 @@
-"""An SAE of another library, in the terms of this one."""
+"""An SAE of another library, in the terms of this package."""
 
 import functools
 import sys
@@ -14,16 +14,16 @@ from lightning_sae.interop.thresholds import just_above
 
 
 class Found(NamedTuple):
-    """What a reader gives: `portable.build` makes an SAE of it.
+    """The result of a reader, from which `portable.build` makes an SAE.
 
     Attributes:
         architecture: Name of the class.
-        arguments: Those of the class, besides `d_in` and `d_sae`.
-        weights: By the names of this package.
-        source: Model, hook, text and the like, as far as the file says.
-        units: In which units the latents are.
-        guessed: What the file does not say.
-        rest: What else it says of its origin, for the way back.
+        arguments: Arguments of the class, besides `d_in` and `d_sae`.
+        weights: Weights by this package's names.
+        source: Model, hook, text and the like, as far as the file states them.
+        units: Units of the latents.
+        guessed: What was guessed because the file does not state it.
+        rest: Other metadata on its origin, kept for export.
     """
 
     architecture: str
@@ -50,21 +50,21 @@ RAW = "raw: inputs are not scaled, and latents are those of the file"
 
 
 def transposed(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns rows"]:
-    """The transpose, in memory of its own."""
+    """The transpose, as a contiguous copy."""
     return matrix.T.contiguous()
 
 
 def of_one_dtype(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All in the longest dtype that one of them has, but thresholds, which may have more digits."""
+    """All tensors in the longest dtype among them, except thresholds, which keep more digits."""
     own = [weight.dtype for name, weight in weights.items() if not name.startswith("threshold")]
     dtype = functools.reduce(torch.promote_types, own)
     return {n: w if n.startswith("threshold") else w.to(dtype) for n, w in weights.items()}
 
 
 def free_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> str:
-    """The argument `decoder_norm` that a decoder's rows ask for: `unit` only if all are of norm 1.
+    """The argument `decoder_norm` that fits a decoder: `unit` only if all rows have norm 1.
 
-    An SAE that is trained on with `unit` would have its rows made so at once.
+    With `unit`, further training would normalise the rows at once.
     """
     norms = W_dec.float().norm(dim=-1)
     slack = 8 * torch.finfo(W_dec.dtype).eps
@@ -72,7 +72,7 @@ def free_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> str:
 
 
 def fold_scale(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Weights for raw inputs, of ones that want them times `scale`; latents stay as they are.
+    """Convert weights for inputs times `scale` to weights for raw inputs; latents do not change.
 
     `W_enc' = W_enc * s`, `W_dec' = W_dec / s`, `b_dec' = b_dec / s`; biases of the encoder and
     thresholds are in the units of the latents.
@@ -86,9 +86,9 @@ def fold_scale(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
 
 
 def fold_norms(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with decoder rows of norm 1; latents and what is in their units times the norms.
+    """Scale decoder rows to norm 1; latents and weights in their units are times the norms.
 
-    Reconstructions stay. A latent whose row is zero loses nothing by being zero.
+    Reconstructions do not change. A latent whose row is zero becomes zero.
     """
     norms = weights["W_dec"].double().norm(dim=-1)
     divisor = torch.where(norms > 0, norms, 1.0)
@@ -98,11 +98,11 @@ def fold_norms(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 IN_LATENTS = ("W_enc", "b_enc", "b_mag", "threshold")
-"""Weights whose last axis is in the units of the latents; `r_mag` is a ratio of two such."""
+"""Names of weights in the units of the latents; `r_mag` is a ratio of two such."""
 
 
 def with_window(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the unit in which thresholds would be trained on, of which files say nothing."""
+    """Add the unit of thresholds for further training, which files do not state."""
     dtype = torch.promote_types(weights["W_dec"].dtype, torch.float32)
     threshold = weights["threshold"].to(dtype)
     positive = threshold[threshold > 0]
@@ -111,19 +111,19 @@ def with_window(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_on(threshold: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """The threshold from which on latents fire, of one above which they do; in float32 or more."""
+    """Convert thresholds for `>` to thresholds for `>=`; in float32 or more."""
     dtype = weights["W_enc"].dtype
     return just_above(threshold, dtype).to(torch.promote_types(dtype, torch.float32))
 
 
 def own_source(config: dict[str, Any]) -> dict[str, Any]:
-    """What this package wrote of the source, if the SAE is from here; see `writing.origin`."""
+    """The source that this package wrote, if it exported the SAE; see `writing.origin`."""
     source = _own(config).get("source")
     return source if isinstance(source, dict) else {}
 
 
 def own_units(config: dict[str, Any]) -> str | None:
-    """Likewise of the units of the latents."""
+    """The units of the latents that this package wrote, if it exported the SAE."""
     return text(_own(config).get("latents"))
 
 
@@ -133,10 +133,10 @@ def _own(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def number(config: dict[str, Any], name: str, of: Path, default: float | None = None) -> float:
-    """A finite positive number of a description.
+    """A finite positive number in a description.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such number.
     """
     value = config.get(name, default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -146,10 +146,10 @@ def number(config: dict[str, Any], name: str, of: Path, default: float | None = 
 
 
 def whole(config: dict[str, Any], name: str, of: Path) -> int:
-    """A positive whole number of a description, also where it is written as 32.0.
+    """A positive integer in a description, which may be written as 32.0.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not a positive integer.
     """
     value = number(config, name, of)
     if not value.is_integer():
@@ -158,7 +158,7 @@ def whole(config: dict[str, Any], name: str, of: Path) -> int:
 
 
 def flag(config: dict[str, Any], name: str, of: Path, default: bool) -> bool:
-    """A true or false of a description.
+    """A boolean in a description.
 
     Raises:
         ValueError: If it is something else.
@@ -170,7 +170,7 @@ def flag(config: dict[str, Any], name: str, of: Path, default: bool) -> bool:
 
 
 def part(config: dict[str, Any], name: str, of: Path) -> dict[str, Any]:
-    """A dictionary inside of a description; empty if it is missing.
+    """A dictionary in a description; empty if it is missing.
 
     Raises:
         ValueError: If it is something else.
@@ -182,18 +182,18 @@ def part(config: dict[str, Any], name: str, of: Path) -> dict[str, Any]:
 
 
 def text(value: Any) -> str | None:
-    """A text, or None for anything else."""
+    """A string, or None for anything else."""
     return value if isinstance(value, str) and value else None
 
 
 def require_sizes(of: Path, weights: dict[str, Tensor], **claimed: Any) -> None:
-    """Raise a ValueError if weights do not fit each other, or a description claims other sizes.
+    """Raise a ValueError if shapes of weights do not match each other or the description.
 
     Args:
-        of: The file, for messages.
-        weights: By the names of this package.
-        claimed: `d_in` and `d_sae` of a description, with its own name behind two underscores
-            where it has another: `d_sae__width`.
+        of: Path of the file, for messages.
+        weights: Weights by this package's names.
+        claimed: `d_in` and `d_sae` in the description. If it uses another name, that follows two
+            underscores: `d_sae__width`.
     """
     d_sae, d_in = weights["W_dec"].shape
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}

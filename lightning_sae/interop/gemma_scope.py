@@ -1,9 +1,9 @@
 """Gemma Scope: `params.npz`; Gemma Scope 2: `params.safetensors`, with `config.json`.
 
 The forward pass: v = x W_enc + b_enc, f = ReLU(v) [v > threshold], x_hat = f W_dec + b_dec, in
-float32 and of raw activations. The first says nothing of model and hook but by the names of its
-folders, `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. Layouts: the published files, as
-SAELens 6.54.12 reads them.
+float32 and of raw activations. The first names model and hook only in its folders,
+`gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. Layouts: the published files, as SAELens
+6.54.12 reads them.
 """
 
 import re
@@ -36,7 +36,7 @@ HUGGING_FACE = {
     "self_attn.o_proj.input": "attn.hook_z",
     "post_feedforward_layernorm.output": "hook_mlp_out",
 }
-"""Places in a layer, as the second says them."""
+"""Sites in a layer, as named in Gemma Scope 2."""
 
 
 def recognises(path: Path) -> bool:
@@ -107,7 +107,7 @@ def _hook(place: str | None) -> str | None:
 
 
 def write(sae: Outgoing, folder: Path) -> None:
-    """Write an SAE as the first has it, in float32, with a description beside it."""
+    """Write an SAE in the layout of Gemma Scope, in float32, with a description beside it."""
     if sae.form not in ("relu", "threshold"):
         reason = "there, latents are pre-activations above a threshold"
         raise refuse(sae, NAME, reason, "`saelens` or `dictionary_learning`")

@@ -136,7 +136,7 @@ def _by_our_names(
 
 
 def _scale(config: dict[str, Any], norms: dict[str, Tensor], d_in: int, of: Path) -> float:
-    """What the inputs are multiplied by."""
+    """The factor of the inputs."""
     how = config.get("norm_activation", "dataset-wise" if norms or NORM in config else "inference")
     if how in ("inference", None):
         return 1.0
@@ -154,7 +154,7 @@ Finished = tuple[str, dict[str, Any], dict[str, Tensor], str]
 
 
 def _old(config: dict[str, Any], weights: dict[str, Tensor], scale: float, of: Path) -> Finished:
-    """In raw units, as its library makes them when it loads."""
+    """Convert to raw units, as the library does when it loads."""
     if LOGARITHM in weights:
         raise refusal(of, f"it has a `{LOGARITHM}` that this layout does not know")
     divided = {name: weights[name] / scale for name in ("b_enc", "b_dec")}
@@ -176,14 +176,14 @@ def _old(config: dict[str, Any], weights: dict[str, Tensor], scale: float, of: P
 
 
 def _new(config: dict[str, Any], weights: dict[str, Tensor], scale: float, of: Path) -> Finished:
-    """In the units of its library, which scales the inputs before the SAE sees them."""
+    """Keep the units of the library, which scales the inputs before the SAE."""
     activation = str(config.get("act_fn", "jumprelu" if LOGARITHM in weights else "relu"))
     looks_at_norms = flag(config, "sparsity_include_decoder_norm", of, default=True)
     units = RAW if scale == 1.0 else f"its library's: inputs times {scale:g}, within the weights"
     logarithm = weights.pop(LOGARITHM, None)
     if activation == "jumprelu" and logarithm is not None:
         norms = weights["W_dec"].float().norm(dim=-1) if looks_at_norms else torch.ones(())
-        threshold = logarithm.float().exp() / norms  # of a row of zeros any will do
+        threshold = logarithm.float().exp() / norms  # any norm does for a row of zeros
         weights["threshold"] = threshold.clamp(max=torch.finfo(torch.float32).max)
         return "JumpReLUSAE", {}, with_window(fold_scale(weights, scale)), units
     if activation == "relu" and logarithm is None:
@@ -200,7 +200,7 @@ def _new(config: dict[str, Any], weights: dict[str, Tensor], scale: float, of: P
 
 
 def write(sae: Outgoing, folder: Path) -> None:
-    """Write an SAE as llamascopium's `SparseAutoEncoder.from_pretrained` reads it."""
+    """Write an SAE in the format of llamascopium's `SparseAutoEncoder.from_pretrained`."""
     if sae.form == "gated":
         reason = "there, a latent has one bias and one threshold"
         raise refuse(sae, NAME, reason, "`saelens` or `dictionary_learning`")
@@ -231,6 +231,6 @@ def write(sae: Outgoing, folder: Path) -> None:
 
 
 def _factor(d_sae: int, d_in: int) -> float:
-    """A factor of which the library gets `d_sae` again, by cutting off what is behind the point."""
+    """A factor from which the library recovers `d_sae` by truncation."""
     factor = d_sae / d_in
     return factor if int(d_in * factor) == d_sae else math.nextafter(factor, math.inf)

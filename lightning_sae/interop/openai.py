@@ -35,7 +35,7 @@ STATISTICS = (
     "stats_last_nonzero", "latents_activation_frequency", "latents_mean_square", "activation",
     "activation_state_dict", "activation.k", "activation.postact_fn",
 )  # fmt: skip
-"""What is no weight; the TopK is described twice."""
+"""Entries that are not weights; the TopK is described twice."""
 
 
 def _file(path: Path) -> Path:
@@ -110,7 +110,7 @@ def read_normalised(path: Path, _wanted: str | None = None) -> Found:
 
 
 def write(sae: Outgoing, folder: Path) -> None:
-    """Write an SAE as OpenAI's `Autoencoder.from_state_dict` takes it, in `autoencoder.pt`."""
+    """Write an SAE in the format of OpenAI's `Autoencoder.from_state_dict`, to `autoencoder.pt`."""
     if sae.form != "relu":
         reason = "there, latents are positive pre-activations, or those of normalised inputs"
         raise refuse(sae, NAME, reason, "`saelens` or `dictionary_learning`")
@@ -131,6 +131,6 @@ def write(sae: Outgoing, folder: Path) -> None:
 
 
 def write_normalised(sae: Outgoing, _folder: Path) -> None:
-    """Refuse: an SAE of normalised activations is not known from one of raw activations."""
+    """Refuse: an SAE on raw activations cannot be converted to one on normalised activations."""
     reason = "the file would be of inputs that are normalised, as its own are not"
     raise refuse(sae, "openai_normalised", reason, "`saelens` or `dictionary_learning`")

@@ -1,4 +1,4 @@
-"""An SAE of this package, ready for other libraries: folded, and in one of four plain forms."""
+"""Convert an SAE of this package for other libraries: folded, and in one of four plain forms."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +26,7 @@ Form = Literal["relu", "threshold", "topk", "gated"]
 
 
 class Outgoing(NamedTuple):
-    r"""What an SAE computes, on raw activations and with latents in their units.
+    r"""The function of an SAE on raw activations, with latents in their units.
 
     With :math:`v = (x - b_{dec}) W_{enc} + b_{enc}`, or without `b_dec` where the encoder does not
     subtract it:
@@ -37,16 +37,16 @@ class Outgoing(NamedTuple):
     - `gated`: :math:`f = [v > 0]\,\mathrm{ReLU}(e^{r_{mag}} (v - b_{enc}) + b_{mag})`
 
     Attributes:
-        form: Which of them.
-        name: The class it comes from.
-        weights: `W_enc` [d_in, d_sae], `b_enc`, `W_dec` [d_sae, d_in], `b_dec` and what the form
-            has besides, of one dtype.
+        form: One of these four.
+        name: Its class.
+        weights: `W_enc` [d_in, d_sae], `b_enc`, `W_dec` [d_sae, d_in], `b_dec` and further weights
+            of the form, all of one dtype.
         subtracts: Whether the encoder subtracts `b_dec`.
         source: As the SAE's.
-        k: Latents per activation, of `topk`, or on average, of `BatchTopKSAE`.
-        prefixes: Of a `MatryoshkaSAE` that has fixed ones.
+        k: Latents per activation for `topk`; their average for `BatchTopKSAE`.
+        prefixes: Prefixes of a `MatryoshkaSAE`, if fixed.
         has_own_thresholds: Whether thresholds differ between latents.
-        notes: What was folded, in words.
+        notes: Descriptions of what was folded.
     """
 
     form: Form
@@ -71,17 +71,17 @@ class Outgoing(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weights, as `float32`."""
+        """The name of the weights' dtype, such as `float32`."""
         return str(self.weights["W_dec"].dtype).removeprefix("torch.")
 
     @property
     def units(self) -> str:
-        """In which units the latents are, for the reader of what is written."""
+        """The units of the latents, in words."""
         norms = ", times the norm of its decoder row" if NORMS in self.notes else ""
         return f"raw: inputs are not scaled, and each latent is that of {self.name}.encode{norms}"
 
     def subtracting(self, wanted: bool) -> "Outgoing":
-        """The same function, with `b_dec` subtracted from the encoder's input or not."""
+        """The same function, with or without `b_dec` subtracted from the encoder's input."""
         if wanted == self.subtracts:
             return self
         sign = 1 if wanted else -1
@@ -100,15 +100,15 @@ class Outgoing(NamedTuple):
 def outgoing(
     sae: SparseAutoencoder, unit_decoder: bool = False, dtype: torch.dtype | None = None
 ) -> Outgoing:
-    """Fold an SAE, and say what it computes.
+    """Fold an SAE into one of the plain forms.
 
     Args:
         sae: The SAE.
         unit_decoder: Whether norms of decoder rows are folded into the encoder.
-        dtype: Of the weights; by default the SAE's own.
+        dtype: dtype of the weights; by default the SAE's own.
 
     Raises:
-        ValueError: If it computes something else, or its weights are not finite.
+        ValueError: If it has none of these forms, or its weights are not finite.
     """
     _require_own(sae)
     if isinstance(sae, RescaledSAE):
@@ -186,13 +186,13 @@ def _weights(sae: SparseAutoencoder, state: dict[str, Tensor], form: Form) -> di
     weights["W_enc"] = sae.W_enc.detach().cpu().contiguous()
     if isinstance(sae, GatedSAE):
         weights |= _magnitudes(sae, state)
-    if form == "threshold":  # below 0 it acts as 0, for latents are positive
+    if form == "threshold":  # a negative threshold acts as 0, because latents are positive
         weights["threshold"] = state["threshold"].clamp(min=0.0).expand(sae.d_sae).contiguous()
     return weights
 
 
 def _as(name: str, weight: Tensor, sae: SparseAutoencoder, dtype: torch.dtype) -> Tensor:
-    """A weight in a dtype; thresholds for `>`, where that of `BatchTopKSAE` is for `>=`."""
+    """A weight in a dtype; thresholds are converted for `>`, as `BatchTopKSAE` uses `>=`."""
     if name != "threshold":
         return weight.to(dtype)
     if not isinstance(sae, BatchTopKSAE):

@@ -1,4 +1,4 @@
-"""Files of others: nothing is unpickled, and no more memory is taken than a file has bytes for."""
+"""Safe reading of foreign files: nothing is unpickled, and memory is bounded by the file's size."""
 
 import io
 import math
@@ -18,11 +18,11 @@ from lightning_sae.architectures.portable import FLOATS
 from lightning_sae.files import damaged_records, first_line, read_json
 
 LARGEST_CONFIG = 2**24
-"""Bytes. A description of an SAE has a few thousand."""
+"""In bytes. A description of an SAE has a few thousand."""
 BOUNDED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-"""Compressions of which Python gives a part without making all."""
+"""Compressions that Python can decompress in part."""
 INFLATION = 8
-"""How many times larger than its file an npz archive may be: random weights hardly shrink."""
+"""Largest ratio of content to file size of an npz archive: random weights hardly compress."""
 
 
 def refusal(path: Path, reason: str) -> ValueError:
@@ -45,19 +45,19 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, whose reader compares sizes with the file's.
+    """The tensors of a safetensors file; its reader checks sizes against the file's.
 
     Raises:
         ValueError: If it is damaged.
     """
     try:
         return load_file(path)
-    except Exception as error:  # of many kinds, as a damaged header may say anything
+    except Exception as error:  # a damaged header raises errors of many types
         raise refusal(path, f"it is damaged ({first_line(error)})") from error
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of an npz archive, without pickles; their headers are compared with their sizes.
+    """The arrays of an npz archive, without pickles; their headers are checked against their sizes.
 
     Raises:
         ValueError: If it is damaged, or would need far more memory than the file has bytes.
@@ -73,7 +73,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             return {
                 record.filename.removesuffix(".npy"): _array(archive, record) for record in records
             }
-    except Exception as error:  # what damage makes of an archive raises errors of all kinds
+    except Exception as error:  # a damaged archive raises errors of many types
         raise refusal(path, f"it is damaged or no npz archive ({first_line(error)})") from error
 
 
@@ -85,7 +85,7 @@ HEADERS = {
 
 def _array(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> Tensor:
     with archive.open(record) as member:
-        content = member.read(record.file_size)  # and no more is decompressed
+        content = member.read(record.file_size)  # nothing more is decompressed
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     read = {
@@ -100,7 +100,7 @@ def _array(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> Tensor:
 
 
 def read_pt(path: Path) -> Any:
-    """What `torch.save` wrote: tensors and plain values, never unpickled into anything else.
+    """Tensors and plain values in a file of `torch.save`; nothing else is unpickled.
 
     Raises:
         ValueError: If it is damaged, holds other objects, or tensors larger than their bytes.
@@ -121,7 +121,7 @@ def read_pt(path: Path) -> Any:
 
 
 def names_in_pt(path: Path) -> set[str]:
-    """Names in a file of `torch.save`, without reading tensors; none if it is no such file."""
+    """Names in a file of `torch.save`, without reading tensors; empty for other files."""
     if path.suffix not in (".pt", ".pth") or not path.is_file():
         return set()
     try:
@@ -130,7 +130,7 @@ def names_in_pt(path: Path) -> set[str]:
             file.seek(0)
             with FakeTensorMode():  # tensors without values
                 content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # whoever reads it says what is wrong
+    except Exception:  # the reader reports what is wrong
         return set()
     return {str(name) for name in content} if isinstance(content, dict) else set()
 
@@ -138,7 +138,7 @@ def names_in_pt(path: Path) -> set[str]:
 def _require_plain(file: Any) -> None:
     """Raise a ValueError if the archive's pickle names more than tensors and dictionaries.
 
-    Of what `weights_only` lets through, some takes memory of a size that is only claimed.
+    Some objects that `weights_only` accepts allocate memory of a claimed size.
     """
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
@@ -167,7 +167,7 @@ def _is_plain(named: str) -> bool:
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    """All tensors inside, also where something is inside itself."""
+    """All tensors inside, also in structures that contain themselves."""
     left, seen = [content], set()
     while left:
         value = left.pop()
@@ -187,17 +187,17 @@ def pick(
     optional: Mapping[str, int] | None = None,
     ignored: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """Floating-point tensors of a file, all of which are known.
+    """The known floating-point tensors of a file.
 
     Args:
-        tensors: By name.
+        tensors: Tensors by name.
         of: The file, for messages.
-        needed: Names, and numbers of axes.
-        optional: Likewise, of those that may be missing.
-        ignored: Names that may be there and say nothing of the function.
+        needed: Required names, and numbers of axes.
+        optional: Optional names, and numbers of axes.
+        ignored: Names that may be present but do not affect the function.
 
     Raises:
-        ValueError: If one is missing, unknown, or not what it should be.
+        ValueError: If one is missing, unknown, or has a wrong type or shape.
     """
     known = {**needed, **(optional or {})}
     missing = sorted(needed.keys() - tensors.keys())

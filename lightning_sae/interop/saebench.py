@@ -1,4 +1,4 @@
-"""SAEBench: the object that its evaluations take, of any SAE.
+"""SAEBench: wrap an SAE as the object that its evaluations take.
 
 Its evaluations call `encode` and `decode`, read `W_enc`, `W_dec`, `b_enc`, `dtype` and `device`,
 and find model and hook in `cfg` (sae-bench 0.6, `sae_bench/custom_saes/base_sae.py`). They expect
@@ -47,7 +47,7 @@ class Settings:
     neuronpedia_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dictionary, without what SAEBench adds."""
+        """The fields as a dictionary, without those that SAEBench adds."""
         return asdict(self)
 
 
@@ -55,8 +55,8 @@ class ForSAEBench(nn.Module):
     """An SAE with decoder rows of norm 1; latents are in the units of the activations' norm.
 
     Args:
-        sae: The SAE, which stays as it is.
-        settings: Where it belongs.
+        sae: The SAE, which is not changed.
+        settings: Its model and hook.
     """
 
     hook_z_reshaping_mode = False  # activations come flat
@@ -67,7 +67,7 @@ class ForSAEBench(nn.Module):
         norms = sae.W_dec.detach().float().norm(dim=-1)
         self.sae, self.cfg = sae, settings
         self.norms: Float[Tensor, " d_sae"]
-        # A latent without a direction says nothing, and stays what it is.
+        # A latent with a zero decoder row is left unchanged.
         self.register_buffer("norms", torch.where(norms > 0, norms, 1.0))
         self.W_enc = nn.Parameter(sae.W_enc.detach().float() * self.norms)
         self.W_dec = nn.Parameter(state["W_dec"].float() / self.norms[:, None])
@@ -87,12 +87,12 @@ class ForSAEBench(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """Latents of raw activations, times the norms of the SAE's own decoder rows."""
+        """Latents of raw activations, times the norms of the SAE's decoder rows."""
         return (self.sae.encode(x) * self.norms).to(x.dtype)
 
     @torch.no_grad()
     def decode(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
-        """Raw activations rebuilt from such latents."""
+        """Raw activations reconstructed from such latents."""
         return self.sae.decode(f / self.norms).to(f.dtype)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
@@ -100,7 +100,7 @@ class ForSAEBench(nn.Module):
         return self.decode(self.encode(x))
 
     def turn_off_forward_pass_hook_z_reshaping(self) -> None:
-        """Nothing: activations come flat."""
+        """No-op, because activations come flat."""
 
     turn_on_forward_pass_hook_z_reshaping = turn_off_forward_pass_hook_z_reshaping
 

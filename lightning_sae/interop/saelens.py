@@ -45,7 +45,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 FILES = f"{CONFIG} and {WEIGHTS}"
 VERSION = "6.54.12"
-"""Whose layout is written."""
+"""The version whose layout is written."""
 
 SHARED = {"W_enc": 2, "W_dec": 2, "b_dec": 1}
 NEEDED = {
@@ -56,7 +56,7 @@ NEEDED = {
     "matryoshka_batchtopk": {**SHARED, "b_enc": 1, "topk_threshold": 0},
     "gated": {**SHARED, "b_gate": 1, "b_mag": 1, "r_mag": 1},
 }
-"""Tensors of each architecture, and their numbers of axes."""
+"""Tensors of each architecture, and their number of axes."""
 OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
@@ -69,7 +69,7 @@ OF_THE_MODEL = {
     "context_size": "context_length",
     "dataset_path": "text",
 }
-"""SAELens' names of what `source` says, and ours."""
+"""SAELens' names for the entries of `source`, and ours."""
 
 
 def recognises(path: Path) -> bool:
@@ -88,7 +88,7 @@ def read(path: Path, _wanted: str | None = None) -> Found:
     """
     of = path / CONFIG
     config = {OLD_NAMES.get(name, name): value for name, value in read_config(of).items()}
-    metadata = {**config, **part(config, "metadata", of)}  # before version 6 they were one
+    metadata = {**config, **part(config, "metadata", of)}  # one dictionary before 6
     guessed: list[str] = []
     architecture = _architecture(config, of)
     if config.get("normalize_activations") in ("layer_norm", "constant_norm_rescale"):
@@ -114,7 +114,7 @@ def read(path: Path, _wanted: str | None = None) -> Found:
 def _architecture(config: dict[str, Any], of: Path) -> str:
     found = str(config.get("architecture", "standard"))
     activation = config.get("activation_fn", "relu")
-    if found == "standard" and activation == "topk":  # before there was an architecture of it
+    if found == "standard" and activation == "topk":  # before it was a separate architecture
         found = "topk"
     if found not in CLASSES or (found == "standard" and activation != "relu"):
         what = repr(found) if found not in CLASSES else f"{found} with {activation!r}"
@@ -137,7 +137,7 @@ CLASSES = {
 
 
 def _weights(architecture: str, of: Path) -> dict[str, Tensor]:
-    """By the names of this package; what earlier versions had besides is folded."""
+    """Weights by this package's names; further weights of earlier versions are folded in."""
     tensors = read_safetensors(of)
     if "log_threshold" in tensors and "threshold" not in tensors:  # in training, before 6.48
         tensors["threshold"] = tensors.pop("log_threshold").exp()
@@ -170,7 +170,7 @@ def _arguments(architecture: str, config: dict[str, Any], of: Path, d_sae: int) 
 def _finished(
     config: dict[str, Any], weights: dict[str, Tensor], path: Path, guessed: list[str]
 ) -> tuple[dict[str, Tensor], str]:
-    """Fold as SAELens does when it finishes a run: the scale, then norms, then whitening."""
+    """Fold as SAELens does at the end of a run: the scale, then norms, then whitening."""
     of = path / CONFIG
     how = config.get("normalize_activations")
     units = f"{RAW}; if SAELens scaled the inputs in training, they are in its scaled units"
@@ -197,7 +197,7 @@ def _finished(
 
 
 def _scale(path: Path, guessed: list[str]) -> float:
-    """By which inputs are multiplied before such an SAE sees them."""
+    """The factor of the inputs before the SAE."""
     if (path / SCALER).is_file():
         return number(read_config(path / SCALER), "scaling_factor", path / SCALER)
     guessed.append(
@@ -208,7 +208,7 @@ def _scale(path: Path, guessed: list[str]) -> float:
 
 
 def _whitened(config: dict[str, Any], weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Fold z = (x - mean) M into the weights, and its inverse behind them."""
+    """Fold z = (x - mean) M into the encoder, and its inverse into the decoder."""
     if not (path / WHITENING).is_file():
         raise refusal(path / CONFIG, f"its inputs are whitened, and {WHITENING} is missing")
     needed = {"mean": 1, "matrix": 2, "inverse_matrix": 2}
@@ -246,14 +246,14 @@ KEPT = (
     "sequence_separator_token", "disable_concat_sequences", "seqpos_slice", "neuronpedia_id",
     "hf_hook_name", "sae_lens_version", "sae_lens_training_version", "l0", "num_dead_features",
 )  # fmt: skip
-"""What is kept of the metadata for the way back."""
+"""Metadata that is kept for export."""
 
 
 # Writing.
 
 
 def write(sae: Outgoing, folder: Path) -> None:
-    """Write an SAE as SAELens' `SAE.load_from_disk` reads it."""
+    """Write an SAE in the format of SAELens' `SAE.load_from_disk`."""
     weights = dict(sae.weights)
     if sae.form == "gated":
         weights["b_gate"] = weights.pop("b_enc")
@@ -277,7 +277,7 @@ ARCHITECTURES = {"relu": "standard", "threshold": "jumprelu", "topk": "topk", "g
 
 
 def _reads_heads(sae: Outgoing) -> bool:
-    """Whether SAELens has to lay the heads of an activation side by side."""
+    """Whether SAELens must concatenate the heads of an activation."""
     hook = sae.source.get("hook_name")
     return isinstance(hook, str) and hook.endswith("hook_z") and sae.source.get("head") is None
 

@@ -1,4 +1,4 @@
-"""A training configuration of SAELens as one of `lightning-sae fit`, as far as it goes.
+"""Convert a training configuration of SAELens to one for `lightning-sae fit`, as far as possible.
 
 SAELens writes `runner_cfg.json` beside what it trains: a `LanguageModelSAERunnerConfig`, with the
 SAE's own settings under `sae`. Read from SAELens 6.54.12.
@@ -27,7 +27,7 @@ DATA = {
     "store_batch_size_prompts": "blocks_per_pass",
     "hook_head_index": "head",
 }
-"""Settings of the data that have another name and nothing else."""
+"""Settings of the data that differ only in name."""
 MODEL = {
     "lr": "lr",
     "lr_warm_up_steps": "lr_warmup_steps",
@@ -43,7 +43,7 @@ SAE = {
     "jumprelu_bandwidth": "bandwidth",
     "k": "k",
 }
-"""Settings of the SAE, of those that its architecture has."""
+"""Settings of the SAE, if its architecture has them."""
 USED = {
     *DATA, *MODEL, *SAE, "sae", "architecture", "d_in", "seed", "training_tokens", "prepend_bos",
     "n_batches_in_buffer", "activations_mixing_fraction", "seqpos_slice", "exclude_special_tokens",
@@ -58,7 +58,7 @@ DEFAULTS = {
     "model_kwargs": {}, "pre_act_loss_coefficient": None, "jumprelu_ste_to_input": False,
     "use_matryoshka_aux_loss": False, "resume_from_checkpoint": None,
 }  # fmt: skip
-"""Settings that have to be these, for there is nothing here that does what others ask for."""
+"""Settings with their only supported values."""
 NEEDLESS = {
     "device", "llm_device", "act_store_device", "metadata", "hook_eval", "is_dataset_tokenized",
     "dataset_trust_remote_code", "model_class_name", "model_from_pretrained_kwargs", "verbose",
@@ -69,7 +69,7 @@ NEEDLESS = {
     "n_batches_for_norm_estimate", "cached_activations_path", "use_sparse_activations",
     "jumprelu_tanh_scale",
 }  # fmt: skip
-"""Settings of how SAELens runs, not of what it trains."""
+"""Settings that affect how SAELens runs, not what it trains."""
 
 
 class Plan(NamedTuple):
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
     Attributes:
         config: The configuration.
-        differs: What is not the same as in SAELens, in words.
+        differs: Descriptions of the differences from SAELens.
     """
 
     config: dict[str, Any]
@@ -85,13 +85,14 @@ class Plan(NamedTuple):
 
 
 def plan_of(path: Path) -> Plan:
-    """The configuration of `lightning-sae fit` that a run of SAELens comes closest to.
+    """The configuration for `lightning-sae fit` that is closest to a run of SAELens.
 
     Args:
         path: A `runner_cfg.json`, or the folder with it.
 
     Raises:
-        ValueError: If it is none, or trains what this package has not.
+        ValueError: If it is not such a file, or trains something that this package does not
+            support.
     """
     of = path / "runner_cfg.json" if path.is_dir() else path
     runner = read_config(of)
@@ -134,7 +135,7 @@ def _model(runner: dict[str, Any], sae: dict[str, Any], batch: int) -> dict[str,
     found |= {ours: sae[theirs] for theirs, ours in SAE.items() if sae.get(theirs) is not None}
     found["betas"] = [runner.get("adam_beta1", 0.9), runner.get("adam_beta2", 0.999)]
     found["dead_after"] = (runner.get("dead_feature_window") or 1000) * batch
-    # A choice by values times norms is that of an SAE with unit rows.
+    # Selection by value times norm equals that of an SAE with unit rows.
     found["decoder_norm"] = "unit" if sae.get("rescale_acts_by_decoder_norm") else "free"
     if "topk_threshold_lr" in sae and sae["architecture"] == "batchtopk":
         found["threshold_decay"] = 1 - sae["topk_threshold_lr"]

@@ -2,7 +2,7 @@
 
 The forward pass, with W the weight of `encoder` [d_sae, d_in] and W_dec [d_sae, d_in]:
 f = TopK(ReLU(W (x - b_dec) + encoder.bias), k), x_hat = f W_dec + b_dec. `num_latents` of 0 stands
-for `d_in` times `expansion_factor`; `normalize_decoder` speaks of training alone. The folder above
+for `d_in` times `expansion_factor`; `normalize_decoder` only affects training. The folder above
 has the `config.json` of the run. Read from eai-sparsify 1.3.3.
 """
 
@@ -35,7 +35,7 @@ OTHERS = {
     "skip_connection": "it has a linear path around the latents",
     "signed": "its latents may be negative",
 }
-"""Flags of what no SAE here computes."""
+"""Flags of functions that no SAE of this package computes."""
 
 
 def recognises(path: Path) -> bool:
@@ -108,7 +108,7 @@ OUTPUTS = {
 
 
 def hook_of(hookpoint: str) -> str | None:
-    """TransformerLens' name of a module's output, as `layers.5.mlp`; None if it has none.
+    """TransformerLens' name of a module's output; None if it has none.
 
     Example:
         >>> hook_of("layers.5"), hook_of("gpt_neox.layers.5.mlp"), hook_of("embed_tokens")
@@ -123,7 +123,7 @@ def hook_of(hookpoint: str) -> str | None:
 
 
 def write(sae: Outgoing, folder: Path) -> None:
-    """Write an SAE as sparsify's `SparseCoder.load_from_disk` reads it."""
+    """Write an SAE in the format of sparsify's `SparseCoder.load_from_disk`."""
     if sae.form != "topk":
         reason = "there, latents are the k largest of each row"
         raise refuse(sae, NAME, reason, "`saelens` or `dictionary_learning`")

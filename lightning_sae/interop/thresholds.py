@@ -1,4 +1,4 @@
-"""Thresholds between `>` and `>=`, and between dtypes, so that no latent changes sides."""
+"""Convert thresholds between `>` and `>=` and between dtypes, so that the same latents fire."""
 
 import torch
 from jaxtyping import Float
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def just_above(threshold: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
-    """The least number of a dtype above a threshold: from it on is what is above the threshold.
+    """The smallest number of a dtype above a threshold: `x >= result` equals `x > threshold`.
 
     Example:
         >>> just_above(torch.tensor(1.0), torch.bfloat16).item()
@@ -18,7 +18,7 @@ def just_above(threshold: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Ten
 
 
 def just_below(threshold: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
-    """The largest number of a dtype below a threshold: above it is what is from there on.
+    """The largest number of a dtype below a threshold: `x > result` equals `x >= threshold`.
 
     Example:
         >>> just_below(torch.tensor(1.0), torch.bfloat16).item()
@@ -30,7 +30,9 @@ def just_below(threshold: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Ten
 
 
 def rounded_down(threshold: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
-    """The largest number of a dtype up to a threshold: the same numbers of that dtype are above it.
+    """The largest number of a dtype that is at most a threshold.
+
+    Among numbers of that dtype, the same are above it as above the threshold.
 
     Example:
         >>> rounded_down(torch.tensor(1.007), torch.bfloat16).item()

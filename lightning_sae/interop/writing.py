@@ -1,4 +1,4 @@
-"""Folders for other libraries: complete or not there, and nothing is overwritten."""
+"""Atomic writes of folders for other libraries; nothing is overwritten."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ def require_new(folder: Path) -> None:
 
 
 def write_files(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Write each file of a folder by its function."""
+    """Write a folder, each file by its function."""
     for name, write in files.items():
         write_atomically(folder / name, write)
 
@@ -41,7 +41,7 @@ def as_safetensors(tensors: Mapping[str, Tensor]) -> Callable[[Path], Any]:
 
 
 def origin(sae: Outgoing) -> dict[str, Any]:
-    """What is said of where an SAE comes from, in a place that the other library does not read."""
+    """The origin of an SAE, stored where the other library does not read it."""
     return {
         "version": __version__,
         "architecture": sae.name,
