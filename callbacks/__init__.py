@@ -1,4 +1,4 @@
-"""Callbacks: what happens between training steps."""
+"""Callbacks for training, checkpoints, logging and results."""
 
 if __name__ != "lightning_sae.callbacks":
     raise ImportError(f"import lightning_sae.callbacks, not {__name__}")

@@ -25,7 +25,7 @@ log = logging.getLogger("lightning.pytorch")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others did is saved too
+class RunCheckpoint(Checkpoint):  # called last, so the state of all others is saved too
     """Keeps `<trainer.default_root_dir>/checkpoints/last.ckpt` up to date.
 
     It is saved every `every_n_steps`, at the end, and on Ctrl-C or SIGTERM after the current step.
@@ -112,7 +112,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
         if is_overridden("on_train_batch_end", pl_module):
             rank_zero_warn(
                 f"`{type(pl_module).__name__}.on_train_batch_end` comes after the checkpoint of "
-                "its step, as Lightning calls them, and is lost where a run goes on from there: "
+                "its step, as Lightning calls them, and is lost when a run resumes from there: "
                 "have a callback do it, which `configure_callbacks` may bring along."
             )
 
@@ -131,7 +131,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._received = signal.Signals(number)
-        self._give_signals_back()  # a second one acts at once
+        self._give_signals_back()  # a second signal acts at once
 
     @override
     def on_train_batch_start(
@@ -188,7 +188,7 @@ class RunCheckpoint(Checkpoint):  # Lightning calls this kind last: what others 
             of_step = "" if self._saved is None else f", of step {self._saved_at}"
             text += (
                 f"the checkpoint is {path}{of_step}\n"
-                f"Go on with the same command and --ckpt_path {shlex.quote(str(path))}"
+                f"Continue with the same command and --ckpt_path {shlex.quote(str(path))}"
             )
         rank = trainer.global_rank if trainer.world_size > 1 else None
         log.info("\n" + rank_prefixed_message(text, rank))
@@ -250,5 +250,5 @@ def _validate_first(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     loop.val_loop.batch_progress.reset_on_run()
     loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-    # It counts the last step when it continues, and again after the validation.
+    # The loop counts the last step when it continues, and again after the validation.
     loop._batches_that_stepped -= 1

@@ -1,4 +1,4 @@
-"""Pictures of all latents as training goes on."""
+"""Plots of all latents during training."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ from lightning_sae.architectures.orthogonality import WithOrthogonality
 from lightning_sae.callbacks.histograms import latent_statistics
 from lightning_sae.callbacks.loggers import histogram, hold_figures, log_figure
 
-DECADES = (-7, 0)  # of frequencies that are told apart
+DECADES = (-7, 0)  # range of log10 frequencies that are resolved
 PER_DECADE = 5
-N_SHOWN = 6  # latents with a histogram of their own
-N_ROWS = 4096  # held-out activations in it
+N_SHOWN = 6  # number of latents with a histogram
+N_ROWS = 4096  # held-out activations in each histogram
 
 
 class LatentFigures(Callback):
-    """Pictures of the latents after each validation, for loggers that hold pictures.
+    """Plots of the latents after each validation, for loggers that accept images.
 
     - `latents/frequency_over_training`: how many latents fired how often on the held-out
       activations of each validation so far;
@@ -33,7 +33,7 @@ class LatentFigures(Callback):
     - `latents/activations_and_thresholds`, with the auxiliary loss of orthogonality: histograms of
       how strongly the most frequent latents fire, with the threshold in force.
 
-    With loggers that hold no pictures nothing is drawn.
+    With loggers that accept no images, nothing is drawn.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class LatentFigures(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit (resuming loads its state after this)."""
+        """Forget an earlier fit; a resume loads its state after this."""
         self.steps, self.counts = [], []
 
     @override
@@ -91,12 +91,12 @@ class LatentFigures(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What was counted at earlier validations."""
+        """Counts of earlier validations."""
         return {"steps": list(self.steps), "counts": [list(each) for each in self.counts]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was."""
+        """Continue from a checkpoint."""
         self.steps, self.counts = list(state_dict["steps"]), list(state_dict["counts"])
 
 
@@ -104,8 +104,9 @@ def frequency_over_training(steps: list[int], counts: list[list[int]]) -> Figure
     """A column for each validation, shaded by the number of latents of each frequency.
 
     Args:
-        steps: Steps of the optimiser before each validation.
-        counts: Latents by frequency, `PER_DECADE` bins to a decade, behind those that never fired.
+        steps: Optimizer steps before each validation.
+        counts: Number of latents by frequency: first those that never fired, then `PER_DECADE` bins
+            per decade.
     """
     figure, axes = _axes("validation at step", "frequency on held-out activations")
     columns = torch.tensor(counts).T
@@ -162,7 +163,7 @@ def activations_and_thresholds(sae: WithOrthogonality, rows: Float[Tensor, "rows
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
-    # With fixed margins: a layout that is worked out takes a second drawing.
+    # Fixed margins, because an automatic layout would draw twice.
     figure = Figure(figsize=(5.4, 4))
     figure.subplots_adjust(left=0.14, right=0.96, bottom=0.13, top=0.96)
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What loggers can hold beside numbers. What one cannot hold is left out."""
+"""Images, histograms and text for loggers. What a logger cannot store is left out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 @runtime_checkable
 class HoldsFigures(Protocol):
-    """A logger's `experiment` that takes pictures, as TensorBoard's does."""
+    """A logger's `experiment` that accepts images, such as TensorBoard's."""
 
     def add_figure(self, tag: str, figure: Figure, global_step: int | None) -> Any:
         """Keep a picture."""
@@ -20,7 +20,7 @@ class HoldsFigures(Protocol):
 
 @runtime_checkable
 class HoldsHistograms(Protocol):
-    """A logger's `experiment` that takes histograms, as TensorBoard's does."""
+    """A logger's `experiment` that accepts histograms, such as TensorBoard's."""
 
     def add_histogram(self, tag: str, values: Tensor, global_step: int | None) -> Any:
         """Keep a histogram."""
@@ -28,18 +28,18 @@ class HoldsHistograms(Protocol):
 
 @runtime_checkable
 class HoldsText(Protocol):
-    """A logger's `experiment` that takes text, as TensorBoard's does."""
+    """A logger's `experiment` that accepts text, such as TensorBoard's."""
 
     def add_text(self, tag: str, text_string: str, global_step: int | None) -> Any:
-        """Keep a text in Markdown."""
+        """Store a text in Markdown."""
 
 
 class NamedValues(Logger):
     """Logs to another logger, each value as `member/value`.
 
     Args:
-        logger: The other one.
-        member: What stands before the names, such as that of one SAE among several.
+        logger: The other logger.
+        member: Prefix of the names, such as the name of one SAE among several.
     """
 
     def __init__(self, logger: Logger, member: str) -> None:
@@ -62,16 +62,16 @@ class NamedValues(Logger):
 
     @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's configuration holds those of all members."""
+        """No-op: the run's configuration has the hyper-parameters of all members."""
 
 
 def hold_figures(loggers: Sequence[Logger]) -> bool:
-    """Whether a picture is worth drawing."""
+    """Whether any logger accepts images."""
     return any(_holds_figures(_with_name(logger, "")[0]) for logger in loggers)
 
 
 def log_figure(loggers: Sequence[Logger], name: str, figure: Figure, step: int) -> None:
-    """Give a picture to TensorBoard and its like, to wandb, and to MLflow as a file."""
+    """Log an image to TensorBoard and similar loggers, to wandb, and to MLflow as a file."""
     for logger, own in (_with_name(logger, name) for logger in loggers):
         if isinstance(logger, WandbLogger):
             logger.log_image(own, [figure], step)
@@ -82,12 +82,12 @@ def log_figure(loggers: Sequence[Logger], name: str, figure: Figure, step: int) 
 
 
 def log_histograms(loggers: Sequence[Logger], values: Mapping[str, Tensor], step: int) -> None:
-    """Give histograms of values to TensorBoard and its like, and to wandb."""
+    """Log histograms of values to TensorBoard and similar loggers, and to wandb."""
     for logger in loggers:
         for name, each in values.items():
             keeper, own = _with_name(logger, name)
             if isinstance(keeper, WandbLogger):
-                import wandb  # there where the logger is
+                import wandb  # installed if its logger is used
 
                 of_wandb: Any = wandb.Histogram(np_histogram=histogram(each))
                 keeper.log_metrics({own: of_wandb}, step)
@@ -96,7 +96,7 @@ def log_histograms(loggers: Sequence[Logger], values: Mapping[str, Tensor], step
 
 
 def histogram(values: Tensor, bins: int = 64) -> tuple[Any, Any]:
-    """Counts, and edges of bins; in double precision, lest values nearly equal have no bins."""
+    """Counts and bin edges, in double precision so that nearly equal values have distinct bins."""
     return np.histogram(values.detach().cpu().double().numpy(), bins=bins)
 
 
@@ -107,7 +107,7 @@ def log_table(
     rows: Sequence[Sequence[str]],
     step: int,
 ) -> None:
-    """Give a table of texts to TensorBoard and its like, to wandb, and to MLflow as a file."""
+    """Log a table of texts to TensorBoard and the like, to wandb, and to MLflow as a file."""
     for logger, own in (_with_name(logger, name) for logger in loggers):
         if isinstance(logger, WandbLogger):
             logger.log_text(own, list(columns), [list(row) for row in rows], step=step)
@@ -119,19 +119,19 @@ def log_table(
 
 
 def writers(loggers: Sequence[Logger]) -> list[Any]:
-    """TensorBoard's own writers, for what it alone can show."""
+    """TensorBoard's own writers, for its special features."""
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _with_name(logger: Logger, name: str) -> tuple[Any, str]:
-    """The logger that keeps what is given to this one, and the name under which it does."""
+    """The underlying logger, and the name under which it stores values."""
     if isinstance(logger, NamedValues):
         return _with_name(logger.logger, f"{logger.member}/{name}")
     return logger, name
 
 
 def _experiment(logger: Any) -> Any:
-    """Where a logger keeps things; Lightning does not ask for it, and some have none."""
+    """A logger's `experiment`; Lightning does not require it, and some loggers have none."""
     return logger.experiment if hasattr(logger, "experiment") else None
 
 
@@ -146,7 +146,7 @@ def _in_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that means nothing to Markdown or HTML.
+    """Text with the special characters of Markdown and HTML escaped.
 
     Example:
         >>> _escaped("a_b <i>")

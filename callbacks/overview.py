@@ -1,4 +1,4 @@
-"""What one sees of a run first: its settings beside its figures, and the few curves that matter."""
+"""An overview of a run: its settings beside its metrics, and the most important charts."""
 
 import inspect
 from numbers import Real
@@ -13,7 +13,7 @@ from lightning_sae.data.source import source_of
 from lightning_sae.functional.penalties import plain_arguments
 
 FIGURES = ("l0", "fvu", "dead_fraction", "loss_recovered_zero", "loss_recovered_mean", "ce_spliced")
-"""Held-out figures by which runs are compared, as `val/...` and, after a test, `test/...`."""
+"""Held-out metrics by which runs are compared, as `val/...` and, after a test, `test/...`."""
 
 ALWAYS = ("d_sae", "lr", "l1_coefficient", "l0_coefficient", "k", "target_l0")
 """Arguments of an SAE in which runs of a sweep are likely to differ."""
@@ -41,13 +41,12 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 
 
 class RunOverview(Callback):
-    """Gives loggers the settings of the run, and TensorBoard a first page of charts.
+    """Logs the settings of the run, and gives TensorBoard an overview page of charts.
 
-    Settings are architecture, the SAE's arguments that are no defaults and a few more, model, hook,
-    text, batch size and steps. In TensorBoard they stand on the page "HParams" beside `FIGURES`,
-    each with its latest value, so that runs of a sweep can be sorted by what came out; other
-    loggers get them as hyper-parameters.
-    The page "Custom Scalars" shows the charts of `LAYOUT`.
+    Settings are architecture, the SAE's arguments that differ from their defaults and a few more,
+    model, hook, text, batch size and steps. TensorBoard's page "HParams" shows them beside the
+    latest values of `FIGURES`, so that runs of a sweep can be sorted by result; other loggers get
+    them as hyper-parameters. The page "Custom Scalars" shows the charts of `LAYOUT`.
     """
 
     @override
@@ -73,7 +72,7 @@ def _add_settings(writer: Any, settings: dict[str, Any]) -> None:
 
 
 def settings_of_run(trainer: Trainer, sae: LightningModule) -> dict[str, Any]:
-    """Plain values by name; of the SAE's arguments `ALWAYS`, and all that are no defaults."""
+    """Plain values by name; of the SAE's arguments, `ALWAYS` and all that differ from defaults."""
     data = source_of(trainer)
     source = {} if data is None else data.source
     defaults = _defaults(type(sae))

@@ -1,4 +1,4 @@
-"""One progress bar for the whole run, with the rate in activations; some lines in a log file."""
+"""One progress bar for the whole run, with the rate in activations; lines for log files."""
 
 import sys
 import time
@@ -8,15 +8,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
-N_LINES = 10  # of a run whose output is no terminal
+N_LINES = 10  # number of lines in a run whose output is not a terminal
 HELD_OUT = ("l0", "fvu", "loss_recovered_zero", "ce_clean", "ce_spliced")
 
 
 class SAEProgressBar(TQDMProgressBar):
     """Shows optimizer steps of `trainer.max_steps`, loss, L0, dead share and activations/s.
 
-    Where the output goes to a file or a pipe there is no bar: a line is written for each tenth of
-    the run, and one for each validation.
+    If the output goes to a file or a pipe, a line is written instead for each tenth of the run and
+    for each validation.
 
     Args:
         refresh_rate: Batches between two refreshes; 0 hides the bar and the lines.
@@ -37,13 +37,13 @@ class SAEProgressBar(TQDMProgressBar):
 
     @property
     def writes_lines(self) -> bool:
-        """Whether there are lines in its place."""
+        """Whether lines are printed instead."""
         return super().is_enabled and not _is_watched()
 
     @property
     @override
     def total_train_batches(self) -> int | float:
-        """Batches that `trainer.max_steps` takes, where that is set."""
+        """Number of batches for `trainer.max_steps`, if that is set."""
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps * self.trainer.accumulate_grad_batches
         return super().total_train_batches
@@ -70,9 +70,9 @@ class SAEProgressBar(TQDMProgressBar):
             self._write(self.get_metrics(trainer, pl_module))
 
     def _is_due(self, step: int, total: int) -> bool:
-        """Whether a tenth of the run has just ended; where its length is unknown, 1000 steps."""
+        """Whether a tenth of the run has just ended, or 1000 steps if its length is unknown."""
         every = total / N_LINES if total > 0 else 1000
-        new, self._step = step > self._step, step  # else gradients are being accumulated
+        new, self._step = step > self._step, step  # otherwise gradients are being accumulated
         return new and int(step / every) > int((step - 1) / every)
 
     @override
@@ -106,5 +106,5 @@ class SAEProgressBar(TQDMProgressBar):
 
 
 def _is_watched() -> bool:
-    """Whether someone sees the output as it comes: in a terminal, a notebook or a Python shell."""
+    """Whether the output is interactive: a terminal, a notebook or a Python shell."""
     return sys.stdout.isatty() or hasattr(sys, "ps1")

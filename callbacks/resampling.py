@@ -34,7 +34,7 @@ class DeadFeatureResampling(Callback):
     - `loss_squared`: latents that never fired. Inputs are drawn with probability proportional to
       the square of their squared error, each measured in its own training step. The decoder row
       becomes the encoder's input for it, scaled to norm 1. The encoder row gets the same direction,
-      with `encoder_scale` times the mean norm of the living encoder rows (1 if there are none).
+      with `encoder_scale` times the mean norm of the alive encoder rows (1 if there are none).
       Source: Bricken et al., Towards Monosemanticity (2023).
     - `reinitialize`: latents that fired on less than `min_frequency` of the inputs. The decoder row
       becomes a random direction of norm 1 and the encoder row its transpose, as at the start of
@@ -43,7 +43,7 @@ class DeadFeatureResampling(Callback):
     In both schemes, the latent's `b_enc` becomes 0, thresholds and the like get their initial
     values, and the optimizer's moments of these entries and `silent_for` become zero. `b_dec` and
     all other latents do not change. A tied latent has only the decoder row. With
-    `decoder_norm="free"`, new decoder rows get the mean norm of the living ones. Nothing is
+    `decoder_norm="free"`, new decoder rows get the mean norm of the alive ones. Nothing is
     replaced after the last step of a run, because it would not be trained.
 
     The number of replaced latents is logged as `train/resampled`. Random numbers come from a
@@ -65,7 +65,7 @@ class DeadFeatureResampling(Callback):
         min_frequency: With `reinitialize`, the frequency below which a latent is replaced.
         n_inputs: With `loss_squared`, number of latest inputs to draw from, over all ranks. Each
             rank keeps its own in memory.
-        encoder_scale: With `loss_squared`, norm of a new encoder row relative to living ones.
+        encoder_scale: With `loss_squared`, norm of a new encoder row relative to alive ones.
         max_resamplings: Number of resamplings in a run, including those without dead latents; null
             for no limit.
         stop_after_step: Last optimizer step after which latents may be resampled, or a share of the
@@ -111,7 +111,7 @@ class DeadFeatureResampling(Callback):
         self.n_inputs, self.seed = n_inputs, seed
         self.max_resamplings, self.stop_after_step = max_resamplings, stop_after_step
         given = self._lengths()
-        if len(set(map(is_share, given.values()))) == 1:  # else once the run's length is known
+        if len(set(map(is_share, given.values()))) == 1:  # otherwise checked later
             for problem in _out_of_order(**given):
                 raise ValueError(problem)
         self._inputs: list[Tensor]
@@ -120,7 +120,7 @@ class DeadFeatureResampling(Callback):
         self._start_afresh()
 
     def next_resampling(self, step: int) -> int | None:
-        """The optimizer step after which the next resampling comes, when `step` steps are taken.
+        """The optimizer step after which the next resampling happens, once `step` steps are taken.
 
         None if there is no other. The result is larger than `step`.
         """

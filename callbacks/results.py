@@ -27,7 +27,7 @@ from lightning_sae.files import write_atomically
 class ExportSAE(Callback):
     """Writes the trained SAE to `<trainer.default_root_dir>/sae` when training ends.
 
-    If that folder exists, for example when a finished run is prolonged, it writes to `sae-2` and so
+    If that folder exists, for example when a finished run is extended, it writes to `sae-2` and so
     on. A run that was stopped after its last step exports the SAE when it is resumed; an incomplete
     export is replaced.
 
@@ -70,7 +70,7 @@ class ExportSAE(Callback):
 
 
 def _put(made: Path, folder: Path) -> Path:
-    """Move an exported SAE to its folder, unless one with the same files exists; returns it."""
+    """Move an exported SAE to its folder, unless one with the same files exists; return it."""
     names = sorted(path.name for path in made.iterdir())
     for place in _numbered(folder):
         if not place.exists():
@@ -112,7 +112,7 @@ class HeldOutEvaluation(Callback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the language model now, so that what is wrong with it is said before the test."""
+        """Open the language model now, so that errors come before the test."""
         data = source_of(trainer)
         self._data = None if data is None else data.text_data()
 

@@ -19,8 +19,8 @@ PARTS = ("checkpoints", "sae", "members", "results.json", "latents")
 
 class _Hold(NamedTuple):
     descriptor: int
-    times: int  # that it was asked for
-    made: bool  # whether the folder was made for it
+    times: int  # requests for it
+    made: bool  # whether the folder was created for it
 
 
 _held: dict[Path, _Hold] = {}
@@ -68,7 +68,7 @@ def release(folder: Path) -> None:
         return
     (folder / LOCK).unlink(missing_ok=True)
     os.close(own.descriptor)
-    if own.made and folder.is_dir() and not any(folder.iterdir()):  # refused before it began
+    if own.made and folder.is_dir() and not any(folder.iterdir()):  # nothing was written
         folder.rmdir()
 
 
@@ -83,8 +83,8 @@ def _locked(path: Path) -> int:
             other = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
             raise ValueError(
-                f"Expected argument `trainer.default_root_dir` to be a folder of its own but "
-                f"another run is under way in {path.parent} ({other or 'just begun'}): choose "
+                f"Expected argument `trainer.default_root_dir` to be an unused folder but "
+                f"another run is in progress in {path.parent} ({other or 'just begun'}): choose "
                 "another folder, or wait for its end."
             ) from error
         except OSError:  # a file system without locks
@@ -117,7 +117,7 @@ def _way_on(folder: Path) -> str:
     last = folder / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return "."
-    return f", or go on with that run by --ckpt_path {shlex.quote(str(last))}"
+    return f", or continue that run with --ckpt_path {shlex.quote(str(last))}"
 
 
 def _holds_something(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What the reconstruction costs the language model, while the SAE is trained."""
+"""The language model's loss with the reconstruction spliced in, during training."""
 
 import time
 
@@ -14,21 +14,21 @@ from lightning_sae.data.source import source_of
 class SplicedLossMonitor(Callback):
     """Logs, at each validation, the language model's loss with the reconstruction spliced in.
 
-    On the same first held-out tokens each time: `val/ce_clean`, `val/ce_spliced`,
+    The same held-out tokens are used each time. Logged are `val/ce_clean`, `val/ce_spliced`,
     `val/ce_zero_ablation`, `val/ce_mean_ablation`, `val/loss_recovered_zero`,
-    `val/loss_recovered_mean`, `val/kl` and so on, the names that a test gives them as `test/...`;
-    see `lightning_sae.analysis.evaluate_in_model`. Ablations are run at the first validation alone.
+    `val/loss_recovered_mean`, `val/kl` and so on, with the same names as `test/...` in a test;
+    see `lightning_sae.analysis.evaluate_in_model`. Ablations are run only at the first validation.
     Needs an `ActivationDataModule`; with other data nothing is logged. It draws no random numbers
-    and reads no training text, so weights are those of a run without it.
+    and reads no training text, so it does not change the weights.
 
     Args:
-        n_tokens: Held-out tokens that the language model reads, about, on all ranks together, and
-            at most those of a validation; 0 for none.
+        n_tokens: Approximate number of held-out tokens that the language model reads, over all
+            ranks; at most those of a validation. 0 turns it off.
 
     Attributes:
-        known: Figures of this text by hook, for those that no SAE changes. Callbacks of several
-            SAEs may share it, and then run the ablations once.
-        seconds: Time that it has taken.
+        known: Figures that do not depend on the SAE, by hook. Callbacks of several SAEs may share
+            it to run the ablations once.
+        seconds: Seconds that it has taken.
 
     Raises:
         ValueError: If `n_tokens` is negative.
@@ -51,7 +51,7 @@ class SplicedLossMonitor(Callback):
         if self.n_tokens and isinstance(data, ActivationDataModule) and not trainer.sanity_checking:
             began = time.perf_counter()
             figures = self._evaluate(pl_module, data)
-            # The same on all ranks already, as Lightning cannot see.
+            # Already reduced over ranks, which Lightning cannot know.
             pl_module.log_dict(figures, sync_dist=True)
             self.seconds += time.perf_counter() - began
 

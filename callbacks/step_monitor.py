@@ -1,4 +1,4 @@
-"""What is in force in a step: learning rate, coefficient, threshold; and its gradient's norm."""
+"""The values used in a step: learning rate, coefficient, threshold; and the gradient's norm."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from lightning_sae.architectures import SparseAutoencoder
 
 
 class StepMonitor(Callback):
-    """Logs what is in force in a step, with the losses of that step.
+    """Logs the values used in a step, together with its losses.
 
-    `train/lr`, of each further group of weights `train/lr_1` and so on (thresholds, in a
+    `train/lr`, for further parameter groups `train/lr_1` and so on (thresholds, in a
     `JumpReLUSAE`); `train/gradient_norm`, before it is clipped; `train/coefficient` of the penalty
     with warm-up and `TargetL0`; `train/threshold`, in the units of the activations, the mean over
-    latents where each has its own. Nothing is worked out in steps that are not logged.
+    latents if each has its own. Nothing is computed in steps that are not logged.
     """
 
     @override

@@ -1,4 +1,4 @@
-"""What the stream gives, how fast the run is, and where its time goes."""
+"""Statistics of the data stream, speed of the run, and shares of its time."""
 
 import time
 from typing import Any
@@ -12,16 +12,16 @@ from lightning_sae.data.source import ActivationSource, source_of
 class StreamMonitor(Callback):
     """Logs what the stream has read and left out, rates, and shares of the time.
 
-    With the losses, every `trainer.log_every_n_steps`; nothing is worked out in between.
+    Logged with the losses, every `trainer.log_every_n_steps`; nothing is computed in between.
 
-    - `data/...`: what the data module's `statistics` say, such as the share left out by each
+    - `data/...`: the data module's `statistics`, such as the share left out by each
       filter.
-    - `speed/activations_per_second`: trained on, over all ranks, in the time of training;
+    - `speed/activations_per_second`: trained on, over all ranks, per second of training;
       `speed/tokens_per_second`: read by the language model for it, on this rank.
     - `time/sae`: share of the time in training steps; `time/buffer`: in waiting for the next batch,
-      be it for the shuffle or for activations that are not there yet; `time/validation`. The rest
-      is logging, checkpoints and Lightning's own. `time/language_model` is the share in which the
-      language model ran, which it does beside the steps where the data read ahead.
+      for the shuffle or for new activations; `time/validation`. The rest is logging, checkpoints
+      and Lightning itself. `time/language_model` is the share in which the language model ran; it
+      overlaps with training steps if the data reads ahead.
     """
 
     @override
@@ -59,7 +59,7 @@ class StreamMonitor(Callback):
             self._in_validation += time.perf_counter() - self._validation_began
 
     def _start(self, data: ActivationSource | None) -> None:
-        """Begin another span of time."""
+        """Start a new time span."""
         self._began = time.perf_counter()
         self._in_steps = self._in_validation = 0.0
         self._activations = 0

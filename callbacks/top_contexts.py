@@ -1,4 +1,4 @@
-"""What latents fire on, as text, and their decoder rows with tokens as labels."""
+"""Log what latents fire on, as text, and their decoder rows with tokens as labels."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from lightning_sae.checks import expect
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.source import source_of
 
-N_CONTEXTS = 4  # of each latent
-BEFORE, AFTER = 12, 6  # tokens shown round the one on which it fires
-N_LABELS = 3  # tokens in a label
+N_CONTEXTS = 4  # contexts of each latent
+BEFORE, AFTER = 12, 6  # tokens shown around the one on which it fires
+N_LABELS = 3  # number of tokens in a label
 COLUMNS = ("latent", "frequency", "activation", "context")
 
 
 class TopContexts(Callback):
-    """At the end of training, shows what latents fire on in some held-out text.
+    """Logs at the end of training what latents fire on in some held-out text.
 
     - `latents/top_contexts`, a text: the strongest contexts of some latents, from the most frequent
       to the rarest, with the token on which a latent fires between « and »;
@@ -31,12 +31,12 @@ class TopContexts(Callback):
       which each fires most.
 
     Needs an `ActivationDataModule` with a tokenizer; with other data nothing is shown. For more
-    text and all latents there is `lightning-sae analyze`.
+    text and all latents, use `lightning-sae analyze`.
 
     Args:
-        n_tokens: Held-out tokens to read, about, and at most those of a validation.
+        n_tokens: Approximate number of held-out tokens to read; at most those of a validation.
         n_latents: Latents whose contexts are shown.
-        n_rows: Decoder rows in the projector, at most.
+        n_rows: Maximum number of decoder rows in the projector.
 
     Raises:
         ValueError: If a number is not positive.
@@ -84,13 +84,13 @@ class TopContexts(Callback):
 
 
 class Found(NamedTuple):
-    """What was found in some text.
+    """Firings found in some text.
 
     Attributes:
-        blocks: The text.
+        blocks: The text in blocks.
         contexts: The strongest firings of each latent.
-        on_tokens: The tokens on which each fires.
-        frequency: Share of the tokens on which each fires, [d_sae].
+        on_tokens: The tokens on which each latent fires.
+        frequency: Share of the tokens on which each latent fires, [d_sae].
         n_tokens: Number of these tokens.
     """
 
@@ -113,7 +113,7 @@ def read(sae: SparseAutoencoder, data: ActivationDataModule, n_tokens: int) -> F
         kept = data.filter.kept(tokens, x).flatten()
         before = sum(len(block) for block in blocks) * data.context_length
         numbers = kept.nonzero().squeeze(1) + before
-        size = max(1, 2**23 // sae.d_sae)  # rows whose latents may exist as a matrix
+        size = max(1, 2**23 // sae.d_sae)  # rows whose latents may be held as a dense matrix
         for own, rows in zip(
             numbers.split(size), x.flatten(0, 1)[kept.to(x.device)].split(size), strict=True
         ):
@@ -158,7 +158,7 @@ def _context(found: Found, data: ActivationDataModule, place: int) -> str:
 
 
 def spelled(data: ActivationDataModule, tokens: Sequence[int]) -> list[str]:
-    """Texts of tokens in one line each."""
+    """Texts of tokens, each on one line."""
     texts = (
         data.language_model.tokenizer.decode([token if token >= 0 else ~token]) for token in tokens
     )

@@ -54,7 +54,7 @@ def test_a_folder_with_a_run_under_way_is_refused_until_that_is_killed(
     tmp_path: Path, other: Any
 ) -> None:
     root = tmp_path / "run"
-    with pytest.raises(ValueError, match="another run is under way in"):
+    with pytest.raises(ValueError, match="another run is in progress in"):
         fit(root)
     assert [path.name for path in root.iterdir()] == [".lock"]
     other.kill()
