@@ -160,7 +160,7 @@ def test_without_checksums_weights_are_still_finite(folder: Path) -> None:
         ("d_in", -4, "`d_in` to be positive"),
         ("k", 10**9, "`k` to be above 0 and at most"),
         ("lr", "fast", "`lr` to be of type .*float"),
-        ("lr", None, "`lr` to be of type .*float"),
+        ("lr", [1], "`lr` to be of type .*float"),
         ("apply_b_dec_to_input", "no", "`apply_b_dec_to_input` to be of type .*bool"),
         ("betas", [0.9], "`betas` to be of type tuple"),
         ("revive", "often", "`revive` to be of type .*auxk"),

@@ -76,10 +76,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             `lightning_sae.architectures.optimizer.peak_rate`.
         betas: Adam's decay rates of the first and second moment.
         lr_warmup_steps: Optimizer steps over which the learning rate rises linearly from zero, or
-            a share of `trainer.max_steps` between 0 and 1; by default 0.05, or 0 if
-            `trainer.max_steps` is not set.
+            a share of `trainer.max_steps` between 0 and 1.
         lr_decay_steps: Optimizer steps at the end of the run over which it falls linearly to zero,
-            or a share of the run; by default 0.2, or 0 if `trainer.max_steps` is not set.
+            or a share of the run.
         clip_grad_norm: Norm to which the gradient is clipped; null for no clipping.
         apply_b_dec_to_input: Whether `b_dec` is subtracted from the encoder's input.
         b_dec_init: Initial `b_dec`: `mean` of the first batch, or `zero`.
@@ -167,8 +166,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         *,
         lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
-        lr_warmup_steps: Length | None = None,
-        lr_decay_steps: Length | None = None,
+        lr_warmup_steps: Length = 0,
+        lr_decay_steps: Length = 0,
         clip_grad_norm: float | None = 1.0,
         apply_b_dec_to_input: bool = True,
         b_dec_init: Literal["mean", "zero"] = "mean",
@@ -185,8 +184,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         require_positive(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
         lr = peak_rate(d_sae) if lr is None else lr
         require_positive(lr=lr)
-        lengths = {"lr_warmup_steps": lr_warmup_steps, "lr_decay_steps": lr_decay_steps}
-        require_lengths(0, **{k: length for k, length in lengths.items() if length is not None})
+        require_lengths(0, lr_warmup_steps=lr_warmup_steps, lr_decay_steps=lr_decay_steps)
         if clip_grad_norm is not None:
             require_positive(clip_grad_norm=clip_grad_norm)
         if chunk_rows is not None:

@@ -14,10 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_sae.lengths import Length, steps_of, two_steps_of, unknown
+from lightning_sae.lengths import Length, two_steps_of, unknown
 
 NAMES = "lr_warmup_steps", "lr_decay_steps"
-BY_DEFAULT = 0.05, 0.2  # their shares of a run of known length
 
 
 def peak_rate(d_sae: int) -> float:
@@ -36,31 +35,6 @@ def peak_rate(d_sae: int) -> float:
     return min(4e-3, 2e-3 * math.sqrt(1024 / d_sae))
 
 
-def in_force(warmup: Length | None, decay: Length | None, total: int) -> tuple[Length, Length]:
-    """Warm-up and decay in a run of `total` steps, with what None stands for.
-
-    That is a share of the run each, or nothing in a run of unknown length. Where one of them is
-    given and leaves no room for the other one's share, that is shorter.
-
-    Example:
-        >>> in_force(None, None, total=1000), in_force(None, None, total=-1)
-        ((50, 200), (0, 0))
-        >>> in_force(900, None, total=1000), in_force(None, 1000, total=1000)
-        ((900, 100), (0, 1000))
-    """
-    if total <= 0:
-        return warmup or 0, decay or 0
-    rise, fall = (
-        round(share * total) if length is None else steps_of(length, total, name)
-        for length, share, name in zip((warmup, decay), BY_DEFAULT, NAMES, strict=True)
-    )
-    if warmup is None:
-        rise = max(0, min(rise, total - fall))
-    if decay is None:
-        fall = max(0, min(fall, total - rise))
-    return rise if warmup is None else warmup, fall if decay is None else decay
-
-
 def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float:
     """Factor of the peak learning rate at an optimizer step counted from 0.
 
@@ -76,9 +50,8 @@ def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float
     return max(0.0, min(rise, fall))
 
 
-def schedule_problems(warmup: Length | None, decay: Length | None, total: int) -> list[str]:
+def schedule_problems(warmup: Length, decay: Length, total: int) -> list[str]:
     """Error messages about a schedule in a run of `total` steps (-1: unknown length)."""
-    warmup, decay = in_force(warmup, decay, total)
     problems = unknown(total, lr_warmup_steps=warmup, lr_decay_steps=decay)
     if problems or not decay:
         return problems
@@ -101,8 +74,8 @@ def adam_with_schedule(
     parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
     lr: float,
     betas: tuple[float, float],
-    warmup: Length | None,
-    decay: Length | None,
+    warmup: Length,
+    decay: Length,
     total: int,
     fused: bool = True,
 ) -> OptimizerLRSchedulerConfig:
@@ -114,7 +87,6 @@ def adam_with_schedule(
     """
     for problem in schedule_problems(warmup, decay, total):
         raise ValueError(problem)
-    warmup, decay = in_force(warmup, decay, total)
     rise, fall = two_steps_of(warmup, decay, total, NAMES)
     optimizer = MemoryOrderAdam(parameters, lr=lr, betas=betas, fused=fused)
     share = partial(warmup_stable_decay, warmup=rise, decay=fall, total=total)

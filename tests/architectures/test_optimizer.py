@@ -154,26 +154,8 @@ def test_moments_survive_a_checkpoint_and_the_run_goes_on_as_one(tmp_path: Path)
         assert torch.equal(resumed.get_parameter(name), straight.get_parameter(name))
 
 
-class Rates(Callback):
-    """The learning rate of each step."""
-
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-@pytest.mark.parametrize(("length", "steps"), [("max_steps", 40), ("max_epochs", 1)])
-def test_by_default_the_rate_rises_and_falls_where_the_length_of_the_run_is_known(
-    length: str, steps: int
-) -> None:
-    sae, rates = ReLUSAE(4, 64), Rates()
-    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    flags: dict[str, Any] = {**dict.fromkeys(silent, False), length: steps, "accelerator": "cpu"}
-    rows: Any = DataLoader(torch.randn(40, 8, 4), batch_size=None)  # type: ignore[arg-type]
-    Trainer(callbacks=rates, **flags).fit(sae, rows)
-    assert sae.lr == 0.004
-    schedule = [0.5, *[1.0] * 32, *[n / 8 for n in range(7, 0, -1)]]
-    shares = schedule if length == "max_steps" else [1.0] * 40
-    assert rates.seen == pytest.approx([0.004 * share for share in shares])
+def test_by_default_the_rate_follows_from_the_number_of_latents_and_is_noted() -> None:
+    for d_sae, rate in ((64, 4e-3), (1024, 2e-3), (4096, 1e-3)):
+        sae = ReLUSAE(4, d_sae)
+        assert sae.lr == sae.hparams["lr"] == pytest.approx(rate)
+    assert ReLUSAE(4, 64, lr=1e-4).lr == 1e-4

@@ -130,8 +130,8 @@ def test_token_ids_of_another_model_are_refused(ids: list[int], wrong: int) -> N
         ([True, False], "row 7 holds a list that is neither"),
         (["a"], "row 7 holds a list that is neither"),
         ("ab\ud800", "row 7 has half of a character"),
-        ([{"role": "robot", "content": "a"}], "row 7 is no chat .* .no robots."),
-        ([{"from": "human", "value": "a"}], "row 7 is no chat .*role"),
+        ([{"role": "robot", "content": "a"}], "row 7 is not a chat .* .no robots."),
+        ([{"from": "human", "value": "a"}], "row 7 is not a chat .*role"),
     ],
 )
 def test_rows_that_give_no_tokens_say_why(content: Any, why: str) -> None:

@@ -416,4 +416,4 @@ def test_ctrl_c_says_how_to_go_on(
             [*given, "--output", str(tmp_path / "cache"), "--tokens", "100", "--accelerator", "cpu"]
         )
     assert ended.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
