@@ -88,7 +88,7 @@ def caution(groups: Mapping[str, Sequence[Row]]) -> str:
         return ""
     return (
         f"Caution: FVU is above {POOR:g} for {', '.join(named)}. Such an SAE misses more than half "
-        "of the variance of the activations: what is said of it says little about the model. "
+        "of the variance of the activations: its latents say little about the model. "
         "Train for longer, or with a weaker penalty."
     )
 

@@ -29,7 +29,7 @@ BIAS = "relative_reconstruction_bias"
 METHOD = (
     "Each family is swept over the weight of its penalty. All SAEs of a seed see the same batches, "
     "from one pass of the language model; all figures are of held-out text. Learning rates are "
-    "each family's own, chosen on a seed of its own by the family's objective on held-out text."
+    "each family's own, chosen on a separate seed by the family's objective on held-out text."
 )
 
 
