@@ -147,13 +147,13 @@ def page(results: Row) -> str:
     """The page of the comparison in Markdown."""
     plan, recipe = results["plan"], results["recipe"]
     lines = [
-        "# Ground truth: beside SAELens",
+        "# Ground truth: comparison with SAELens",
         "",
         f"{plan['n_features']} features in {plan['d_in']} dimensions, in a hierarchy and with "
         f"frequencies by Zipf's law, drawn by `ToyDataModule` and saved: {plan['samples']:,} "
-        f"activations of training and 65,536 held-out ones, which all trainers read. "
-        f"{plan['d_sae']} latents, L0 {plan['l0']} wished for, {plan['seeds']} seeds, each with a "
-        "world of its own; mean ± standard deviation.",
+        f"training and 65,536 held-out activations, which all trainers read. "
+        f"{plan['d_sae']} latents, target L0 {plan['l0']}, {plan['seeds']} seeds, each with its "
+        "own toy data; mean ± standard deviation.",
         "",
         *_rules(plan, recipe),
     ]
@@ -172,17 +172,17 @@ def _rules(plan: Row, recipe: Row) -> list[str]:
         "the run; JumpReLU's bandwidth and first threshold.",
         "- **As each library has it**: the rest. All of ours have AuxK for dead latents, weighted "
         f"{recipe['auxk']:g}; SAELens has an AuxK of its own in its TopK family. Decoder rows of "
-        "SAELens have any norm. Ours have norm 1 in ReLU and Gated SAEs, whose penalty sees how "
-        "strong latents are, and any norm in the others. Learning rate, bandwidth and this were "
-        "chosen with ours alone, on seeds not in the table; that norms matter in the TopK family "
-        "was first seen on seed 0.",
-        "- **L0**: ours steers a penalty to it within one training (`TargetL0`). SAELens has no "
-        "such thing: its coefficient is sought for by whole trainings, from the one that ours "
-        f"ended with, until L0 is within {CLOSE:.0%} or there were {ATTEMPTS}; the closest "
-        "counts. Where L0 is a number, SAELens' evaluation lets each batch of 1,024 choose its "
-        "latents, as its runner does; ours goes by the threshold that training left.",
+        "SAELens have any norm. Ours have norm 1 in ReLU and Gated SAEs, whose penalty depends on "
+        "the size of activations, and any norm in the others. Learning rate, bandwidth and this "
+        "were chosen with ours alone, on seeds not in the table; that norms matter in the TopK "
+        "family was first seen on seed 0.",
+        "- **L0**: ours adjusts the penalty to it within one training (`TargetL0`). SAELens has no "
+        "such feature: its coefficient is searched by repeated trainings, starting from our final "
+        f"one, until L0 is within {CLOSE:.0%} or after {ATTEMPTS}; the closest counts. Where L0 "
+        "is an argument, SAELens' evaluation selects latents per batch of 1,024, as its runner "
+        "does; ours uses the threshold from training.",
         "- **CPU s**: seconds of processor time of that one training, with "
-        f"{plan['threads']} thread, activations lying in memory.",
+        f"{plan['threads']} thread, activations in memory.",
     ]
 
 
@@ -195,8 +195,8 @@ NOTES = {
         "never fire."
     ],
     "theirs": [
-        "What `sae_lens.synthetic.eval_sae_on_synthetic_data` says of the same SAEs on the same "
-        "held-out activations. FVU is one less its explained variance; its shrinkage is the mean "
+        "Results of `sae_lens.synthetic.eval_sae_on_synthetic_data` for the same SAEs on the same "
+        "held-out activations. FVU is 1 minus its explained variance; its shrinkage is the mean "
         "of ‖x̂‖ / ‖x‖."
     ],
 }

@@ -235,7 +235,7 @@ def damaged_records(file: BinaryIO) -> list[zipfile.ZipInfo]:
     if not file.read(1):
         raise ValueError("the file is empty")
     if not zipfile.is_zipfile(file):
-        raise ValueError("it is no archive as `torch.save` writes them, or its end is missing")
+        raise ValueError("it is not an archive of `torch.save`, or its end is missing")
     with zipfile.ZipFile(file) as archive:
         return [record for record in archive.infolist() if not _is_intact(archive, record)]
 

@@ -44,7 +44,7 @@ def on_disk(path: str | Path, revision: str | None = None) -> Path:
     """
     if not Path(path).exists() and is_hub_name(path):
         return _downloaded(str(path), revision)
-    expect(revision is None, "revision", f"None, for {path} is no name on the hub", revision)
+    expect(revision is None, "revision", f"None, because {path} is not a name on the hub", revision)
     return Path(path)
 
 

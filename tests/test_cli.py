@@ -357,7 +357,7 @@ def test_a_run_that_was_moved_writes_where_it_is(
     assert shlex.split(printed) == ["lightning-sae", "test", *expected]
 
 
-def test_a_start_that_left_no_checkpoint_is_started_anew(
+def test_a_run_without_a_checkpoint_starts_over(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "run"

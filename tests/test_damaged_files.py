@@ -191,7 +191,7 @@ def test_types_are_those_that_a_class_and_its_bases_say() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2", "\udcff", "[" * 10**5, '{"a": NaN}'])
-def test_what_is_no_json_is_refused_by_name(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_json_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"^Could not read [^\n]*results.json: [^\n]*$"):

@@ -192,7 +192,9 @@ def test_a_revision_is_that_of_its_name(hub: StandIn, sae: TopKSAE) -> None:
     )
     with pytest.raises(ValueError, match=r"me/mine from the hub: me/mine has no revision v9: give"):
         lightning_sae.load("me/mine", revision="v9")
-    with pytest.raises(ValueError, match="`revision` to be None, for .* is no name on the hub"):
+    with pytest.raises(
+        ValueError, match="`revision` to be None, because .* is not a name on the hub"
+    ):
         lightning_sae.load("/no/such/folder", revision="main")
 
 

@@ -130,7 +130,7 @@ def test_evaluation_after_a_fit_needs_no_model(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*configured with multiple `ModelCheckpoint`")
 @pytest.mark.parametrize("first", [True, False])
-def test_best_is_that_of_a_model_checkpoint_wherever_it_stands(first: bool) -> None:
+def test_best_is_that_of_a_model_checkpoint_at_any_position_in_the_list(first: bool) -> None:
     saver = ModelCheckpoint(monitor="val/fvu", mode="max")
     order = [saver, RunCheckpoint()] if first else [RunCheckpoint(), saver]
     data, sae = toy(), ReLUSAE(16, 32, lr=0.1)

@@ -78,7 +78,7 @@ class ThresholdSAE(ReLUSAE):
         return torch.where(pre > 1.0, pre, 0.0)
 
 
-def test_what_cannot_be_folded_is_kept_beside_the_weights(tmp_path: Path) -> None:
+def test_a_scaling_that_cannot_be_folded_is_kept(tmp_path: Path) -> None:
     sae, x = ThresholdSAE(4, 6), torch.randn(50, 4)
     sae.input_mean.copy_(torch.randn(4))
     sae.input_scale.fill_(3.0)
@@ -95,7 +95,7 @@ def test_files_can_be_read_by_others_as_usual(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.ckpt", "."])
-def test_what_is_no_sae_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_path_without_an_sae_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected argument `path` to be"):
         lightning_sae.load(tmp_path / name)
 

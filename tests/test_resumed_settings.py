@@ -94,7 +94,7 @@ def go_on(root: Path, last: Path, changes: dict[str, Any]) -> Trainer:
 
 
 @pytest.mark.parametrize("said", CHANGING)
-def test_what_may_change_does_and_is_said(
+def test_a_changed_setting_applies_and_is_reported(
     said: str, last: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lightning.pytorch")
@@ -149,7 +149,7 @@ def test_k_may_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert (sae.encode(torch.randn(5, 8)) > 0).sum(-1).max() <= 2
 
 
-def test_what_is_not_changed_is_not_spoken_of(
+def test_unchanged_settings_are_not_reported(
     last: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lightning.pytorch")

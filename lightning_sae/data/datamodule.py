@@ -519,9 +519,9 @@ class ActivationDataModule(ActivationSource):
             )
         elif state and "rows" not in state:
             warnings.warn(
-                "The checkpoint holds no buffer, for it is larger than `largest_saved_buffer`: it "
-                "is refilled with the text that follows, so the resumed run is not bit for bit the "
-                "same as an uninterrupted one.",
+                "The checkpoint holds no buffer, because it is larger than `largest_saved_buffer`. "
+                "The buffer is refilled with the text that follows, so the resumed run is not bit "
+                "for bit the same as an uninterrupted one.",
                 stacklevel=2,
             )
         buffer.load_state_dict(state)

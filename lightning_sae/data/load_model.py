@@ -160,7 +160,7 @@ def _boot(name: str, earlier: Exception | None, **arguments: Any) -> Any:
             ) from error
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ValueError(
-            f"Could not load `model`={name}: it is no local folder, and the hub did not give "
+            f"Could not load `model`={name}: it is not a local folder, and the hub did not give "
             f"it{offline}. Check the name and the network, or give a local folder. The hub's "
             f"answer: {earlier}"
         ) from error

@@ -203,7 +203,7 @@ def _broken_line(path: Path) -> str | None:
                 said = error.msg.removesuffix(" at")
                 return f"line {number} is not JSON ({said}, column {error.colno})"
             if not isinstance(row, dict):
-                return f"line {number} is no object with a column, such as " + '{"text": "..."}'
+                return f"line {number} is not an object with a column, such as " + '{"text": "..."}'
             rows += bool(row)
     return None if rows else "it has no rows"
 

@@ -37,8 +37,8 @@ class ActivationFilter:
     ) -> None:
         if max_norm_multiple is not None and max_norm_multiple <= 1:
             raise ValueError(
-                "Expected argument `max_norm_multiple` to be more than 1, for it multiplies the "
-                f"median norm, but got {max_norm_multiple}: 10 leaves out outliers."
+                "Expected argument `max_norm_multiple` to be more than 1, because it multiplies "
+                f"the median norm, but got {max_norm_multiple}: 10 leaves out outliers."
             )
         self.special_tokens = torch.tensor(special_tokens, dtype=torch.long)
         self.positions = positions

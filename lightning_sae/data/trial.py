@@ -143,7 +143,7 @@ def native_site(run: Run, block: Block, hook: str, name: str, vocabulary: int) -
     raise ValueError(
         f"Expected argument `hook_name` to be a hook that the model has but got `{name}`: no place "
         f"in a {type(block.module).__name__} is what this name means. Give a module's path, with "
-        ":in or :out behind it, such as those that `model.named_modules()` lists."
+        "followed by :in or :out, such as those that `model.named_modules()` lists."
     )
 
 
@@ -280,7 +280,7 @@ def _recorded(sites: Mapping[str, Site]) -> Iterator[dict[str, list[Any]]]:
         for name, site in sites.items():
 
             def keep(value: Any, name: str = name) -> Any:
-                # The model may go on in place.
+                # The model may change it in place.
                 found[name].append(value.clone() if isinstance(value, Tensor) else value)
                 return value
 

@@ -8,9 +8,9 @@ With :math:`K(u) = [|u| < 1/2]`, a rectangle, and bandwidth :math:`\epsilon`:
     H_\theta(v) &= [v > \theta], &
     \partial_\theta &\approx -\tfrac{1}{\epsilon} K(\tfrac{v - \theta}{\epsilon})
 
-Both live on the active set and the window round the threshold: a code of all entries above
-:math:`\theta - \epsilon/2` is enough. Source: Rajamanoharan et al., Jumping ahead (2024), eqs. 10
-to 12.
+Both are nonzero only on the active set and in the window around the threshold: a code of all
+entries above :math:`\theta - \epsilon/2` is enough. Source: Rajamanoharan et al., Jumping ahead
+(2024), eqs. 10 to 12.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def jumprelu(
 
     Args:
         v: Pre-activations.
-        theta: Threshold of each, of a shape that broadcasts to that of `v`.
+        theta: Thresholds, in a shape that broadcasts to that of `v`.
         bandwidth: Width of the window in which `theta` gets a gradient.
     """
     return _JumpReLU.apply(v, theta.expand_as(v), bandwidth)

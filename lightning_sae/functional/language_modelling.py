@@ -1,4 +1,4 @@
-r"""What a language model loses when a reconstruction stands in for one of its activations.
+r"""The loss of a language model when a reconstruction replaces one of its activations.
 
 Logits at position :math:`t` predict the token at :math:`t + 1`, the target. One rule says which
 predictions count, everywhere: with a mask of the tokens' shape, **the prediction at position t is
@@ -71,8 +71,8 @@ def kl_divergence(
     :func:`next_token_cross_entropy`. Add both over batches and divide: nats per token.
 
     Args:
-        clean_logits: Output of the language model as it is, shape `[batch, seq, vocab]`.
-        spliced_logits: Its output with the reconstruction in place, same shape.
+        clean_logits: Output of the unchanged language model, shape `[batch, seq, vocab]`.
+        spliced_logits: Its output with the reconstruction spliced in, same shape.
         mask: True for the tokens that count as targets; all of them if None.
 
     Returns:
@@ -117,9 +117,9 @@ def divergences(
 
 
 def chunk_size(n: int, vocab: int) -> int:
-    """Predictions whose logits to have at a time: a sixteenth of them, and at most 64 MiB.
+    """Number of predictions whose logits are computed at a time: a sixteenth, at most 64 MiB.
 
-    With what is made of them, about five times as much memory is needed.
+    Including intermediate results, about five times as much memory is needed.
     """
     return max(1, min(-(-n // 16), 2**24 // vocab))
 
@@ -127,7 +127,7 @@ def chunk_size(n: int, vocab: int) -> int:
 def _in_chunks(
     keep: Bool[Tensor, "batch predictions"], vocab: int
 ) -> list[tuple[Int[Tensor, " n"], Int[Tensor, " n"]]]:
-    """Batch and position of the counted predictions, some at a time; at least one chunk."""
+    """Batch and position of the counted predictions in chunks; at least one chunk."""
     rows = keep.nonzero()
     return [tuple(part.T) for part in rows.split(chunk_size(len(rows), vocab))]
 
@@ -139,7 +139,8 @@ def perplexity(cross_entropy: Scalars) -> Float[Tensor, "..."]:
         cross_entropy: Nats per token, averaged over all tokens first.
 
     Returns:
-        A pure number in float64: the size of a uniform choice as hard as the prediction.
+        A dimensionless number in float64: the number of equally likely tokens with the same
+        entropy.
 
     Example:
         >>> import torch
@@ -152,19 +153,19 @@ def perplexity(cross_entropy: Scalars) -> Float[Tensor, "..."]:
 def loss_recovered(
     ce_clean: Scalars, ce_spliced: Scalars, ce_ablated: Scalars
 ) -> Float[Tensor, "..."]:
-    r"""Share of the loss that an ablation costs which the reconstruction wins back.
+    r"""Share of an ablation's loss increase that the reconstruction recovers.
 
     .. math:: \frac{\text{CE}_\text{ablated} - \text{CE}_\text{spliced}}
         {\text{CE}_\text{ablated} - \text{CE}_\text{clean}}
 
-    A pure number: 1 if the reconstruction is as good as the activation, 0 if as bad as the
-    ablation; it may be negative. It depends on the ablation (zero or mean): give both, and the
-    cross-entropies beside them.
+    Dimensionless: 1 if the reconstruction is as good as the activation, 0 if as bad as the
+    ablation; it may be negative. It depends on the ablation (zero or mean): report both, together
+    with the cross-entropies.
 
     Args:
-        ce_clean: Cross-entropy of the language model as it is, nats per token.
-        ce_spliced: The same with the reconstruction in the activation's place.
-        ce_ablated: The same with zeros, or the mean activation, in its place.
+        ce_clean: Cross-entropy of the unchanged language model, nats per token.
+        ce_spliced: The same with the reconstruction spliced in.
+        ce_ablated: The same with the activation replaced by zeros, or by the mean activation.
 
     Returns:
         The share in float64; infinite or NaN if the ablation costs nothing.
@@ -181,7 +182,7 @@ def loss_recovered(
 def _counted_predictions(
     logits: Float[Tensor, "batch seq vocab"], mask: Bool[Tensor, "batch seq"] | None
 ) -> Bool[Tensor, "batch seq-1"]:
-    """True at the positions, all but the last, whose target counts."""
+    """Mask of the positions, without the last, whose target counts."""
     if logits.ndim != 3:
         raise ValueError(
             f"Expected logits of shape [batch, seq, vocab], but got {tuple(logits.shape)}: "
@@ -189,7 +190,7 @@ def _counted_predictions(
         )
     if mask is None:
         mask = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-    # A mask of integers would be taken for indices.
+    # A mask of integers would be used as indices.
     if mask.dtype != torch.bool:
         raise ValueError(f"Expected `mask` to be boolean, but got {mask.dtype}: pass `mask.bool()`")
     _check_shape("mask", mask, logits.shape[:-1], "the logits")

@@ -15,7 +15,7 @@ from lightning_sae.functional.geometry import unit_rows
 def resampling_weights(
     inputs: Float[Tensor, "n d_in"], losses: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Relative probability of each input to become a latent's direction: its loss squared.
+    """Relative probability with which each input becomes a latent's direction: its loss squared.
 
     Where all losses are zero, every input counts the same. An input of zero has no direction and
     is never chosen.
@@ -54,7 +54,7 @@ def sample_directions(
         inputs: Candidates, as the encoder sees them.
         losses: Squared error of each candidate, at least 0.
         count: How many to draw: without replacement, unless fewer candidates have weight.
-        generator: On the CPU, where the draw is made whatever the device of `inputs`.
+        generator: A CPU generator; the draw is made on the CPU for any device of `inputs`.
 
     Raises:
         ValueError: If all inputs are zero.

@@ -1,8 +1,9 @@
-"""Losses that give a gradient to latents that have died; both leave living latents alone.
+"""Losses that give dead latents a gradient; neither affects alive latents.
 
-Both let dead latents rebuild the living ones' error, taken as a constant, without a decoder bias.
-Both are measured against the error of the whole batch. Where several ranks have a part of it each,
-`mean_of_ranks` gives the mean of a tensor over them, and the mean of what they return is the loss.
+Both let dead latents reconstruct the alive latents' error, which is detached, without a decoder
+bias. Both are relative to the error of the whole batch. With several ranks, each with a part of the
+batch, `mean_of_ranks` computes the mean of a tensor over ranks, and the loss is the mean of the
+returned values.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def auxk(
     k: int,
     mean_of_ranks: Mean = _alone,
 ) -> Float[Tensor, ""]:
-    r"""Share of the error's variance that the k strongest dead latents of each row leave.
+    r"""Share of the error's variance unexplained by the k strongest dead latents of each row.
 
     .. math:: \sum \|e - \hat e\|^2 \,/\, \sum \|e - \bar e\|^2, \quad
               \hat e = \mathrm{TopK}(v_{dead}, k) W_{dec,dead}
@@ -57,11 +58,11 @@ def auxk(
         residual: The error e, detached.
         pre: Pre-activations v of the dead latents.
         W_dec: Their decoder rows.
-        k: How many of them rebuild a row; all if there are fewer.
+        k: Dead latents used per row; all if there are fewer.
         mean_of_ranks: See the top of the file.
 
     Returns:
-        A pure number; 0 for a residual that does not vary, as that of a single row.
+        A dimensionless scalar; 0 for a residual that does not vary, such as a single row.
     """
     values, latents = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
     # Straight through: the value has a floor, the gradient is that of the pre-activation.
@@ -82,7 +83,7 @@ def ghost_gradients(
     W_dec: Float[Tensor, "dead d_in"],
     mean_of_ranks: Mean = _alone,
 ) -> Float[Tensor, ""]:
-    r"""Squared error of a rebuilt residual, in the size of the squared error itself.
+    r"""Squared error of a reconstructed residual, scaled to the size of the squared error itself.
 
     .. math:: c \, \tfrac{1}{B} \sum_i \|e_i - s_i\, g_i\|^2, \quad
               g_i = \exp(v_{dead,i}) W_{dec,dead}, \quad s_i = \|e_i\| / (2 \|g_i\|)

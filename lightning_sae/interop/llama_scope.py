@@ -195,7 +195,7 @@ def _new(config: dict[str, Any], weights: dict[str, Tensor], scale: float, of: P
         return "TopKSAE", {"k": whole(config, "top_k", of)}, fold_scale(weights, scale), units
     if activation == "batchtopk":
         remedy = "convert it to jumprelu there"
-        raise refusal(of, f"its latents depend on the batch, for it has no threshold: {remedy}")
+        raise refusal(of, f"its latents depend on the batch, because it has no threshold: {remedy}")
     raise refusal(of, f"its `act_fn` is {activation!r:.40}, with thresholds or without")
 
 

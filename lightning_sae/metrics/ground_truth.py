@@ -135,7 +135,7 @@ class DetectionF1(_Detection):
 
 
 class DuplicateFraction(_Detection):
-    r"""Share of living latents whose matched feature is also that of another living latent.
+    r"""Share of alive latents whose matched feature is also that of another alive latent.
 
     .. math:: \frac{|\{j \in A : \exists k \in A \setminus \{j\},\
         \text{matching}_k = \text{matching}_j\}|}{|A|}, \qquad

@@ -1,4 +1,4 @@
-"""The source documents' experiments, each one command that trains, measures, draws and reports."""
+"""Studies that reproduce published experiments; each is one command that trains and reports."""
 
 from collections.abc import Sequence
 from typing import Any

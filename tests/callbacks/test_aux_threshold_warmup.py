@@ -68,7 +68,7 @@ def test_micro_batches_of_a_step_share_one_value():
     assert sae.shares == [0.0, 0.0, 0.25, 0.25, 0.5, 0.5]
 
 
-def test_a_resumed_fit_goes_on_where_it_was(tmp_path):
+def test_a_resumed_fit_continues_the_schedule(tmp_path):
     first = build_trainer(AuxThresholdWarmup(4, 4))
     first.fit(Watched(), batches())
     first.save_checkpoint(tmp_path / "last.ckpt")

@@ -171,7 +171,7 @@ def test_a_step_that_the_gradient_scaler_skips_is_not_followed_by_a_renormalisat
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_optimizer_is_let_go(fails):
+def test_hooks_are_removed_from_the_optimizer(fails):
     class Failing(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             assert trainer.optimizers[0]._optimizer_step_post_hooks

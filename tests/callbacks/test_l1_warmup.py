@@ -55,7 +55,7 @@ def test_micro_batches_of_a_step_share_one_value():
     assert sae.shares == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
-def test_a_resumed_fit_goes_on_where_it_was(tmp_path):
+def test_a_resumed_fit_continues_the_schedule(tmp_path):
     first = build_trainer(L1Warmup(8))
     first.fit(Watched(), batches())
     first.save_checkpoint(tmp_path / "last.ckpt")

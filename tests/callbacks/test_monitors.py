@@ -306,7 +306,7 @@ def test_projector_holds_decoder_rows_with_tokens(run: Run) -> None:
     assert lines[0].split("\t")[1].startswith(token)
 
 
-def test_what_stands_for_one_of_several_passes_pictures_on_under_its_name() -> None:
+def test_a_logger_of_one_of_several_saes_prefixes_images_with_its_name() -> None:
     kept: dict[str, Any] = {}
 
     class Experiment(io.StringIO):

@@ -192,7 +192,7 @@ def test_a_step_that_the_gradient_scaler_skips_is_not_followed_by_a_projection()
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_optimizer_is_let_go(fails):
+def test_hooks_are_removed_from_the_optimizer(fails):
     optimizers = []
 
     class Failing(Callback):

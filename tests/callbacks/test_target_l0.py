@@ -88,7 +88,7 @@ def test_in_a_run_of_known_length_it_looks_less_far_ahead_towards_the_end():
 
 @pytest.mark.parametrize(("kind", "coefficient"), [(ReLUSAE, 0.3), (JumpReLUSAE, 0.1)])
 @pytest.mark.usefixtures("unchecked")  # many steps, whose annotations other tests execute
-def test_l0_comes_to_the_target_whatever_the_coefficient(kind, coefficient):
+def test_l0_reaches_the_target_for_any_coefficient(kind, coefficient):
     class Last(Callback):
         l0 = 0.0
 
@@ -251,7 +251,7 @@ MISSED = "`TargetL0` did not reach its target"
 
 
 @pytest.mark.parametrize("target", [2.0, 20.0])
-def test_a_target_that_is_missed_is_said_with_figures(target):
+def test_a_missed_target_is_reported_with_figures(target):
     watch, callback, sae = Watch(), TargetL0(target, smoothing_steps=1), build_sae()
     with pytest.warns(UserWarning, match=MISSED) as warned:
         build_trainer(callback, watch).fit(sae, batches())
@@ -273,7 +273,7 @@ def test_what_is_within_a_twentieth_is_reached(share, missed, recwarn):
 
 
 @pytest.mark.parametrize(("held_out", "said"), [(1.0, False), (0.0, True)])
-def test_another_l0_on_held_out_activations_is_said(held_out, said, recwarn):
+def test_a_different_held_out_l0_is_reported(held_out, said, recwarn):
     """Where held-out activations are all zeros, nothing fires."""
     sae = build_sae(b_dec_init="zero")
     sae.lr = 1e-30

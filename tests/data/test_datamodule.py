@@ -123,7 +123,7 @@ def test_training_and_held_out_documents_are_disjoint_and_together_all(
     assert trained == set(documents) - read
 
 
-def test_a_text_of_its_own_for_validation_leaves_all_of_the_other_to_training(
+def test_with_a_separate_validation_text_all_of_the_text_is_trained_on(
     make_data: Any, documents: list[str], tmp_path: Path
 ) -> None:
     own = tmp_path / "validation.txt"
@@ -360,7 +360,7 @@ def test_a_second_run_with_the_same_data_starts_at_the_beginning(
     assert torch.equal(batches_of_a_fit(data, 12), first)
 
 
-def test_a_buffer_too_large_to_save_is_filled_anew_with_a_warning(
+def test_a_buffer_too_large_to_save_is_refilled_with_a_warning(
     make_data: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "run.ckpt"
@@ -481,7 +481,7 @@ def test_held_out_text_is_read_once_and_no_more(make_data: Any) -> None:
     assert sum(map(len, data.test_dataloader())) <= tokens.numel()
 
 
-def test_fewer_held_out_tokens_than_asked_for_are_said_once_with_both_numbers(
+def test_too_few_held_out_tokens_warn_once_with_both_numbers(
     make_data: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = make_data(n_test=10**6)
@@ -507,7 +507,7 @@ def test_a_run_says_how_often_it_reads_its_text(
     assert f"about {6400 / told:.3g} times" in message
 
 
-def test_characters_unknown_to_the_tokenizer_are_said_with_their_share(
+def test_unknown_characters_warn_with_their_share(
     make_data: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     strict = copy.deepcopy(tokenizer)

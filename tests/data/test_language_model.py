@@ -120,7 +120,7 @@ def test_a_hook_that_the_forward_pass_never_reaches_is_refused(network: Any) -> 
         ("./model", "there is no folder ./model: check the path"),
         ("a/b/c", "there is no folder a/b/c: check the path"),
         (Path("model"), "there is no folder model: check the path"),
-        ("nobody/nothing", "`model`=nobody/nothing: it is no local folder.*HF_HUB_OFFLINE is set"),
+        ("nobody/nothing", "nobody/nothing: it is not a local folder.*HF_HUB_OFFLINE is set"),
     ],
 )
 def test_a_model_that_cannot_be_found_is_refused(name: str | Path, message: str) -> None:

@@ -97,7 +97,7 @@ def latin_parquet(path: Path) -> bytes:
         ),
         ("a.jsonl.gz", JSONL.encode(), "a.jsonl.gz: Not a gzipped file.*damaged"),
         ("a.jsonl", JSONL + '{"text": "br', "a.jsonl: line 13 is not JSON .Unterminated string"),
-        ("a.jsonl", '{"text": "a"}\n[1]\n', "a.jsonl: line 2 is no object with a column"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', "a.jsonl: line 2 is not an object with a column"),
         ("a.jsonl", "", "a.jsonl: it has no rows. Repair the file"),
         ("a.jsonl", "\n\n", "a.jsonl: it has no rows"),
         ("a.json", "[]", "a.json: it has no rows"),

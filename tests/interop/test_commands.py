@@ -53,7 +53,7 @@ def test_what_was_guessed_is_shown(
 
 
 @pytest.mark.parametrize("content", ["nothing", "a file", "others"])
-def test_what_is_no_sae_names_what_was_found_and_what_is_known(
+def test_the_error_for_other_files_names_the_contents_and_known_formats(
     content: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "there"

@@ -86,7 +86,7 @@ def test_what_is_written_computes_the_same_there_and_back(
     assert type(back).__name__ == type(sae).__name__ or name not in DICT_CLASSES or "random" in name
 
 
-def test_what_its_own_loader_changes_is_said(sae_of: Callable[..., Any], tmp_path: Path) -> None:
+def test_changes_by_its_own_loader_are_reported(sae_of: Callable[..., Any], tmp_path: Path) -> None:
     for unit in (False, True):
         folder = export(sae_of("relu"), tmp_path / str(unit), "dictionary_learning", unit)
         said = json.loads((folder / "config.json").read_text())["lightning_sae"]["folded"]

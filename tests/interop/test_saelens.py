@@ -145,7 +145,7 @@ def test_a_pre_activation_at_the_threshold_is_no_latent(written: Callable[..., P
     assert torch.equal(f[0] > 0, zeros["b_enc"] > 0.5)
 
 
-def test_likewise_in_bfloat16(written: Callable[..., Path]) -> None:
+def test_a_threshold_is_exact_in_bfloat16(written: Callable[..., Path]) -> None:
     pre = (1 + torch.arange(D_SAE) / 128).bfloat16()
     zeros = {"W_enc": torch.zeros(D_IN, D_SAE), "b_enc": pre, "W_dec": torch.ones(D_SAE, D_IN)}
     short = {name: tensor.bfloat16() for name, tensor in zeros.items()}
@@ -230,7 +230,7 @@ def test_whitened_inputs_are_folded(
     assert_same((sae.encode(x), sae(x)), (f.float(), x_hat.float()))
 
 
-def test_a_scale_that_is_missing_is_said(written: Callable[..., Path]) -> None:
+def test_a_missing_scale_warns(written: Callable[..., Path]) -> None:
     folder = written(
         {"architecture": "standard", "normalize_activations": "expected_average_only_in"}
     )

@@ -120,7 +120,7 @@ def test_each_architecture_has_its_own_settings(
     assert L1Warmup.__name__ in str(callbacks) or not callbacks
 
 
-def test_what_there_is_nothing_like_is_named(tmp_path: Path) -> None:
+def test_unsupported_settings_are_named(tmp_path: Path) -> None:
     sae = {"architecture": "standard", "lp_norm": 0.5, "normalize_activations": "layer_norm"}
     path = written(tmp_path, sae, lr_scheduler_name="cosineannealing", seqpos_slice=[1, None])
     differs = " ".join(plan_of(path.parent).differs)

@@ -75,7 +75,7 @@ def test_the_run_above_says_where_it_is_from(theirs: Callable[..., Path]) -> Non
     }
 
 
-def test_a_hookpoint_without_name_is_said(theirs: Callable[..., Path]) -> None:
+def test_a_hookpoint_without_a_name_warns(theirs: Callable[..., Path]) -> None:
     with pytest.warns(UserWarning, match=r"at no hook in particular, .* name, layers.5.q_proj"):
         assert "hook_name" not in lightning_sae.load(theirs("layers.5.q_proj")).source
 

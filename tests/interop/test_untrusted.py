@@ -342,7 +342,7 @@ def harm_by_a_large_description(folder: Path) -> None:
     ("harm", "name", "message"),
     [
         (harm_by_code, "dictionary_learning", "only tensors are read"),
-        (harm_by_an_old_pickle, "dictionary_learning", "no archive as `torch.save` writes them"),
+        (harm_by_an_old_pickle, "dictionary_learning", "not an archive of `torch.save`"),
         (harm_by_a_bytearray, "dictionary_learning", "bytearray, and only tensors are read"),
         (harm_by_strides, "4-dictionary_learning", r"shape \(4294967296, 4\) has fewer values"),
         (harm_by_a_safetensors_header, "saelens", "damaged"),

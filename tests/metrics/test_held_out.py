@@ -88,7 +88,7 @@ def test_reset_forgets() -> None:
     assert_is_expected(run(metrics, made), made)
 
 
-def test_pickle_round_trip_goes_on_where_it_was() -> None:
+def test_pickle_round_trip_keeps_the_state() -> None:
     metrics, made = held_out_metrics(D_IN, D_SAE), batches()
     run(metrics, made[:1])
     metrics = pickle.loads(pickle.dumps(metrics))

@@ -20,7 +20,7 @@ Chunks = Iterable[tuple[int, Tensor]]
 
 @runtime_checkable
 class Rule(Protocol):
-    """What `encode` asks of a selection rule."""
+    """The interface of a selection rule for `encode`."""
 
     def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
         """Active entries of a whole batch."""
@@ -54,7 +54,7 @@ class Above:
 
 @dataclass(frozen=True)
 class TopK:
-    """The k largest entries of each row; of equal ones as many as there is room for.
+    """The k largest entries of each row; among equal entries, only as many as fit.
 
     Example:
         >>> TopK(2).mask(torch.tensor([[3.0, 1.0, 2.0], [0.0, -1.0, -2.0]]))
@@ -89,17 +89,17 @@ class BatchTopK:
     In chunks, the entries kept so far bound the final threshold from below: those under the bound
     are dropped at once, so one pass is enough and the result is exact.
 
-    Several ranks may have a part of the batch each: those chosen are the largest of all of them
-    together. Each rank then shows its largest to the others, twice as many as fall to a rank on
-    average. With two ranks that is exact whatever the batches; with more, unless a single rank
-    has over twice its share of the largest, which a shuffled stream does not give. Of entries that
-    equal the smallest chosen one, all are chosen then.
+    The batch may be split over several ranks: the largest entries over all ranks are selected. Each
+    rank sends its largest entries to the others, twice as many as a rank has on average. With two
+    ranks this is always exact; with more, unless one rank has over twice its share of the largest
+    entries, which does not happen with a shuffled stream. All entries that equal the smallest
+    selected one are then selected.
 
     Args:
         k: Entries per row on average; k * batch is rounded.
         n_rows: Rows of the batch, or of this rank's part of it.
-        n_ranks: Ranks with a part, of so many rows each.
-        gathered: Gives the vectors [n] of all ranks as [n_ranks, n].
+        n_ranks: Number of ranks, each with `n_rows` rows.
+        gathered: Gathers the vectors [n] of all ranks as [n_ranks, n].
 
     Example:
         >>> BatchTopK(1, n_rows=2).mask(torch.tensor([[3.0, 2.0, 1.0], [0.0, 1.5, -1.0]]))
@@ -114,12 +114,12 @@ class BatchTopK:
 
     @property
     def total(self) -> int:
-        """Entries of the whole batch, of all ranks."""
+        """Number of selected entries of the whole batch, over all ranks."""
         return max(1, round(self.k * self.n_rows * self.n_ranks))
 
     @property
     def wanted(self) -> int:
-        """Entries of this rank among which those chosen are."""
+        """Number of this rank's candidate entries."""
         return min(self.total, 2 * math.ceil(self.total / self.n_ranks))
 
     def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
@@ -136,7 +136,7 @@ class BatchTopK:
         bound: Tensor | None = None
         for row, pre in chunks:
             picked = _picked(row, pre, pre >= (self._guess(pre) if bound is None else bound))
-            if bound is None and len(picked[1]) < self.wanted:  # what it left may be wanted
+            if bound is None and len(picked[1]) < self.wanted:  # the dropped entries may be needed
                 picked = _picked(row, pre, torch.ones_like(pre, dtype=torch.bool))
             indices, values = _joined([*found, picked])
             if len(values) >= self.wanted:
@@ -153,7 +153,7 @@ class BatchTopK:
     def _chosen(self, values: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Which of this rank's largest entries are among the largest of all ranks."""
         assert self.gathered is not None
-        # Ranks without so many entries show what is never chosen, for all show equally many.
+        # All ranks must send equally many: pad with values that are never selected.
         shown = values.new_full((self.wanted,), -math.inf)
         shown[: len(values)] = values
         of_all = self.gathered(shown).flatten()
@@ -161,7 +161,7 @@ class BatchTopK:
         return values >= least
 
     def _guess(self, pre: Float[Tensor, "rows d_sae"]) -> Float[Tensor, ""]:
-        """A threshold that leaves, by the look of a few rows, a little more than are wanted."""
+        """A threshold, estimated on a few rows, that keeps slightly more entries than needed."""
         if self.wanted >= pre.numel():
             return pre.new_full((), -math.inf)
         sample = pre[:: max(1, len(pre) // 32)].flatten()
@@ -172,11 +172,11 @@ class BatchTopK:
 def row_top_k(
     pre: Float[Tensor, "rows d_sae"], k: int, group: int = 8
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """The k largest entries of each row and where they are, in no order.
+    """The k largest entries of each row and their indices, unordered.
 
-    They lie within the k groups with the largest maxima, for what lies in another group has k
-    entries no smaller before it. Those groups are found in the same way: a search in a long row
-    becomes several in short ones.
+    They lie within the k groups with the largest maxima, because for an entry of another group
+    there are k entries that are at least as large. The groups are found in the same way, so a
+    search in a long row becomes several in short ones.
     """
     rows, n = pre.shape
     if n % group or n < 4 * k * group:
@@ -200,9 +200,9 @@ def _picked(first_row: int, pre: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def true_places(mask: Bool[Tensor, " n"]) -> Int[Tensor, " nnz"]:
-    """Where a mask is true, rising; faster than `nonzero` where few places are.
+    """Increasing indices where a mask is true; faster than `nonzero` if few are.
 
-    Eight neighbours are looked at as one word first.
+    Eight neighbours are first tested as one word.
 
     Example:
         >>> true_places(torch.tensor([0, 1, 0, 0, 0, 0, 0, 1] + 8 * [0]).bool())

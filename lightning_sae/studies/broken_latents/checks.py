@@ -1,4 +1,4 @@
-"""Tests of whether an SAE shows what the document reports."""
+"""Checks of whether an SAE shows what the document reports."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ MIXED = 0.93  # |cosine| below which a latent is a mixture
 
 @dataclass(frozen=True)
 class Check:
-    """Something that an SAE is expected to show.
+    """An expected property of an SAE.
 
     Attributes:
-        words: What is expected.
-        met: Whether an SAE shows it; picklable, since runs are sent to processes.
+        words: The expectation in words.
+        met: Function that checks an SAE; picklable, because runs are sent to processes.
     """
 
     words: str
@@ -24,8 +24,8 @@ class Check:
 
 
 def clean(least: float = CLEAN) -> Check:
-    """Each living latent is one feature."""
-    words = f"every living latent has |cos| > {least:g} with one feature"
+    """Each alive latent is one feature."""
+    words = f"every alive latent has |cos| > {least:g} with one feature"
     return Check(words, partial(_clean, least=least))
 
 
@@ -34,7 +34,7 @@ def _clean(m: Measured, least: float) -> bool:
 
 
 def exactly(features: Iterable[int], least: float = CLEAN) -> Check:
-    """Each of these features has one latent of its own, and nothing else has one."""
+    """Each of these features has exactly one latent, and no other feature has one."""
     wanted = sorted(features)
     have = "have one latent each" if wanted[1:] else "has one latent, and nothing else has one"
     words = f"{_named(wanted)} {have}, with |cos| > {least:g}"
@@ -114,7 +114,7 @@ def _absorbed(m: Measured) -> bool:
 
 def spare_latents_misused() -> Check:
     """Latents beyond the features are used for repetitions and combinations."""
-    return Check("some living latents are duplicates or combinations of features", _misused)
+    return Check("some alive latents are duplicates or combinations of features", _misused)
 
 
 def _misused(m: Measured) -> bool:

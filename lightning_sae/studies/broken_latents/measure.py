@@ -1,4 +1,4 @@
-"""Latents of a trained SAE, compared with the features of its world.
+"""Compare the latents of a trained SAE with the features of its toy data.
 
 Cosines tell which directions latents have, activations on held-out samples when they fire. The
 activations of a latent that mixes features have several peaks: a high one where its main feature
@@ -40,7 +40,7 @@ class Measured:
         parent_silent: Of the first pair of a parent and a child: share of the samples with both on
             which the parent's latent is silent; None where there is no pair.
         parent_silent_alone: The same where the child does not fire.
-        parent_in_child: Cosine of the child's latent with the parent; None likewise.
+        parent_in_child: Cosine of the child's latent with the parent; None without a pair.
         squared_error: Mean over samples, summed over d_in.
         l0: Mean number of latents that fire on a sample, faint activations left out.
     """
@@ -76,13 +76,13 @@ class Measured:
 def measure(
     sae: SparseAutoencoder, world: ToyDataModule, sample: ToySample, f: Float[Tensor, "n d_sae"]
 ) -> Measured:
-    """Compare an SAE with its world.
+    """Compare an SAE with its toy data.
 
     Args:
         sae: The SAE.
-        world: What it was trained on.
-        sample: Activations that it was not trained on, and what they are made of.
-        f: Its latents on these.
+        world: The toy data that it was trained on.
+        sample: Held-out activations with their features.
+        f: Its latents on the sample.
     """
     fires = f > FAINT * f.max()
     kept = torch.where(fires, f, 0.0)
@@ -157,7 +157,7 @@ def count_peaks(counts: Float[Tensor, " bins"]) -> int:
 
 
 def _masses(counts: list[float]) -> list[float]:
-    """The sum of counts in each stretch between two dips; nothing for a histogram of zeros."""
+    """The sum of counts in each stretch between two dips; empty for a histogram of zeros."""
     masses, mass, top, bottom = [], 0.0, 0.0, 0.0
     falling = False
     for count in counts:

@@ -1,4 +1,4 @@
-"""Lightning's share of a training step: the Trainer beside the same steps in a plain loop."""
+"""Lightning's share of a training step: the Trainer compared with a plain loop."""
 
 import math
 import time
@@ -42,7 +42,7 @@ def overhead(run: ExperimentRun, steps: int = 200, rounds: int = 5) -> dict[str,
     variant = Variant(TIED, reported="", checks=())
     short = replace(run, variant=variant, samples=(UNTIMED + steps) * BATCH_SIZE)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the runs
+    torch.set_num_threads(1)  # as in the study's runs
     try:
         times = [
             [_microseconds(way, short) for way in (by_trainer, in_plain_loop)]
@@ -78,7 +78,7 @@ class _Clock(Callback):
 
 
 def by_trainer(run: ExperimentRun, sae: ReLUSAE, world: ToyDataModule) -> list[float]:
-    """Train with a Trainer; returns the processor time in seconds at the end of each step."""
+    """Train with a Trainer; return the processor time in seconds at the end of each step."""
     clock = _Clock()
     train_on_toy(sae, world, run.steps, [*run.callbacks(), clock])
     return clock.times

@@ -1,4 +1,4 @@
-"""Pictures of one SAE on a toy world: cosines, activations, firings."""
+"""Plots of one SAE on toy data: cosines, activations, firings."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from lightning_sae.studies.broken_latents.measure import BINS, FAINT, Measured
 from lightning_sae.studies.shared.plots import COLORS
 
 PART = 0.15  # |cosine| from which a feature counts as part of a latent
-PATTERNS = 14  # rows of the picture of firings
+PATTERNS = 14  # rows of the plot of firings
 OTHERS = "#c9cdd2"
 
 

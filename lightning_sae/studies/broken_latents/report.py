@@ -69,7 +69,7 @@ def _listed(arguments: dict[str, Any]) -> str:
 
 
 def comparison(experiment: Experiment, results: Sequence[Row]) -> Iterator[Compared]:
-    """What the document reports of each kind of SAE, and by how many seeds each check was met."""
+    """The document's result for each kind of SAE, and how many seeds met each check."""
     for variant in experiment.variants:
         verdicts = [row["verdict"] for row in select(results, variant=variant.name)]
         checks = zip(*(verdict["checks"] for verdict in verdicts), strict=True)
@@ -90,7 +90,7 @@ def _section(folder: Path, experiment: Experiment, results: Sequence[Row]) -> Se
         [f"{variant.name}, seed {row['seed']}", _verdict(row), _latents_in_words(row)]
         for variant, row in in_order
     ]
-    headings = ["SAE", "verdict", "features of living latents (|cos|, peaks)"]
+    headings = ["SAE", "verdict", "features of alive latents (|cos|, peaks)"]
     return Section(
         f"{experiment.number}. {experiment.title}",
         tables=[Table(headings, rows)],
@@ -103,7 +103,7 @@ def _verdict(result: Row) -> str:
 
 
 def _latents_in_words(result: Row) -> str:
-    """The feature of each living latent, its |cosine|, and its peaks where there are several."""
+    """The feature of each alive latent, its |cosine|, and its peaks where there are several."""
     columns = ("feature", "max_abs_cosine", "peaks", "alive")
     latents = sorted(zip(*(result[name] for name in columns), strict=True), key=itemgetter(0))
     parts = [

@@ -1,4 +1,4 @@
-"""The experiments of the study of broken latents: worlds, SAEs, and what the document reports.
+"""The experiments of the study of broken latents: toy data, SAEs, and the document's results.
 
 Source: Chanin et al., Broken latents: studying SAEs and feature co-occurrence in toy models (2024).
 It does not give batch sizes, learning rates, the probabilities of experiment 1 and the L1
@@ -42,8 +42,8 @@ class Variant:
 
     Attributes:
         name: Its name in tables.
-        reported: What the document reports of it.
-        checks: Tests of what is reported.
+        reported: The document's result.
+        checks: Checks of the document's result.
         tied: Whether encoder and decoder are one matrix.
         sae: Further arguments of the SAE.
         world: Arguments of `ToyDataModule` that differ from the experiment's.
@@ -68,7 +68,7 @@ class Experiment:
 
     Attributes:
         number: Its number in the command's `experiments`.
-        title: What it is about.
+        title: Its topic.
         world: Arguments of `ToyDataModule`.
         d_sae: Number of latents.
         l1_coefficient: Weight of the penalty.

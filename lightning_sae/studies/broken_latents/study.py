@@ -83,7 +83,7 @@ def _chosen(experiments: str) -> list[Experiment]:
 
 
 def one_run(run: ExperimentRun, report: Report, folder: Path) -> Row:
-    """Train, measure and draw the SAE of a run, or read its result if it was done before."""
+    """Train, measure and plot the SAE of a run, or read its existing result."""
     path = folder / run.name / "result.json"
     if path.is_file():
         report(run.samples)
@@ -117,7 +117,7 @@ def _result(run: ExperimentRun, report: Report, folder: Path) -> Row:
 
 
 def _figures(measured: Measured) -> dict[str, Any]:
-    """What was measured, as plain values."""
+    """The measurements, as plain values."""
     alive = measured.alive
     features = measured.features.tolist()
     return {
@@ -143,7 +143,7 @@ def _rounded(values: torch.Tensor, digits: int = 4) -> list[Any]:
 
 
 def _verdict(run: ExperimentRun, measured: Measured) -> dict[str, Any]:
-    """What the document reports, and whether it was seen."""
+    """The document's result, and whether it was reproduced."""
     checks = [{"expected": c.words, "met": c.met(measured)} for c in run.variant.checks]
     return {
         "reported": run.variant.reported,

@@ -24,9 +24,9 @@ class ExperimentRun:
     """One SAE to train.
 
     Attributes:
-        experiment: Its world.
-        variant: Its kind.
-        seed: Of the world, its samples and the SAE's first weights.
+        experiment: Its toy data.
+        variant: Its kind of SAE.
+        seed: Seed of the toy data, its samples and the SAE's initial weights.
         samples: Activations to train on.
     """
 

@@ -17,7 +17,7 @@ from lightning_sae.studies.shared.sweep import (
 )
 
 LEVEL = "loss_recovered_mean"
-"""What is held equal. Against zero ablation it differs by scale only, so L0 is the same."""
+"""The figure held equal. Zero and mean ablation differ only in scale, so L0 is the same."""
 
 FIGURES = {
     "l0": ("L0", ".1f"),
@@ -40,7 +40,7 @@ DRAWN = {
     "l2_ratio": "L2 ratio",
     "dead_fraction": "share of dead latents",
 }
-"""What is drawn against L0."""
+"""Figures plotted against L0."""
 
 
 def equal_loss(swept: Swept, n_levels: int = 5) -> Table | None:

@@ -31,7 +31,7 @@ FAMILIES = (
         {"use_b_mag": False},
     ),
 )
-"""The baseline and what is compared with it."""
+"""The baseline and the families compared with it."""
 
 NAMES = ",".join(family.name for family in FAMILIES)
 
@@ -62,7 +62,7 @@ def gated(families: str = NAMES, output: str = "runs/gated", **common: Any) -> N
 
 
 def against_baseline(swept: Swept, family: Family) -> Answers:
-    """How many latents a family needs and how it is biased, beside the baseline.
+    """L0 and reconstruction bias of a family, compared with the baseline.
 
     Returns:
         By seed: `l0_ratio`, at equal loss recovered; `gamma` and `gamma_of_baseline`, means over

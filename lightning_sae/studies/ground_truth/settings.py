@@ -1,4 +1,4 @@
-"""What the study of ground truth compares: architectures, one recipe and one world for all."""
+"""The architectures of the study of ground truth, and their common recipe and toy data."""
 
 import math
 from dataclasses import dataclass, field
@@ -31,11 +31,11 @@ RECIPE = {
 
 The learning rate (3e-3 or 6e-3) and the width of JumpReLU's window (1 or 2) were chosen by MCC at
 L0 8, on a seed that is in no table. Decoder rows have norm 1 where the penalty depends on how
-strong latents are. Where it counts them or `k` sets their number, norms are free: growing them
-gains nothing, and with norm 1 more latents die or duplicate others.
+strong latents are. Where it counts active latents or `k` sets their number, norms are free: larger
+norms do not lower the loss, and with norm 1 more latents die or duplicate others.
 """
 
-PROBABILITIES = (0.4, 0.01)  # of the most frequent feature and the least, by Zipf's law between
+PROBABILITIES = (0.4, 0.01)  # most and least frequent feature; Zipf's law between
 SPREAD = 0.3  # standard deviation of a feature's magnitudes, of mean 1
 MAX_COSINE = 0.25  # of two features
 BRANCHES = 4  # children of a feature
@@ -48,7 +48,7 @@ class Architecture:
     Attributes:
         title: Its name in tables.
         kind: Its class.
-        settings: Arguments besides the recipe's.
+        settings: Arguments in addition to the recipe's.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Architecture:
 
     @property
     def is_steered(self) -> bool:
-        """Whether L0 follows from a penalty, adjusted by `TargetL0`; else `k` sets it."""
+        """Whether L0 follows from a penalty, adjusted by `TargetL0`; otherwise `k` sets it."""
         return self.kind.coefficient_name is not None
 
 
@@ -101,7 +101,8 @@ class World:
     def data(self, seed: int) -> ToyDataModule:
         """Activations of this world; directions and samples follow from the seed.
 
-        Children fire with such a share of their parents that all features follow Zipf's law.
+        Children fire with a share of their parent's firings such that all features follow Zipf's
+        law.
         """
         shares = per_feature("probabilities", {"zipf": PROBABILITIES}, self.n_features).tolist()
         requires = self.requires()

@@ -1,4 +1,4 @@
-"""The study of ground truth: which architecture finds the most of a world that is known?"""
+"""The study of ground truth: which architecture recovers the most known features?"""
 
 import time
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def ground_truth(
     output: str = "runs/ground-truth",
     workers: int | None = None,
 ) -> None:
-    """Train every architecture to the same L0 on one toy world, and rank them by what they found.
+    """Train every architecture to the same L0 on the same toy data, and rank them by recovery.
 
     Features lie in superposition, fire by Zipf's law, and most of them only where their parent
     does. Where L0 follows from a penalty, its coefficient is adjusted during training to reach the
@@ -62,7 +62,7 @@ def ground_truth(
     require_at_least(2, n_features=n_features, d_in=d_in, d_sae=d_sae)
     require_at_least(1, samples=samples, seeds=seeds, workers=workers)
     world = World(n_features, d_in, noise)
-    world.data(0)  # raises if there is no such world
+    world.data(0)  # raises if there are no such features
     settings: dict[str, Any] = {
         "world": asdict(world),
         "d_sae": d_sae,
@@ -106,7 +106,7 @@ def _targets(l0: str, d_sae: int) -> list[int]:
 
 
 def one_run(run: ArchitectureRun, report: Report, folder: Path) -> Row:
-    """Train and measure the SAE of a run, or read its figures if that was done before."""
+    """Train and measure the SAE of a run, or read its existing figures."""
     path = folder / f"{run.name}.json"
     if path.is_file():
         report(run.samples)

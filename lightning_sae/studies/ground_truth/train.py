@@ -21,8 +21,8 @@ class ArchitectureRun:
     Attributes:
         architecture: A key of `ARCHITECTURES`.
         l0: Target number of active latents.
-        seed: Of the world, its samples and the SAE's first weights.
-        world: What it is trained on.
+        seed: Seed of the toy data, its samples and the SAE's initial weights.
+        world: The toy data.
         d_sae: Number of latents.
         samples: Activations to train on.
         decoder_norm: `unit` or `free`; None for that of the architecture.
@@ -52,7 +52,7 @@ class ArchitectureRun:
         return sorted({max(1, self.d_sae // part) for part in (16, 8, 4, 2, 1)})
 
     def share(self, name: str) -> int:
-        """The steps that a share of the recipe comes to."""
+        """A share of the run in steps."""
         return int(RECIPE[name] * self.steps)
 
     @property
@@ -84,7 +84,7 @@ class ArchitectureRun:
             )
 
     def callbacks(self) -> list[Callback]:
-        """Unit decoder rows, where asked for; for a penalty its warm-up and `TargetL0`."""
+        """Unit decoder rows, if requested; for a penalty also its warm-up and `TargetL0`."""
         architecture = ARCHITECTURES[self.architecture]
         found: list[Callback] = [DecoderNormProjection()] if self.norm_of_rows == "unit" else []
         if architecture.is_steered:

@@ -1,4 +1,4 @@
-"""What it costs to halve L0, and whether removing from a dense SAE beats training a sparse one."""
+"""The cost of halving L0, and whether removing from a dense SAE beats training a sparse one."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ def value_at(points: Sequence[Row], figure: str, l0: float) -> float | None:
 
 
 def halving(points: Sequence[Row]) -> list[Row]:
-    """For each SAE and way, by how much each figure rises when half of L0 is removed.
+    """For each SAE and way, the increase of each figure when half of L0 is removed.
 
     Returns:
         Rows with `sae`, `way`, the whole SAE's `l0`, `ce`, `kl`, `mse` and `fvu`, and the rises

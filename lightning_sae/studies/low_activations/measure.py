@@ -39,7 +39,7 @@ class Removal:
         way: Its name in `WAYS`, or `whole` if nothing is removed.
         share: Target share of all firings to remove.
         level: k, share of the maximum, quantile or threshold, depending on the way.
-        apply: Maps latent activations and their ranks to what is left of them.
+        apply: Maps latent activations and their ranks to the remaining activations.
     """
 
     way: str
@@ -135,7 +135,7 @@ class Block:
     def logits_with(
         self, rows: Float[Tensor, "rows d_in"]
     ) -> Float[Tensor, "blocks context_length vocab"]:
-        """Logits with these rows in the place of the block's."""
+        """Logits with the block's activations replaced by these rows."""
         replaced = self.activations.clone()
         replaced[self.kept] = rows.to(replaced.dtype)
         return self.model.logits(self.tokens, lambda _: replaced)
@@ -182,8 +182,7 @@ def measure(
 ) -> tuple[list[Row], float]:
     """Figures of all SAEs, ways and levels on the same held-out text, which is read once.
 
-    Each SAE encodes an activation once; what its removals leave of the code is decoded and put in
-    the activation's place.
+    Each SAE encodes an activation once; after each removal the code is decoded and spliced in.
 
     Args:
         saes: By name, on raw activations.

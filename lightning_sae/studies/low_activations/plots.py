@@ -1,4 +1,4 @@
-"""Pictures of the study of low activations."""
+"""Plots of the study of low activations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +86,7 @@ def _of_seeds(of: Callable[[Sequence[float]], float], level: Sequence[Point]) ->
 
 
 def _cut_the_highest(axes: Axes, points: Sequence[Row], name: str) -> None:
-    """Cut the axis above the second most costly way; the most costly would squeeze the others."""
+    """Cut the axis above the second most costly way, because the most costly dwarfs the others."""
     highest = {way: max(p[name] for p in points if p["way"] == way) for way in WAYS}
     low, high = axes.get_ylim()
     axes.set_ylim(low, min(high, 1.05 * sorted(highest.values())[-2]))

@@ -76,7 +76,7 @@ def report(
 
 
 def _clean(results: Sequence[Row]) -> str:
-    """The cross-entropy beside which all others are read."""
+    """The unchanged model's cross-entropy, as a reference."""
     return (
         f"Without an SAE the model's CE is {mean(each['ce_clean'] for each in results):.3f} nats."
     )

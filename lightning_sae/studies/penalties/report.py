@@ -32,7 +32,7 @@ DRAWN = {
     "mse": "MSE (raw units, summed over d_in)",
     BIAS: "relative reconstruction bias gamma",
 }
-"""What is drawn against L0."""
+"""Figures plotted against L0."""
 
 
 def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:

@@ -28,7 +28,7 @@ FAMILIES = (
     _family("tanh", "tanh(4 f)", Tanh(), 0.25, 0.42, 0.7, 1.15, 1.9, 3.1),
     _family("power", "f to the 0.75", Power(0.75), 0.33, 0.5, 0.8, 1.2, 1.9, 2.9),
 )
-"""The baseline and what is compared with it."""
+"""The baseline and the penalties compared with it."""
 
 NAMES = ",".join(family.name for family in FAMILIES)
 

@@ -1,4 +1,4 @@
-"""Pictures of the study of replication."""
+"""Plots of the study of replication."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -18,7 +18,7 @@ class Snapshots(NamedTuple):
     """Firings of an SAE's latents on its training activations.
 
     Attributes:
-        steps: Steps of the optimizer at the end of each window.
+        steps: Optimizer steps at the end of each window.
         n: Activations in each window.
         counts: On how many of them each latent fired.
     """
@@ -58,7 +58,7 @@ class FrequencySnapshots(Callback):
 
     Args:
         path: The file to write, `.safetensors`.
-        every_n_steps: Steps of the optimizer in a window.
+        every_n_steps: Optimizer steps in a window.
 
     Raises:
         ValueError: If `every_n_steps` is not positive.
@@ -126,7 +126,7 @@ class FrequencySnapshots(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was."""
+        """Continue from a checkpoint."""
         self._steps, self._n = list(state_dict["steps"]), list(state_dict["n"])
         self._counts = list(state_dict["counts"])
         self._open, self._n_open = state_dict["open"], state_dict["n_open"]

@@ -35,7 +35,7 @@ def _table(
 
 
 def figures(rows: Sequence[Row]) -> Table:
-    """What each SAE recovers of activations and of the model's loss."""
+    """The reconstruction and loss recovered of each SAE."""
     columns = {
         "l0": ("L0", ".1f"),
         "fvu": ("FVU", ".3f"),
@@ -75,7 +75,7 @@ def frequencies(rows: Sequence[Row]) -> Table:
 
 
 def rare_latents(rows: Sequence[Row], across: Mapping[str, Sequence[float]]) -> Table:
-    """How alike the rare latents are."""
+    """The similarity of the rare latents."""
     columns = {
         "n_rare": ("rare", ".0f"),
         "cosine_with_mean": ("cos with mean", ".3f"),

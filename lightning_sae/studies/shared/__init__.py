@@ -1,1 +1,1 @@
-"""What several studies use: settings, sweeps, tuning, frontiers, pages and plots."""
+"""Code shared by studies: settings, sweeps, tuning, frontiers, pages and plots."""

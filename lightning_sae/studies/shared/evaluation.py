@@ -1,4 +1,4 @@
-"""Figures of many SAEs at one hook, on the same held-out text."""
+"""Metrics of many SAEs at one hook, on the same held-out text."""
 
 import sys
 import time
@@ -19,17 +19,17 @@ from lightning_sae.studies.shared.rows import Row
 def evaluate(
     saes: Mapping[str, SparseAutoencoder], data: ActivationDataModule, n_tokens: int, path: Path
 ) -> dict[str, Row]:
-    """Held-out metrics of SAEs, and what their reconstructions cost the language model.
+    """Held-out metrics of SAEs, and the language model's loss with their reconstructions.
 
     Args:
-        saes: By name; they act on raw activations of one hook.
+        saes: SAEs by name; they act on raw activations of one hook.
         data: The stream at that hook.
         n_tokens: Held-out tokens to read.
         path: JSON file of the figures; they are read from it if it exists.
 
     Returns:
-        By name, the scalars of `held_out_metrics` and of `evaluate_in_model`, and `frequency`, a
-        list with the share of activations on which each latent fires.
+        For each name, the scalars of `held_out_metrics` and of `evaluate_in_model`, and
+        `frequency`, a list with the share of activations on which each latent fires.
     """
 
     def figures() -> dict[str, Row]:
@@ -47,7 +47,7 @@ def evaluate(
 
 
 def scalars(figures: Row) -> Row:
-    """Figures of an SAE without lists."""
+    """The scalar figures of an SAE."""
     return {name: value for name, value in figures.items() if not isinstance(value, list)}
 
 

@@ -14,11 +14,11 @@ class Family:
     """SAEs that differ only in the weight of their penalty.
 
     Attributes:
-        name: For files and arguments.
-        label: For tables and pictures.
+        name: Name in files and arguments.
+        label: Name in tables and plots.
         architecture: `class_path` of the SAE.
-        coefficients: Weights of the penalty, rising.
-        arguments: `init_args` of the SAE beside those that all SAEs of a study share.
+        coefficients: Weights of the penalty, in increasing order.
+        arguments: `init_args` of the SAE, besides those shared by all SAEs of a study.
     """
 
     name: str
@@ -61,7 +61,7 @@ def choose(
         families: All families; the first is the baseline and has to be among the names.
         names: Names with commas between them.
         coefficients: By name; a family without an entry keeps its own.
-        argument: What the user calls `names`, for errors.
+        argument: Name of the argument `names` for the user, for errors.
 
     Raises:
         ValueError: If a name or a coefficient is not valid.

@@ -13,11 +13,11 @@ SETTINGS = "settings.json"
 
 
 def open_folder(output: str | Path, settings: dict[str, Any]) -> Path:
-    """Make the folder of a study, or reopen the folder of a study with the same settings.
+    """Create the folder of a study, or reopen one with the same settings.
 
     Args:
         output: The folder.
-        settings: What the study's results depend on, as plain values.
+        settings: The settings that determine the results, as plain values.
 
     Raises:
         ValueError: If the folder holds anything else; names the settings that differ.

@@ -1,6 +1,6 @@
-"""Distances between curves against L0, within the range in which both were measured.
+"""Distances between curves against L0, within the range measured for both.
 
-A curve is measured at a few L0 and taken to be straight between them over log L0.
+A curve is measured at a few L0 and interpolated linearly over log L0.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 
 Range = tuple[float, float]
 
-N_LEVELS = 400  # at which L0 is compared: its mean is then within 1e-4 on smooth curves
+N_LEVELS = 400  # number of levels at which L0 is compared: gives the mean to 1e-4 on smooth curves
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Curve:
         points: L0, which is positive, and the figure; at least two of them.
 
     Attributes:
-        log_l0: Natural logarithms of L0, rising.
+        log_l0: Natural logarithms of L0, in increasing order.
         values: The figure at each.
     """
 
@@ -44,7 +44,7 @@ class Curve:
         return float(np.interp(log_l0, self.log_l0, self.values))
 
     def log_l0_at(self, level: float) -> float | None:
-        """Logarithm of the least L0 at which a rising figure reaches `level`; None outside."""
+        """Logarithm of the smallest L0 where an increasing figure reaches `level`; None outside."""
         if level < self.values[0]:
             return None
         if level == self.values[0]:
@@ -56,7 +56,7 @@ class Curve:
 
 
 def common_l0(curves: Sequence[Curve]) -> Range | None:
-    """The range of log L0 that all curves have; None if there is none."""
+    """The range of log L0 covered by all curves; None if it is empty."""
     low = max(curve.log_l0[0] for curve in curves)
     high = min(curve.log_l0[-1] for curve in curves)
     return (low, high) if low < high else None
@@ -76,13 +76,13 @@ def mean_over(curve: Curve, within: Range) -> float:
 
 
 def mean_over_common(curve: Curve, other: Curve) -> float | None:
-    """Mean of `curve` over the log L0 that both have; None if they have none in common."""
+    """Mean of `curve` over the common range of log L0; None if it is empty."""
     within = common_l0([curve, other])
     return None if within is None else mean_over(curve, within)
 
 
 def gap(curve: Curve, baseline: Curve, part: float = 1.0) -> float | None:
-    """Mean of `curve` less `baseline` over the lower part of the log L0 that both have.
+    """Mean of `curve` minus `baseline` over the lower part of the common range of log L0.
 
     None if no L0 is common to both.
     """
@@ -99,7 +99,7 @@ def gap_at_low_l0(curve: Curve, baseline: Curve) -> float | None:
 
 
 def area_between(curve: Curve, baseline: Curve) -> float | None:
-    """Integral of `curve` less `baseline` over the log L0 that both have.
+    """Integral of `curve` minus `baseline` over the common range of log L0.
 
     It is `gap` times the number of e-folds of L0; None if no L0 is common to both.
     """
@@ -132,9 +132,9 @@ def _knots(curves: Sequence[Curve], within: Range) -> list[float]:
 
 
 def common_levels(curves: Sequence[Curve]) -> Range | None:
-    """The levels of a rising figure that all curves reach within their L0; None if there are none.
+    """The range of levels that all curves of an increasing figure reach; None if it is empty.
 
-    Which L0 a curve needs for a level below that of its least L0 was not measured.
+    Levels below that of a curve's smallest L0 are excluded, because they were not measured.
     """
     low = max(curve.values[0] for curve in curves)
     high = min(max(curve.values) for curve in curves)
@@ -142,7 +142,7 @@ def common_levels(curves: Sequence[Curve]) -> Range | None:
 
 
 def l0_ratio(curve: Curve, baseline: Curve) -> float | None:
-    """L0 that `curve` needs over that of `baseline` for the same level of a rising figure.
+    """Ratio of the L0 of `curve` and `baseline` at equal levels of an increasing figure.
 
     It is the geometric mean over all levels that both reach; None if there are none.
 

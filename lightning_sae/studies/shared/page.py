@@ -1,4 +1,4 @@
-"""A study's report: one HTML page that needs no other file, and its tables for the terminal."""
+"""A study's report: one self-contained HTML page, and its tables for the terminal."""
 
 import base64
 import sys
@@ -15,10 +15,10 @@ from lightning_sae.studies.shared.folder import write_csv, write_json
 from lightning_sae.studies.shared.rows import Row, known, with_spread
 
 Compared = tuple[str, str, str]
-"""What is compared, what the document reports, and what this study found."""
+"""The quantity compared, the document's value, and this study's value."""
 
 POOR = 0.5
-"""FVU above which an SAE misses more of the activations than it keeps."""
+"""FVU above which an SAE loses more than half of the variance."""
 
 BLANK = {"", "-", "none", "nan"}
 
@@ -28,9 +28,9 @@ class Table:
     """A table of texts.
 
     Attributes:
-        headings: Of all columns.
-        rows: Texts; the first of each row is its name.
-        note: What a reader has to know of the columns.
+        headings: Headings of all columns.
+        rows: Cells; the first of each row is its name.
+        note: Explanation of the columns.
     """
 
     headings: Sequence[str]
@@ -38,7 +38,7 @@ class Table:
     note: str = ""
 
     def says_something(self) -> bool:
-        """Whether any cell behind the names has a figure."""
+        """Whether any cell after the names has a figure."""
         return any(cell not in BLANK for row in self.rows for cell in row[1:] or row)
 
     def lines(self) -> Iterator[str]:
@@ -61,7 +61,7 @@ def figures_table(
     Args:
         groups: Rows by the name of their line.
         columns: Heading and format of each figure.
-        note: What a reader has to know of the columns.
+        note: Explanation of the columns.
         none: Text where no row of a group has the figure.
     """
     lines = [
@@ -88,21 +88,21 @@ def caution(groups: Mapping[str, Sequence[Row]]) -> str:
         return ""
     return (
         f"Caution: FVU is above {POOR:g} for {', '.join(named)}. Such an SAE misses more than half "
-        "of the variance of the activations: what is said of it says little about the model. "
+        "of the variance of the activations: its latents say little about the model. "
         "Train for longer, or with a weaker penalty."
     )
 
 
 @dataclass(frozen=True)
 class Section:
-    """A result in words, tables and pictures.
+    """A result in words, tables and plots.
 
     Attributes:
         title: Its heading.
         text: Paragraphs.
         tables: Tables; those without a figure are not shown.
-        pictures: Files, each with its caption.
-        details: Sections that a reader unfolds; they are not shown in the terminal.
+        pictures: Image files, each with its caption.
+        details: Collapsible sections; not shown in the terminal.
     """
 
     title: str
@@ -118,19 +118,19 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What a study asked, how it measured, what it found and what its source reports.
+    """The question, method and results of a study, and the values that its source reports.
 
     Attributes:
         title: Name of the study.
-        question: What it asks.
-        method: How it measures, in paragraphs.
+        question: Its question.
+        method: Its method, in paragraphs.
         settings: Values by name.
         sections: Results.
         comparison: The document's statements beside the results.
         source: The document, if there is one.
         results: Plain values for `results.json`.
         csv: Rows of CSV files by name.
-        caution: What a reader has to know before any figure; see `caution`.
+        caution: Warning shown before all figures; see `caution`.
     """
 
     title: str
@@ -158,7 +158,7 @@ class Page:
                 yield f"  {what}: {there} | {here}"
 
     def write(self, path: Path) -> Path:
-        """Write the page with all pictures in it."""
+        """Write the page with all images embedded."""
         environment = Environment(
             loader=PackageLoader("lightning_sae.studies.shared", "."),
             autoescape=True,

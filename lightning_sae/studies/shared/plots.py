@@ -1,4 +1,4 @@
-"""Pictures in one style."""
+"""Plots in a common style."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,7 +82,7 @@ def name_point(axes: Axes, point: Point, name: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a picture, with one legend beside the panels if their curves have labels."""
+    """Write an image, with one legend beside the panels if their curves have labels."""
     labelled = [axes for axes in figure.axes if axes.get_legend_handles_labels()[0]]
     legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
     if labelled and not any(legends):

@@ -1,4 +1,4 @@
-"""What studies of language models have in common: model, text, length of training, folder."""
+"""Settings common to studies of language models: model, text, length of training, folder."""
 
 import json
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class Setting:
         model: Folder or hub name of the language model, or `embedded`.
         hook_name: TransformerLens name of the hook, or a list of them.
         text: `embedded`, files, folders or a hub name; see `ActivationDataModule`.
-        validation_text: Text of its own for evaluation; by default a share of the documents.
-        text_column: Name of the text column, where there are columns.
+        validation_text: Separate text for evaluation; by default a share of the documents.
+        text_column: Name of the text column, if the text has columns.
         streaming: Read a hub data set as a stream, without a copy on the disk.
         model_dtype: dtype of the language model's weights.
         context_length: Tokens in a block.
@@ -34,7 +34,7 @@ class Setting:
         buffer_size: Activations in the shuffling buffer.
         lr: Learning rate.
         held_out_tokens: Held-out tokens that every SAE is evaluated on.
-        seeds: Repetitions, with seeds from 0 on: of first weights and of the order of the text.
+        seeds: Repetitions, with seeds from 0 on, of the initial weights and the order of the text.
         device: `auto`, `cpu` or `cuda`.
         output: A new or empty folder, or that of this study with the same settings, which then
             resumes.
@@ -85,7 +85,7 @@ class Setting:
         """Make or reopen the study's folder; see `open_folder`.
 
         Args:
-            settings: What a study adds to the common settings.
+            settings: Settings that a study adds to the common ones.
         """
         _ = self.data().d_in  # raises if sizes do not fit or the model has no such hook
         return open_folder(self.folder, {**self.plain(), **settings})
@@ -117,11 +117,11 @@ class Setting:
         return self.data(0, hook_names)
 
     def share(self, part: float) -> int:
-        """The steps that a share of the run comes to."""
+        """A share of the run in steps."""
         return int(part * self.steps)
 
     def arguments(self, **own: Any) -> dict[str, Any]:
-        """Arguments of an SAE: those that all share, and its own."""
+        """Arguments of an SAE: the shared ones and its own."""
         common = {
             "d_sae": self.d_sae,
             "lr": self.lr,
@@ -133,4 +133,4 @@ class Setting:
 
 
 MAY_CHANGE = ("folder", "device", "seeds")
-"""What may differ when a study resumes."""
+"""Settings that may differ when a study resumes."""

@@ -29,7 +29,7 @@ BIAS = "relative_reconstruction_bias"
 METHOD = (
     "Each family is swept over the weight of its penalty. All SAEs of a seed see the same batches, "
     "from one pass of the language model; all figures are of held-out text. Learning rates are "
-    "each family's own, chosen on a seed of its own by the family's objective on held-out text."
+    "each family's own, chosen on a separate seed by the family's objective on held-out text."
 )
 
 
@@ -39,8 +39,8 @@ class Swept:
 
     Attributes:
         families: What was trained; the first is the baseline.
-        seeds: Repetitions.
-        tuned: How learning rates were chosen.
+        seeds: Number of repetitions.
+        tuned: Results of the choice of learning rates.
         rows: Figures of each SAE that did not diverge, with its `family`, `coefficient`, `lr` and
             `seed`.
         folder: The study's.
@@ -82,7 +82,7 @@ class Swept:
     def compare(
         self, family: Family, figure: str, question: Callable[[Curve, Curve], Answer | None]
     ) -> list[Answer | None]:
-        """What `question` gives for the curves of a family and the baseline, by seed."""
+        """The result of `question` for the curves of a family and the baseline, by seed."""
         answers = []
         for seed in range(self.seeds):
             own, baseline = (self.curve(each, seed, figure) for each in (family, self.families[0]))
@@ -93,9 +93,9 @@ class Swept:
         """Draw figures against L0, means over seeds with their spread.
 
         Args:
-            path: The picture.
-            figures: Figures with the labels of their axes, three in a row.
-            dotted: Where a figure has a dotted line.
+            path: The image file.
+            figures: Figures with the labels of their axes, three per row.
+            dotted: Value at which a figure has a dotted line.
         """
         picture, axes = panels(3, len(figures) // 3)
         for panel, (name, label) in zip(axes, figures.items(), strict=True):
@@ -131,7 +131,7 @@ class Swept:
         return means, spreads
 
     def clean(self) -> str:
-        """The cross-entropy beside which those with a reconstruction are read."""
+        """The unchanged model's cross-entropy, as a reference."""
         found = known(self.rows, "ce_clean")
         return f"Without an SAE the model's CE is {mean(found):.3f} nats." if found else ""
 
@@ -198,22 +198,22 @@ def train_families(
 ) -> Swept:
     """Choose learning rates, then train and evaluate families with all seeds.
 
-    Everything is kept in the study's folder; what is there is read and not done again.
+    All results are kept in the study's folder; existing ones are read instead of recomputed.
 
     Args:
-        families: All that the study knows; the first is the baseline.
-        names: Names of those to train, with commas between them.
-        argument: What the user calls `names`, for errors.
+        families: All families of the study; the first is the baseline.
+        names: Comma-separated names of the families to train.
+        argument: Name of the argument `names` for the user, for errors.
         output: The study's folder.
         coefficients: Weights of the penalty by family.
-        learning_rates: One is chosen for each family.
+        learning_rates: Candidates, from which one is chosen for each family.
         tuning_steps: Optimizer steps of the runs for that choice.
         d_sae: Latents of each SAE.
         steps: Optimizer steps of each SAE.
         batch_size: Activations in a step.
         held_out_tokens: Held-out tokens that every SAE is evaluated on.
         hook_name: TransformerLens name of the hook.
-        common: As for every study of a language model; see `Setting`.
+        common: Arguments common to all studies of a language model; see `Setting`.
 
     Raises:
         ValueError: If an argument is out of range or `output` has something else in it.
@@ -232,7 +232,7 @@ def train_families(
     )
     settings = {
         "coefficients": {family.name: list(family.coefficients) for family in chosen},
-        "lr": [*learning_rates],  # in place of the one of `Setting`
+        "lr": [*learning_rates],  # overrides that of `Setting`
         "tuning_steps": tuning_steps,
     }
     folder = setting.open(**settings)
@@ -248,10 +248,10 @@ def sweep(
     """Train and evaluate all families at all their coefficients; SAEs that diverged are left out.
 
     Args:
-        setting: The study's; its folder keeps what was done.
-        families: What is trained.
-        learning_rates: By family.
-        seed: Of first weights and of the order of the text.
+        setting: The study's setting; its folder keeps the results.
+        families: Families to train.
+        learning_rates: Learning rates by family.
+        seed: Seed of the initial weights and of the order of the text.
     """
     folder = setting.folder / f"seed-{seed}"
     names = {f"{f.name}-{c}": (f, c) for f in families for c in f.coefficients}
@@ -277,7 +277,7 @@ def sweep(
 
 
 def over_seeds(values: Sequence[float | None], form: str = ".2f") -> str:
-    """Mean and spread of a comparison over the seeds in which it could be made."""
+    """Mean and spread of a comparison over the seeds in which it is available."""
     found = [value for value in values if value is not None]
     text = with_spread(found, form, "no common range")
     partly = 0 < len(found) < len(values)
@@ -285,7 +285,7 @@ def over_seeds(values: Sequence[float | None], form: str = ".2f") -> str:
 
 
 def in_every_repetition(ratios: Sequence[float]) -> str:
-    """Whether ratios of L0 are less or more than 1 in all seeds."""
+    """Words for whether ratios of L0 are below or above 1 in all seeds."""
     if max(ratios) < 1 or min(ratios) > 1:
         return f"{'less' if max(ratios) < 1 else 'more'} in every repetition"
     return "less or more by repetition"

@@ -1,4 +1,4 @@
-"""SAEs on toy activations, trained by a Trainer without anything so small an SAE does not need."""
+"""Train SAEs on toy activations by a Trainer with minimal overhead."""
 
 import logging
 import warnings
@@ -55,7 +55,7 @@ class Progress(Callback):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Lightning from announcing each run and what it leaves out."""
+    """Silence Lightning's messages about each run."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""SAEs of a study, trained together on one pass of the language model."""
+"""Train the SAEs of a study together, on one pass of the language model."""
 
 import shutil
 import sys
@@ -33,7 +33,7 @@ def train_together(
     data: ActivationDataModule | None = None,
     watching: Sequence[Callback] = (),
 ) -> dict[str, SparseAutoencoder]:
-    """Train SAEs side by side, each as if alone; resume where an earlier run stopped.
+    """Train SAEs side by side; resume where an earlier run stopped.
 
     When all are trained they are exported to `<folder>/saes/<name>`; SAEs that were exported before
     are only read. Curves for TensorBoard are in `<folder>/tensorboard`.
@@ -42,14 +42,14 @@ def train_together(
         setting: The study's setting.
         folder: The folder of this training.
         members: Descriptions as for `SideBySide`, without `d_in`.
-        seed: Of first weights and of the order of the text.
+        seed: Seed of the initial weights and of the order of the text.
         steps: Optimizer steps; those of the setting by default.
         data: The stream; by default that of the setting, with this seed.
-        watching: Callbacks that see the whole run.
+        watching: Callbacks for the whole run.
 
     Returns:
-        The SAEs by name, which act on raw activations; those whose loss did not stay finite are
-        left out.
+        The SAEs by name, which act on raw activations; those whose loss became non-finite are left
+        out.
     """
     done, saes = folder / "trained.json", folder / "saes"
     if not done.is_file():

@@ -22,7 +22,7 @@ from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.shared.training import train_together
 
 SEED = 1_000_003
-"""Of the short runs; no sweep has it."""
+"""Seed of the short runs; not used by any sweep."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Tuned:
 
     Attributes:
         objective: Held-out objective by family and learning rate, None where training diverged.
-        coefficient: Of each family's penalty in these runs.
+        coefficient: Coefficient of each family's penalty in these runs.
     """
 
     objective: Mapping[str, Mapping[float, float | None]]
@@ -39,10 +39,10 @@ class Tuned:
 
     @property
     def chosen(self) -> dict[str, float]:
-        """The learning rate of each family with the least objective.
+        """The learning rate of each family with the smallest objective.
 
         Raises:
-            ValueError: If a family diverged at all of them.
+            ValueError: If a family diverged at all learning rates.
         """
         return {name: _best(name, tried) for name, tried in self.objective.items()}
 
@@ -88,7 +88,7 @@ def _best(name: str, tried: Mapping[float, float | None]) -> float:
 
 
 def require_rates(learning_rates: Sequence[float], tuning_steps: int) -> None:
-    """Raise a ValueError if there is nothing to tune with."""
+    """Raise a ValueError unless learning rates are different and positive."""
     require_positive(tuning_steps=tuning_steps)
     if len({*learning_rates}) < max(1, len(learning_rates)) or min(learning_rates) <= 0:
         raise ValueError(
@@ -103,12 +103,12 @@ def tune(
     """Try all learning rates for each family, at the middle one of its coefficients.
 
     The runs are shorter than those of the study, with the same shares of warm-up and decay, and
-    have a seed of their own. The criterion is the family's own objective on held-out text: it can
+    use a separate seed. The criterion is the family's own objective on held-out text: it can
     be compared between learning rates, but not between coefficients or families.
 
     Args:
-        setting: The study's; results are kept in its folder.
-        families: What is tuned.
+        setting: The study's setting; results are kept in its folder.
+        families: Families to tune.
         learning_rates: The grid.
         steps: Optimizer steps of each run.
     """

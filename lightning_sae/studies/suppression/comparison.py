@@ -32,7 +32,7 @@ ALIKE = 0.25
 """Two methods count as equal if they differ by less than this share of the best method's figure."""
 
 KILLED = 0.05
-"""Share of its strength below which a toy feature counts as not learnt."""
+"""Share of a toy feature's strength below which it counts as not learnt."""
 
 SHRINKS = ("scale", "unrotated_decoder", "decoder")
 
@@ -128,7 +128,7 @@ def _mean_of_hooks(found: Sequence[Row], name: str) -> str:
     """The mean over hooks of each seed with its spread, and the range over hooks."""
     values = known(found, name)
     if not values:
-        return "too few living latents"
+        return "too few alive latents"
     of_seeds = [known(select(found, seed=seed), name) for seed in sorted(distinct(found, "seed"))]
     text = with_spread([mean(each) for each in of_seeds if each], "+.3f")
     several = len(distinct(found, "hook")) > 1
@@ -149,7 +149,7 @@ def theory_text(toy: Sequence[Row]) -> str:
     n, of = killed(toy)
     return (
         f"shrinkage is {mean(shares):.3f} times λ/2 on average ({min(shares):.3f} to "
-        f"{max(shares):.3f}) over {len(alive)} living features of all strengths, frequencies and "
+        f"{max(shares):.3f}) over {len(alive)} alive features of all strengths, frequencies and "
         f"coefficients, the largest difference {max(errors):.3f}; of {of} features below λ/2, {n} "
         "are not learnt"
     )

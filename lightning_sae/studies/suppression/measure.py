@@ -177,7 +177,7 @@ def latent_rows(saes: Mapping[str, SparseAutoencoder], fires: Mapping[str, Any])
 
 
 def associations(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Correlations over the living latents of one SAE; None where there are none.
+    """Correlations over the alive latents of one SAE; None where there are none.
 
     Returns:
         For `scaling` and `added`, each against `log_strength` and `log_frequency`, the correlation

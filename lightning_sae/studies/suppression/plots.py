@@ -1,4 +1,4 @@
-"""Pictures of the study of suppression."""
+"""Plots of the study of suppression."""
 
 import math
 import re
@@ -92,7 +92,7 @@ def draw_frequencies(rows: Sequence[Row], path: Path) -> Path:
 
 
 def draw_latents(rows: Sequence[Row], path: Path) -> Path:
-    """Scaling, addition and cosine of living latents of one seed, by frequency and strength."""
+    """Scaling, addition and cosine of alive latents of one seed, by frequency and strength."""
     hooks = distinct(rows, "hook")
     figure, axes = panels(len(hooks), 3, width=4.4, height=3.3)
     shown = (
@@ -166,5 +166,5 @@ def draw_theory(rows: Sequence[Row], path: Path) -> Path:
     axes[1].set_xticks(frequencies, [f"{frequency:.2g}" for frequency in frequencies])
     axes[1].minorticks_off()
     axes[1].set_ylim(bottom=0)
-    axes[1].set(xlabel="frequency of the feature", ylabel="shrinkage of living features")
+    axes[1].set(xlabel="frequency of the feature", ylabel="shrinkage of alive features")
     return save(figure, path)

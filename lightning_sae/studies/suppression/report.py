@@ -33,7 +33,7 @@ PICTURES = {
     "standard deviation over seeds.",
     "frequencies.png": "How often latents fire. Left of a dotted line, where there is a gap in the "
     "curve, they count as dead.",
-    "latents.png": "Living latents of seed 0. Above what the method decoder multiplies each by, in "
+    "latents.png": "Alive latents of seed 0. Above what the method decoder multiplies each by, in "
     "the middle what that adds to its mean activation, below how far its decoder row turns.",
     "theory.png": "Orthogonal binary features. Lines: theory. Points: the features of all seeds, "
     "at several frequencies.",
@@ -188,9 +188,9 @@ def _correlation_table(found: Sequence[Row]) -> Table:
                 title = f"{label} and {cause.replace('_', ' ')}{', partial' if partial else ''}"
                 rows.append([title, *(_spread(found, hook, name) for hook in labels)])
     rows.append(["cosine before and after", *(_spread(found, hook, "cosine") for hook in labels)])
-    rows.append(["living latents", *(_spread(found, hook, "living", ".0f") for hook in labels)])
+    rows.append(["alive latents", *(_spread(found, hook, "living", ".0f") for hook in labels)])
     note = (
-        "Correlations over living latents, method decoder; partial ones hold the other of strength "
+        "Correlations over alive latents, method decoder; partial ones hold the other of strength "
         "and frequency fixed."
     )
     return Table(["", *labels.values()], rows, note)

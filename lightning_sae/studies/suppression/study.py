@@ -42,7 +42,7 @@ def suppression(
         toy_steps: Optimizer steps of each SAE on toy features.
         output: A new or empty folder, or that of this study with the same settings.
         hook_name: TransformerLens name of the hook, or a list of them; by default the residual
-            stream behind each block of the embedded model.
+            stream after each block of the embedded model.
         steps: Optimizer steps of the SAE at each hook.
         common: As for every study of a language model; see `Setting`.
 

@@ -102,7 +102,7 @@ def fine_tuned(
     copies = train_together(setting, folder, members, seed=seed, steps=steps, data=data)
     folders = {hook: folder / "starts" / hook for hook in starts}
     for hook, start in starts.items():
-        if not (folders[hook] / CONFIG).is_file():  # the file that is written last
+        if not (folders[hook] / CONFIG).is_file():  # the last file written
             shutil.rmtree(folders[hook], ignore_errors=True)
             RescaledSAE.of(start).save_pretrained(folders[hook])
     return {hook: load(path) for hook, path in folders.items()}, _all_of(copies, members)

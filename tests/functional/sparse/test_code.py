@@ -275,7 +275,7 @@ def test_no_density_flaps_on_any_device(device: str) -> None:
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_the_layout_is_told_the_share_of_active_latents(
+def test_the_layout_is_updated_with_the_share_of_active_latents(
     dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[float] = []

@@ -89,7 +89,7 @@ def test_a_verdict_has_the_documents_words_and_every_check(results: list[dict[st
     assert verdict["met"] is all(check["met"] for check in verdict["checks"])
 
 
-def test_the_share_of_lightning_is_written_and_said(output: Path) -> None:
+def test_the_share_of_lightning_is_written_and_printed(output: Path) -> None:
     step = json.loads((output / "results.json").read_text())["step"]
     assert cost_in_words(step) in (output / "report.html").read_text(encoding="utf-8").replace(
         "&#39;", "'"

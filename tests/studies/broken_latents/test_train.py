@@ -59,7 +59,7 @@ def test_samples_are_whole_batches(samples: int, steps: int) -> None:
     assert ExperimentRun(ONE_LATENT, ONE_LATENT.variants[0], 0, samples).steps == steps
 
 
-def test_progress_is_told_in_activations() -> None:
+def test_progress_is_reported_in_activations() -> None:
     told: list[int] = []
     train(run(steps=250), told.append)
     assert told == [100 * BATCH_SIZE, 100 * BATCH_SIZE]

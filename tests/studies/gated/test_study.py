@@ -190,7 +190,7 @@ def test_the_baseline_against_itself_needs_all() -> None:
     assert against_baseline(swept, swept.families[0])["l0_ratio"] == pytest.approx([1.0, 1.0])
 
 
-def test_where_nothing_is_common_it_is_said_and_not_guessed() -> None:
+def test_curves_without_a_common_range_are_not_compared() -> None:
     swept = of_known_figures(0.5, 0.99)
     apart = [
         {**row, "l0": row["l0"] * 1e6, "loss_recovered_mean": row["loss_recovered_mean"] + 10}

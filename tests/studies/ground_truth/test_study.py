@@ -206,7 +206,7 @@ def test_study_writes_all_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "http" not in page
 
 
-def test_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_study_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study(tmp_path / "a", "--l0", "2", "--seeds", "1", "--architectures", "topk")
     before = json.loads((tmp_path / "a/results.json").read_text())["runs"]
     trained: list[str] = []

@@ -269,7 +269,7 @@ def test_halving_costs_the_slope_of_curves_that_are_straight_over_log_l0() -> No
     assert rows[0]["l0"] == 40.0
 
 
-def test_what_is_not_reached_is_not_known() -> None:
+def test_levels_that_are_not_reached_give_none() -> None:
     rows = halving([point("a", "whole", 0.0, 8.0, 1.0), point("a", "global", 0.3, 5.0, 2.0)])
     assert [row["ce_rise"] for row in rows] == [None] * 4
     assert value_at([point("a", "whole", 0.0, 8.0, 1.0)], "ce", 8.0) is None
