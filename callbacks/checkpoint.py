@@ -180,7 +180,7 @@ class RunCheckpoint(Checkpoint):  # called last, so the state of all others is s
         if self._tried_at != trainer.global_step and trainer.world_size == 1:
             with suppress(FloatingPointError):  # do not save weights that are not finite
                 self._save(trainer, "stopped.ckpt")
-        text = f"Stopped after {trainer.global_step} optimiser steps; "
+        text = f"Stopped after {trainer.global_step} optimizer steps; "
         path = self._saved or trainer.ckpt_path
         if path is None:
             text += "there is no checkpoint yet."

@@ -180,7 +180,7 @@ class DeadFeatureResampling(Callback):
             if "betas" not in optimizer.defaults:
                 raise ValueError(
                     "`DeadFeatureResampling` resets the moments of Adam and its variants but the "
-                    f"optimiser is {type(optimizer).__name__}: use one or remove the callback."
+                    f"optimizer is {type(optimizer).__name__}: use one or remove the callback."
                 )
 
     @override
