@@ -124,7 +124,8 @@ def test_ranks_with_different_configurations_are_refused_before_any_work(
         ["-m", "lightning_sae", "fit", "--config", config, f"--model.lr={lr}"]
         for lr in (0.003, 0.004)
     ]
-    assert finish(start(tmp_path, commands)) == [1, 1]
+    # A rank whose peer has gone first may be aborted by gloo while it exits, after its message.
+    assert all(finish(start(tmp_path, commands)))
     for rank in range(2):
         assert "one configuration but, from rank 0 on, they have" in said(tmp_path, rank)
         assert "`model.init_args.lr`: 0.003, 0.004" in said(tmp_path, rank)
