@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -28,6 +28,7 @@ from lightning_sae.loading import load
 QUANTILES = (0.5, 0.9, 0.99)
 HISTOGRAM_BINS = 40
 TOKENS_FOR_RARE = 100_000
+SHORT = "Analyze a trained SAE: what each latent fires on, its weights, and the logits it raises."
 TAKEN_OVER = (
     *("head", "context_length", "drop_special_tokens", "positions", "max_norm_multiple"),
     *("text", "text_column", "document_start", "separator", "pack", "keep_rest", "chat_roles"),
@@ -283,7 +284,13 @@ def _texts(
 
 def main(args: list[str]) -> None:
     """Run `lightning-sae analyze`."""
-    _tell(auto_cli(analyze, args=args, prog="lightning-sae analyze"))
+    parser = ArgumentParser(prog="lightning-sae analyze", description=SHORT)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these arguments")
+    parser.add_argument("sae", help="folder that `save_pretrained` wrote, or a checkpoint")
+    parser.add_function_arguments(analyze, skip={"sae"})
+    given = parser.parse_args(args).as_dict()
+    given.pop("config")
+    _tell(analyze(**given))
 
 
 @rank_zero_only

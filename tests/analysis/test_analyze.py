@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_sae import ActivationDataModule, FeatureStore, ReLUSAE, load
-from lightning_sae.analysis.analyze import analyze, data_of
+from lightning_sae.analysis.analyze import analyze, data_of, main
 from lightning_sae.analysis.rare_latents import furthest_inputs
 from lightning_sae.analysis.unembedding import unembedding_of
 
@@ -28,7 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sae.source = {"model": "embedded", "hook_name": HOOK, "text": "embedded"}
     sae.source |= {"context_length": LENGTH, "drop_special_tokens": True}
     sae.save_pretrained(root / "sae")
-    analyze(str(root / "sae"), str(root / "out"), tokens=TOKENS, accelerator="cpu")
+    options = ["--output", str(root / "out"), "--tokens", str(TOKENS), "--accelerator", "cpu"]
+    main([str(root / "sae"), *options])
     return root
 
 
