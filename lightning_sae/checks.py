@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, runtime_checkable
 
@@ -284,6 +285,12 @@ def refuse_second(trainer: Trainer, callback: Callback) -> None:
         raise ValueError(
             f"Expected one `{kind.__name__}` but the trainer has several: remove all but one."
         )
+
+
+def require_new_folder(name: str, folder: Path) -> None:
+    """Raise a ValueError about the argument `name` if a folder holds files, or is a file."""
+    holds = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    expect(not holds, name, "a new or empty folder", f"{folder}, which holds files: choose another")
 
 
 def expect(holds: bool, name: str, expected: str, value: object) -> None:

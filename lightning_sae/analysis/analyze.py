@@ -20,7 +20,12 @@ from lightning_sae.analysis.site.writer import write_page, write_site
 from lightning_sae.analysis.store import FeatureStore, write_store
 from lightning_sae.analysis.unembedding import null_space_matrix, unembedding_of
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.checks import warn_of_other_activations
+from lightning_sae.checks import (
+    expect,
+    require_new_folder,
+    require_positive,
+    warn_of_other_activations,
+)
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.functional.peaks import two_peaks
 from lightning_sae.loading import load
@@ -81,19 +86,12 @@ def analyze(
         ValueError: If there is no such SAE, its model is unknown, or `output` is not empty.
     """
     folder = Path(output)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(
-            f"Expected argument `output` to be a new or empty folder but {folder} holds files: "
-            "choose another folder."
-        )
-    if tokens <= 0:
-        raise ValueError(f"Expected argument `tokens` to be positive but got {tokens}.")
+    require_new_folder("output", folder)
+    require_positive(tokens=tokens)
     trained = load(sae)
     for latent in latents or ():
-        if not 0 <= latent < trained.d_sae:
-            raise ValueError(
-                f"Expected argument `latents` to be from 0 to {trained.d_sae - 1} but got {latent}."
-            )
+        within = f"from 0 to {trained.d_sae - 1}"
+        expect(0 <= latent < trained.d_sae, "latents", within, latent)
     given = {
         "model": model,
         "hook_name": hook_name,

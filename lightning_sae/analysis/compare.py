@@ -21,6 +21,7 @@ from lightning_sae.analysis.analyze import data_of
 from lightning_sae.analysis.rare_latents import mean_direction
 from lightning_sae.analysis.weights import baseline, rare_cluster
 from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.checks import require_new_folder
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.files import write_atomically
 from lightning_sae.functional.assignment import optimal_matching
@@ -150,11 +151,7 @@ def compare(saes: list[str], output: str, *, tokens: int = 100_000, seed: int = 
         ValueError: If there are fewer than two SAEs, their widths differ, or `output` is not empty.
     """
     folder = Path(output)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(
-            f"Expected argument `output` to be a new or empty folder but {folder} holds files: "
-            "choose another folder."
-        )
+    require_new_folder("output", folder)
     if len(saes) < 2:
         raise ValueError(f"Expected argument `saes` to be two or more but got {len(saes)}.")
     loaded = [load(path) for path in saes]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_sae.checks import expect, require_types
+from lightning_sae.checks import expect, require_new_folder, require_types
 from lightning_sae.files import first_line, not_finite, read_json, write_atomically
 from lightning_sae.functional.penalties import from_description, plain_arguments
 from lightning_sae.version import __version__
@@ -61,11 +61,7 @@ class Portable(Protocol):
 
 def save_pretrained(sae: Portable, folder: Path) -> Path:
     """Write `sae` to a new folder; see `SparseAutoencoder.save_pretrained`."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"Expected argument `folder` to be new or empty but {folder} holds files: "
-            "choose another folder, or move them away."
-        )
+    require_new_folder("folder", folder)
     weights = {name: w.cpu() for name, w in folded_state(sae).items()}
     bad = not_finite(weights, dict(sae.named_buffers()))
     if bad:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.architectures.portable import CONFIG, WEIGHTS
-from lightning_sae.checks import require_one_of
+from lightning_sae.checks import require_new_folder, require_one_of
 from lightning_sae.interop import (
     dictionary_learning,
     gemma_scope,
@@ -21,7 +21,6 @@ from lightning_sae.interop import (
 )
 from lightning_sae.interop.found import Found, of_one_dtype
 from lightning_sae.interop.outgoing import Outgoing, outgoing
-from lightning_sae.interop.writing import require_new
 
 
 class Format(NamedTuple):
@@ -145,7 +144,7 @@ def export(
     """
     require_one_of(tuple(FORMATS), format=format)
     folder = Path(path)
-    require_new(folder)
+    require_new_folder("path", folder)
     dtype = torch.float32 if format in IN_FLOAT32 else None
     FORMATS[format].write(outgoing(sae, unit_decoder, dtype), folder)
     return folder

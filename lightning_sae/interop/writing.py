@@ -13,15 +13,6 @@ from lightning_sae.interop.outgoing import Outgoing
 from lightning_sae.version import __version__
 
 
-def require_new(folder: Path) -> None:
-    """Raise a ValueError if a folder holds files."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"Expected argument `path` to be new or empty but {folder} holds files: choose another "
-            "folder, or move them away."
-        )
-
-
 def write_files(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
     """Write a folder, each file by its function."""
     for name, write in files.items():

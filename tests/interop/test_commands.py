@@ -29,7 +29,7 @@ def test_an_sae_goes_out_and_comes_back(
     assert "Read TopKSAE, 6 wide, 20 latents, from sparsify; units of its latents: raw" in said
     assert said.endswith(f"Made: {here}  for lightning_sae.load\n")
     torch.testing.assert_close(lightning_sae.load(here).encode(x), sae.encode(x))
-    with pytest.raises(ValueError, match="`path` to be new or empty"):
+    with pytest.raises(ValueError, match="`path` to be a new or empty folder"):
         export_main([str(own), "--format", "saelens", "--output", str(there)])
     with pytest.raises(ValueError, match="`format` to be one of .*'saelens'"):
         export_main([str(own), "--format", "safetensors", "--output", str(tmp_path / "x")])

@@ -18,7 +18,7 @@ from lightning_sae.analysis.evaluation.figures import Questions, evaluate_saes, 
 from lightning_sae.analysis.evaluation.passages import read_passages
 from lightning_sae.analysis.evaluation.properties import Question
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.checks import expect, require_integers, require_positive
+from lightning_sae.checks import expect, require_integers, require_new_folder, require_positive
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.files import read_json
 from lightning_sae.loading import load
@@ -80,12 +80,7 @@ def evaluate(
             or `output` holds files; raised before any model runs.
     """
     folder = Path(output)
-    expect(
-        not folder.is_file() and not (folder.is_dir() and any(folder.iterdir())),
-        "output",
-        "a new or empty folder",
-        f"{folder}, which holds files: choose another",
-    )
+    require_new_folder("output", folder)
     expect(len(saes) > 0, "saes", "one SAE or more", "none")
     require_integers(tokens=tokens, probe_tokens=probe_tokens)
     require_positive(tokens=tokens, probe_tokens=probe_tokens)
