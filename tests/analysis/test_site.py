@@ -131,9 +131,9 @@ chromium = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(chromium is None, reason="Chromium is not installed")
 
 
-def opened(path: str) -> str:
+def opened(path: str, *more: str) -> str:
     """What a browser shows of a page that is opened from the disk."""
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", *more]
     command = [chromium or "", *options, "--dump-dom", path]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
@@ -155,3 +155,74 @@ def test_a_browser_shows_a_self_contained_page(store: FeatureStore, tmp_path: Pa
     shown = opened(f"file://{tmp_path}/some.html#3")
     assert "<h2>Latent 3</h2>" in shown
     assert "2 of 2 latents" in shown
+
+
+def used(store: FeatureStore, tmp_path: Path, script: str, width: int = 1200) -> str:
+    """What a script returns that uses the page as a reader does, in a browser of this width."""
+    folder = Path(shutil.copytree(store.folder, tmp_path / "used"))
+    page = (folder / "index.html").read_text("utf-8")
+    called = f"<script>setTimeout(() => {{ document.title = (() => {{{script}}})(); }});</script>"
+    (folder / "index.html").write_text(page + called, "utf-8")
+    shown = opened(f"file://{folder}/index.html#3", f"--window-size={width},800")
+    match = re.search(r"<title>([^<]*)</title>", shown)
+    assert match is not None
+    return match[1]
+
+
+NUMBERS = """
+const numbers = () =>
+  [...document.querySelectorAll("#table tbody td:first-child")]
+    .map(cell => cell.textContent).join(" ");
+"""
+
+
+@needs_browser
+def test_a_search_finds_latents_by_token_number_and_figure(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    found = {
+        "import": "0 3 6 9 12 15 18",  # the token with which each third latent fires
+        "17": "17",
+        "maximum > 15 import": "0 3",
+        "projection < 0.1": "0 1",
+        "nothing": "",
+    }
+    search = f"""
+    {NUMBERS}
+    const query = document.getElementById("query");
+    return {json.dumps(list(found))}.map(wanted => {{
+      query.value = wanted;
+      query.dispatchEvent(new Event("input"));
+      return numbers();
+    }}).join("|");
+    """
+    assert used(store, tmp_path, search).split("|") == list(found.values())
+
+
+@needs_browser
+def test_a_click_on_a_heading_sorts_and_a_second_one_turns_the_order(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    clicks = f"""
+    {NUMBERS}
+    const click = () => [...document.querySelectorAll("#table thead button")]
+      .find(button => button.textContent.startsWith("projection")).click();
+    return [1, 2].map(_ => {{ click(); return numbers(); }}).join("|");
+    """
+    down, up = used(store, tmp_path, clicks).split("|")
+    assert down.split() == [str(latent) for latent in reversed(range(D_SAE))]
+    assert up.split() == [str(latent) for latent in range(D_SAE)]
+
+
+@needs_browser
+def test_the_right_arrow_opens_the_next_latent_of_the_table(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    press = 'document.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));'
+    assert used(store, tmp_path, press + "return location.hash;") == "#4"
+
+
+@needs_browser
+def test_a_phone_scrolls_the_page_only_downwards(store: FeatureStore, tmp_path: Path) -> None:
+    excess = "return document.documentElement.scrollWidth - document.documentElement.clientWidth;"
+    assert used(store, tmp_path, excess, width=500) == "0"
