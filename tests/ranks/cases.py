@@ -193,3 +193,22 @@ def to_cache(folder: Path) -> ActivationDataModule:
         context_length=16,
         blocks_per_pass=4,
     )
+
+
+def to_analyze(folder: Path) -> Path:
+    """The folder of an SAE, made if absent; of its latents, some never fire."""
+    if not (folder / "sae").exists():
+        torch.manual_seed(0)
+        sae = ReLUSAE(128, 24)
+        with torch.no_grad():
+            sae.b_enc[:4] = -1e6
+            sae.b_enc[4:].uniform_(-3, 0)
+        sae.source = {
+            "model": "embedded",
+            "hook_name": "blocks.0.hook_resid_post",
+            "text": "embedded",
+            "context_length": 32,
+            "drop_special_tokens": True,
+        }
+        sae.save_pretrained(folder / "sae")
+    return folder / "sae"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.ranks.cases import to_analyze
 from tests.ranks.command import kill, write_config
 from tests.ranks.launching import finish, said, start
 
@@ -56,6 +57,7 @@ def of_ranks(folder: Path, killed: list[int]) -> OfRanks:
     shutil.copytree(folder / "killed", folder / "alone")
     write_config(folder / "whole")
     write_config(folder / "bare")
+    to_analyze(folder)
     command = ["-m", "tests.ranks.worker", str(folder)]
     statuses = finish(start(folder, [command, command]))
     assert statuses == [0, 0], said(folder, 0) + said(folder, 1)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sae import CachedDataModule, ReLUSAE, write_cache
+from lightning_sae.analysis.analyze import analyze
 from lightning_sae.cli import main as lightning_sae
-from tests.ranks.cases import BATCH, CACHED, CASES, activations, to_cache, train
+from tests.ranks.cases import BATCH, CACHED, CASES, activations, to_analyze, to_cache, train
 from tests.ranks.command import resumable
 
 RANKS = {"strategy": "ddp", "devices": 2}
@@ -100,12 +101,19 @@ def cache(folder: Path) -> dict[str, Any]:
     return {"batches": torch.cat(vars(sae)["batches"])}
 
 
+def analyze_text(folder: Path) -> None:
+    """Analyze an SAE as `lightning-sae analyze --devices 2` does."""
+    sae, output = to_analyze(folder), folder / "analysis"
+    analyze(str(sae), str(output), tokens=4096, accelerator="cpu", devices=2)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rank = int(os.environ["LOCAL_RANK"])
     results = {"agree": agree(rank), "end_early": end_early(rank), "go_on": go_on(folder)}
     results["cache"] = cache(folder)
+    analyze_text(folder)
     torch.save(results, folder / f"rank-{rank}.pt")
 
 
