@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_sae.callbacks.schedule import ScheduledScale
-from lightning_sae.lengths import Length, require_lengths, two_steps_of, unknown
+from lightning_sae.training.lengths import Length, require_lengths, two_steps_of, unknown
 
 
 class AuxThresholdWarmup(ScheduledScale):

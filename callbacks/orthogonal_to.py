@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.decoder_norm import DecoderNormProjection
-from lightning_sae.architectures.optimizer import AfterOptimizerSteps
 from lightning_sae.checks import expect, refuse_second
+from lightning_sae.training.optimizer import AfterOptimizerSteps
 
 
 class OrthogonalTo(AfterOptimizerSteps):

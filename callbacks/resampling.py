@@ -15,7 +15,7 @@ from lightning_sae.callbacks.moments import reset_moments
 from lightning_sae.checks import expect, refuse_second
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.resampling import dead_latents, mean_norm, sample_directions
-from lightning_sae.lengths import (
+from lightning_sae.training.lengths import (
     Length,
     is_share,
     refuse_lengths,

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.checks import refuse_second
-from lightning_sae.lengths import refuse_lengths
+from lightning_sae.training.lengths import refuse_lengths
 
 
 class ScheduledScale(Callback):

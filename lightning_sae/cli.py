@@ -24,7 +24,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 from typing_extensions import override
 
-from lightning_sae import configurations
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.bench.trainer import BenchTrainer
 from lightning_sae.callbacks import (
@@ -43,6 +42,7 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, remove_unfinished, require_new_run
+from lightning_sae.commands import configs
 from lightning_sae.distributed import require_agreement
 from lightning_sae.files import AtomicCheckpointIO, write_atomically
 from lightning_sae.side_by_side import SideBySide
@@ -54,11 +54,11 @@ BESIDE = {
     "analyze": "lightning_sae.analysis.analyze:main",
     "cache": "lightning_sae.data.cache.command:main",
     "compare": "lightning_sae.analysis.compare:main",
-    "configs": "lightning_sae.configurations:main",
+    "configs": "lightning_sae.commands.configs:main",
     "evaluate": "lightning_sae.analysis.evaluation.command:main",
-    "export": "lightning_sae.exchange:export_main",
-    "import": "lightning_sae.exchange:import_main",
-    "push": "lightning_sae.publishing:main",
+    "export": "lightning_sae.commands.import_export:export_main",
+    "import": "lightning_sae.commands.import_export:import_main",
+    "push": "lightning_sae.commands.push:main",
     "steer": "lightning_sae.analysis.steering:main",
 }
 """Commands without a run. Imported only when used: `fit` needs no scikit-learn."""
@@ -330,7 +330,7 @@ def command() -> None:
     """
     _leave_out_of_others()
     try:
-        sys.argv[1:] = configurations.with_files(sys.argv[1:])  # other ranks are started with these
+        sys.argv[1:] = configs.with_files(sys.argv[1:])  # other ranks are started with these
         if sys.argv[1:2] == ["study"]:
             _study(sys.argv[2:])
         elif sys.argv[1:2] and sys.argv[1] in BESIDE:
@@ -421,6 +421,6 @@ def main(args: ArgsType = None, run: bool = True) -> SAECLI:
             "Hugging Face hub; `study NAME`, the source documents' experiments; and `configs`, "
             "those that come with the package."
         },
-        args=configurations.with_files(args) if isinstance(args, list) else args,
+        args=configs.with_files(args) if isinstance(args, list) else args,
         run=run,
     )

@@ -7,6 +7,7 @@ import torch
 
 from lightning_sae import architectures, interop
 from lightning_sae.architectures.base import SAE, SparseAutoencoder
+from lightning_sae.architectures.hub import on_disk
 from lightning_sae.architectures.portable import (
     FLOATS,
     arguments_of,
@@ -16,7 +17,6 @@ from lightning_sae.architectures.portable import (
 )
 from lightning_sae.checks import expect
 from lightning_sae.files import first_line, read_checkpoint
-from lightning_sae.hub import on_disk
 
 NEEDED = ("state_dict", "hyper_parameters", "lightning_sae", "members")
 """Entries of a checkpoint that an SAE needs."""

@@ -9,16 +9,15 @@ import pytest
 # From the bottom to the top; a folder imports from its own layer and from those below.
 LAYERS = (
     {"version"},
-    {"files", "checks", "lengths", "hub"},
-    {"distributed", "functional", "resuming"},
-    {"metrics", "data"},
+    {"files", "checks"},
+    {"distributed", "functional"},
+    {"metrics", "data", "training"},
     {"architectures"},
     {"interop"},
-    {"analysis", "loading", "exchange", "publishing"},
+    {"analysis", "loading"},
     {"callbacks"},
     {"side_by_side"},
-    {"studies", "bench"},
-    {"configurations"},
+    {"studies", "bench", "commands"},
     {"cli"},
 )
 ROOT = "lightning_sae"

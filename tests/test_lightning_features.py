@@ -45,9 +45,9 @@ from lightning_sae import (
     TopKSAE,
     ToyDataModule,
 )
-from lightning_sae.architectures.supported import require_supported_features
 from lightning_sae.callbacks import RunCheckpoint
 from lightning_sae.functional.penalties import Sqrt
+from lightning_sae.training.supported import require_supported_features
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "relu": lambda: ReLUSAE(16, 32, penalty=Sqrt()),

@@ -20,19 +20,9 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from lightning_sae import hub
-from lightning_sae.architectures import portable
+from lightning_sae.architectures import hub, portable
 from lightning_sae.architectures.decoder_norm import DecoderNormProjection, keep_unit_rows
 from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
-from lightning_sae.architectures.optimizer import (
-    NAMES,
-    adam_with_schedule,
-    clip_gradients,
-    peak_rate,
-    schedule_problems,
-    set_peak_rates,
-)
-from lightning_sae.architectures.supported import require_supported_features
 from lightning_sae.architectures.target_l0 import TargetL0
 from lightning_sae.checks import (
     compare_sources,
@@ -56,9 +46,18 @@ from lightning_sae.functional.revival import auxk, ghost_gradients, variance
 from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_rows, encode
 from lightning_sae.functional.sparse.memory import keep_freed_blocks
 from lightning_sae.functional.sparse.selection import Rule
-from lightning_sae.lengths import Length, refuse_lengths, require_lengths
 from lightning_sae.metrics import held_out_metrics
-from lightning_sae.resuming import Settings, compare_settings, note_settings, settings_of
+from lightning_sae.training.lengths import Length, refuse_lengths, require_lengths
+from lightning_sae.training.optimizer import (
+    NAMES,
+    adam_with_schedule,
+    clip_gradients,
+    peak_rate,
+    schedule_problems,
+    set_peak_rates,
+)
+from lightning_sae.training.resuming import Settings, compare_settings, note_settings, settings_of
+from lightning_sae.training.supported import require_supported_features
 
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
@@ -73,7 +72,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
         lr: Peak learning rate of Adam; by default 0.002 for 1024 latents and less for more, see
-            `lightning_sae.architectures.optimizer.peak_rate`.
+            `lightning_sae.training.optimizer.peak_rate`.
         betas: Adam's decay rates of the first and second moment.
         lr_warmup_steps: Optimizer steps over which the learning rate rises linearly from zero, or
             a share of `trainer.max_steps` between 0 and 1.
@@ -125,7 +124,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     rows_are_independent = False
     latents_follow_activate = True  # whether training uses the `activate` of a subclass
     tied = False  # whether `W_enc` is a view of `W_dec`
-    length_names = NAMES  # of arguments that are lengths, see `lightning_sae.lengths`
+    length_names = NAMES  # of arguments that are lengths, see `lightning_sae.training.lengths`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
     steered_l0: float | None = None  # the L0 to which `TargetL0` steers this weight
     latent_units: tuple[str, ...] = ("b_enc",)  # weights in the units of the latents

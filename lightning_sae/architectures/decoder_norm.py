@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sae.architectures.optimizer import AfterOptimizerSteps
 from lightning_sae.checks import refuse_second
+from lightning_sae.training.optimizer import AfterOptimizerSteps
 
 
 class DecoderNormProjection(AfterOptimizerSteps):

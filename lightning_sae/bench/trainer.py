@@ -9,7 +9,6 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.architectures.optimizer import MemoryOrderAdam
 from lightning_sae.bench.fits import (
     WARM_UP,
     Repeated,
@@ -31,6 +30,7 @@ from lightning_sae.callbacks.results import unused
 from lightning_sae.files import write_atomically
 from lightning_sae.functional.sparse.code import pre_activations
 from lightning_sae.side_by_side import SideBySide
+from lightning_sae.training.optimizer import MemoryOrderAdam
 
 
 class BenchTrainer(Trainer):

@@ -13,16 +13,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.architectures.supported import require_supported_features
 from lightning_sae.checks import require_finite_weights
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed import require_agreement, take_part
 from lightning_sae.functional.sparse.memory import Workspace
-from lightning_sae.resuming import Settings, compare_settings, note_settings, settings_of
 from lightning_sae.side_by_side.checks import require_hook, require_own_callbacks, require_supported
 from lightning_sae.side_by_side.descriptions import build_members, named
 from lightning_sae.side_by_side.member import Member
 from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
+from lightning_sae.training.resuming import Settings, compare_settings, note_settings, settings_of
+from lightning_sae.training.supported import require_supported_features
 
 
 class SideBySide(LightningModule):

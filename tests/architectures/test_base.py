@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import ReLUSAE
 from lightning_sae.architectures.objective import Step
-from lightning_sae.architectures.optimizer import warmup_stable_decay
 from lightning_sae.architectures.portable import folded_state
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, RunCheckpoint
 from lightning_sae.data import ActivationSource
 from lightning_sae.data.scaling import Scaling
 from lightning_sae.functional.sparse.code import Layout
 from lightning_sae.studies.shared.toy_training import quiet
+from lightning_sae.training.optimizer import warmup_stable_decay
 
 
 class Activations(ActivationSource):

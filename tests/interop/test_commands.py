@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import lightning_sae
 from lightning_sae import BatchTopKSAE, ReLUSAE
-from lightning_sae.exchange import export_main, import_main
+from lightning_sae.commands.import_export import export_main, import_main
 from lightning_sae.interop import FORMATS, export
 
 

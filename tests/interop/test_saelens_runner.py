@@ -9,7 +9,7 @@ import pytest
 from lightning_sae import ActivationDataModule, BatchTopKSAE
 from lightning_sae.callbacks import L1Warmup
 from lightning_sae.cli import main
-from lightning_sae.exchange import import_main
+from lightning_sae.commands.import_export import import_main
 from lightning_sae.interop.saelens_runner import plan_of
 
 RUNNER: dict[str, Any] = {

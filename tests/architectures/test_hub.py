@@ -16,9 +16,9 @@ from huggingface_hub import ModelCard, constants, hf_hub_download
 
 import lightning_sae
 from lightning_sae import ReLUSAE, TopKSAE
-from lightning_sae.hub import is_hub_name
+from lightning_sae.architectures.hub import is_hub_name
+from lightning_sae.commands.push import push
 from lightning_sae.interop import export
-from lightning_sae.publishing import push
 
 
 class StandIn(ThreadingHTTPServer):

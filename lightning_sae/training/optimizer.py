@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_sae.lengths import Length, two_steps_of, unknown
+from lightning_sae.training.lengths import Length, two_steps_of, unknown
 
 NAMES = "lr_warmup_steps", "lr_decay_steps"
 

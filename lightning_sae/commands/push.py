@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from jsonargparse import auto_cli
 
+from lightning_sae.architectures.hub import card_of, card_of_several
 from lightning_sae.architectures.portable import CONFIG, WEIGHTS
 from lightning_sae.files import first_line, read_json
-from lightning_sae.hub import card_of, card_of_several
 from lightning_sae.loading import load
 
 FIGURES = "results.json"

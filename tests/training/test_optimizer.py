@@ -10,8 +10,8 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from lightning_sae import ReLUSAE
-from lightning_sae.architectures.optimizer import MemoryOrderAdam, clip_norm, in_memory_order
 from lightning_sae.functional.sparse.code import Layout
+from lightning_sae.training.optimizer import MemoryOrderAdam, clip_norm, in_memory_order
 
 
 def transposed(tensor: Tensor) -> Tensor:

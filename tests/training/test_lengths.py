@@ -17,7 +17,7 @@ from lightning_sae.callbacks import (
     L1Warmup,
     RunCheckpoint,
 )
-from lightning_sae.lengths import two_steps_of
+from lightning_sae.training.lengths import two_steps_of
 
 QUIET: dict[str, Any] = dict.fromkeys(
     ("logger", "enable_progress_bar", "enable_model_summary"), False

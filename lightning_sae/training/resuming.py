@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sae.functional.penalties import plain_arguments
-from lightning_sae.lengths import HasLengths, is_share, steps_of
+from lightning_sae.training.lengths import HasLengths, is_share, steps_of
 
 # Settings of an SAE that give its weights their meaning or are only used at the start of a run.
 # Widths and architecture are compared with the weights, see `require_matching`. All others may

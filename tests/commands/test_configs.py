@@ -5,62 +5,62 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_sae import configurations
+from lightning_sae.commands import configs
 
 
 def test_every_configuration_has_a_name_and_a_summary(repository: Path) -> None:
     files = list((repository / "configs").rglob("*.yaml"))
-    assert len(configurations.names()) == len(files) > 10
-    for name in configurations.names():
+    assert len(configs.names()) == len(files) > 10
+    for name in configs.names():
         assert (repository / "configs" / f"{name}.yaml").is_file()
-        assert configurations.summary(name).count("\n") == 0
-        assert 20 < len(configurations.summary(name)) < 200
+        assert configs.summary(name).count("\n") == 0
+        assert 20 < len(configs.summary(name)) < 200
 
 
 def test_a_name_means_the_packages_file_only_where_there_is_no_such_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    packaged = str(configurations.FOLDER / "topk.yaml")
+    packaged = str(configs.FOLDER / "topk.yaml")
     args = ["fit", "--config", "topk", "--config=topk.yaml", "-c", "topk", "--model", "topk"]
     found = ["fit", "--config", packaged, f"--config={packaged}", "-c", packaged, "--model", "topk"]
-    assert configurations.with_files(args) == found
+    assert configs.with_files(args) == found
     Path("topk").write_text("own")
-    assert configurations.with_files(args)[2] == "topk"
+    assert configs.with_files(args)[2] == "topk"
 
 
 def test_an_unknown_name_is_refused_with_all_known_ones() -> None:
     with pytest.raises(ValueError, match="one of batch_topk, ddp, .* but got nothing"):
-        configurations.with_files(["fit", "--config", "nothing"])
+        configs.with_files(["fit", "--config", "nothing"])
 
 
 def test_one_is_written_for_editing_and_nothing_is_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    configurations.main(["topk"])
+    configs.main(["topk"])
     content = yaml.safe_load(Path("topk.yaml").read_text())
     assert content["model"]["class_path"] == "lightning_sae.TopKSAE"
     assert "lightning-sae fit --config topk.yaml" in capsys.readouterr().out
     with pytest.raises(ValueError, match="topk.yaml exists"):
-        configurations.main(["topk"])
-    configurations.main(["topk", "--output", "folder/mine.yaml"])
+        configs.main(["topk"])
+    configs.main(["topk", "--output", "folder/mine.yaml"])
     assert Path("folder/mine.yaml").read_text() == Path("topk.yaml").read_text()
 
 
 def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    configurations.main([])
+    configs.main([])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == configurations.names()
+    assert [line.split()[0] for line in lines] == configs.names()
 
 
 DOCUMENTS = {"full/replication-gelu-1l", "full/suppression-pythia-70m"}
 """Settings of documents that give a coefficient."""
 
 
-@pytest.mark.parametrize("name", sorted({*configurations.names()} - DOCUMENTS))
+@pytest.mark.parametrize("name", sorted({*configs.names()} - DOCUMENTS))
 def test_each_asks_for_an_l0_and_not_for_a_coefficient(name: str) -> None:
-    model = yaml.safe_load(Path(configurations.found(name)).read_text())["model"]
+    model = yaml.safe_load(Path(configs.found(name)).read_text())["model"]
     saes = [model["init_args"]]
     if "members" in model["init_args"]:
         members = model["init_args"]["members"]

@@ -1,0 +1,1 @@
+"""Commands of `lightning-sae` that have no other place in the package."""

@@ -1,0 +1,1 @@
+"""What every training run shares: optimizer, lengths of its parts, resuming, refusals."""
