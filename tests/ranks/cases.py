@@ -34,6 +34,14 @@ from lightning_sae.functional.penalties import Sqrt
 CACHED: Any = {"tokens": 600, "held_out": 128, "shard_bytes": 50_000}
 D_IN, D_SAE, BATCH, STEPS = 8, 24, 32, 8
 DEAD = [3, 10, 11, 17]
+QUIET: dict[str, Any] = {
+    **dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    ),
+    "accelerator": "cpu",
+    "use_distributed_sampler": False,
+}
+"""Arguments of every trainer."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +168,12 @@ def build(case: Case) -> Any:
 def train(case: Case, batches: Tensor, **flags: Any) -> dict[str, Any]:
     """Weights and buffers after training, moments, and what was logged."""
     sae, logged = build(case), Logged()
-    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     free = case.arguments.get("decoder_norm") == "free"
     callbacks = [*case.callbacks(), *([] if free else [DecoderNormProjection()]), logged]
     settings = {
-        **dict.fromkeys(silent, False),
-        "accelerator": "cpu",
+        **QUIET,
         "max_steps": STEPS,
         "precision": "64-true",
-        "use_distributed_sampler": False,
         **case.flags,
         **flags,
     }

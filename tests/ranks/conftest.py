@@ -57,6 +57,7 @@ def of_ranks(folder: Path, killed: list[int]) -> OfRanks:
     shutil.copytree(folder / "killed", folder / "alone")
     write_config(folder / "whole")
     write_config(folder / "bare")
+    write_config(folder / "different")
     to_analyze(folder)
     command = ["-m", "tests.ranks.worker", str(folder)]
     statuses = finish(start(folder, [command, command]))

@@ -1,7 +1,6 @@
 """A run of two ranks that is killed, goes on, is evaluated; and runs that are refused."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from lightning_sae.cli import main
 from lightning_sae.data.tokens import TokenBlocks
 from tests.ranks.command import STEPS, write_config
 from tests.ranks.conftest import OfRanks
-from tests.ranks.launching import finish, said, start
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -116,17 +114,9 @@ def test_the_evaluation_is_one_of_all_held_out_documents(folder: Path, of_ranks:
 
 
 def test_ranks_with_different_configurations_are_refused_before_any_work(
-    folder: Path, tmp_path: Path
+    of_ranks: OfRanks,
 ) -> None:
-    shutil.copy(folder / "text.txt", tmp_path)
-    config = str(write_config(tmp_path / "run"))
-    commands = [
-        ["-m", "lightning_sae", "fit", "--config", config, f"--model.lr={lr}"]
-        for lr in (0.003, 0.004)
-    ]
-    # A rank whose peer has gone first may be aborted by gloo while it exits, after its message.
-    assert all(finish(start(tmp_path, commands)))
-    for rank in range(2):
-        assert "one configuration but, from rank 0 on, they have" in said(tmp_path, rank)
-        assert "`model.init_args.lr`: 0.003, 0.004" in said(tmp_path, rank)
-    assert not (tmp_path / "run").exists()
+    for results in of_ranks.results:
+        assert "one configuration but, from rank 0 on, they have" in results["different"]
+        assert "`model.init_args.lr`: 0.003, 0.004" in results["different"]
+    assert not (of_ranks.folder / "different").exists()

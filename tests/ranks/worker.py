@@ -20,8 +20,19 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_sae import CachedDataModule, ReLUSAE, write_cache
 from lightning_sae.analysis.analyze import analyze
 from lightning_sae.cli import main as lightning_sae
-from tests.ranks.cases import BATCH, CACHED, CASES, activations, to_analyze, to_cache, train
+from tests.ranks.cases import (
+    BATCH,
+    CACHED,
+    CASES,
+    QUIET,
+    activations,
+    to_analyze,
+    to_cache,
+    train,
+)
 from tests.ranks.command import resumable
+from tests.ranks.layouts import fit_layouts
+from tests.ranks.side_by_side import fit_side_by_side
 
 RANKS = {"strategy": "ddp", "devices": 2}
 
@@ -36,11 +47,15 @@ class Unsized(IterableDataset):  # type: ignore[type-arg]
         yield from self.batches
 
 
+def own_half(rank: int) -> Tensor:
+    """This rank's half of each batch."""
+    half = BATCH // 2
+    return activations()[:, rank * half : (rank + 1) * half]
+
+
 def agree(rank: int) -> dict[str, Any]:
     """Every architecture on this rank's half of each batch."""
-    half = BATCH // 2
-    batches = activations()[:, rank * half : (rank + 1) * half]
-    return {name: train(case, batches, **RANKS) for name, case in CASES.items()}
+    return {name: train(case, own_half(rank), **RANKS) for name, case in CASES.items()}
 
 
 def end_early(rank: int) -> dict[str, Any]:
@@ -51,9 +66,7 @@ def end_early(rank: int) -> dict[str, Any]:
         "unsized": DataLoader(Unsized(batches), batch_size=None),
     }
     held_out = DataLoader(torch.zeros(2, 4, 8), batch_size=None)  # type: ignore[arg-type, var-annotated]
-    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    settings: dict[str, Any] = {**dict.fromkeys(silent, False), **RANKS, "max_epochs": 2}
-    settings |= {"accelerator": "cpu", "use_distributed_sampler": False}
+    settings: dict[str, Any] = {**QUIET, **RANKS, "max_epochs": 2}
     found: dict[str, Any] = {}
     for name, loader in loaders.items():
         for accumulated in (1, 2):
@@ -78,6 +91,16 @@ def go_on(folder: Path) -> dict[str, Any]:
     return {"warned": [str(getattr(each, "message", each)) for each in caught]}
 
 
+def differ(rank: int, folder: Path) -> str:
+    """The refusal of a run whose configuration is another on each rank."""
+    config = ["--config", str(folder / "different.yaml")]
+    try:
+        lightning_sae(["fit", *config, f"--model.lr={(0.003, 0.004)[rank]}"])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 class Kept(ReLUSAE):
     """Keeps the batches it is trained on."""
 
@@ -92,10 +115,9 @@ def cache(folder: Path) -> dict[str, Any]:
     fabric.launch()
     data = to_cache(folder)
     write_cache(data, folder / "cache", **CACHED, fabric=fabric)
-    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    settings: dict[str, Any] = {**dict.fromkeys(silent, False), **RANKS, "limit_val_batches": 0}
+    settings: dict[str, Any] = {**QUIET, **RANKS, "limit_val_batches": 0}
     sae = Kept(128, 16)
-    Trainer(accelerator="cpu", max_steps=20, **settings).fit(
+    Trainer(max_steps=20, **settings).fit(
         sae, CachedDataModule(folder / "cache", batch_size=16, buffer_size=32)
     )
     return {"batches": torch.cat(vars(sae)["batches"])}
@@ -111,8 +133,15 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rank = int(os.environ["LOCAL_RANK"])
-    results = {"agree": agree(rank), "end_early": end_early(rank), "go_on": go_on(folder)}
-    results["cache"] = cache(folder)
+    results = {
+        "agree": agree(rank),
+        "side_by_side": fit_side_by_side(rank, own_half(rank), **RANKS),
+        "layouts": fit_layouts(rank),
+        "end_early": end_early(rank),
+        "different": differ(rank, folder),
+        "go_on": go_on(folder),
+        "cache": cache(folder),
+    }
     analyze_text(folder)
     torch.save(results, folder / f"rank-{rank}.pt")
 
