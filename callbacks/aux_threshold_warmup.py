@@ -3,6 +3,7 @@
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_sae.architectures.orthogonality import WithOrthogonality
 from lightning_sae.callbacks.schedule import ScheduledScale
 from lightning_sae.training.lengths import Length, require_lengths, two_steps_of, unknown
 
@@ -57,7 +58,7 @@ class AuxThresholdWarmup(ScheduledScale):
 
     @override
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if getattr(pl_module, "peaks", None) is None:
+        if not isinstance(pl_module, WithOrthogonality) or pl_module.peaks is None:
             raise ValueError(
                 "`AuxThresholdWarmup` needs an SAE with an auxiliary loss of orthogonality but "
                 f"{type(pl_module).__name__} has none: set its `orthogonality_coefficient`, or "

@@ -3,6 +3,7 @@
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.callbacks.schedule import ScheduledScale
 from lightning_sae.training.lengths import Length, require_lengths, steps_of, unknown
 
@@ -48,7 +49,7 @@ class L1Warmup(ScheduledScale):
 
     @override
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if getattr(pl_module, "coefficient_name", None) is None:
+        if not isinstance(pl_module, SparseAutoencoder) or pl_module.coefficient_name is None:
             raise ValueError(
                 "`L1Warmup` needs an SAE with a sparsity penalty but "
                 f"{type(pl_module).__name__} has none: remove the callback."

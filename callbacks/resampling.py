@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.architectures.base import SparseAutoencoder
@@ -137,11 +137,7 @@ class DeadFeatureResampling(Callback):
             return
         self._start_afresh()
         self._total = trainer.max_steps
-        tied = getattr(pl_module, "tied", False)
-        names = ("W_dec",) if tied else ("W_enc", "W_dec", "b_enc")
-        weights = [getattr(pl_module, name, None) for name in names]
-        replaceable = all(isinstance(w, nn.Parameter) and w.requires_grad for w in weights)
-        if not isinstance(pl_module, SparseAutoencoder) or not replaceable:
+        if not isinstance(pl_module, SparseAutoencoder) or not _is_replaceable(pl_module):
             raise ValueError(
                 "`DeadFeatureResampling` needs an SAE with untied parameters `W_enc`, `W_dec` and "
                 "`b_enc` that are all trained, or one whose `tied` is true, which "
@@ -316,6 +312,12 @@ class DeadFeatureResampling(Callback):
         for name, value in sae.fresh_latent().items():
             getattr(sae, name)[dead] = value
         sae.silent_for[dead] = 0
+
+
+def _is_replaceable(sae: SparseAutoencoder) -> bool:
+    """Whether all weights of a latent are trained parameters."""
+    trained = {name for name, weight in sae.named_parameters() if weight.requires_grad}
+    return ({"W_dec"} if sae.tied else {"W_enc", "W_dec", "b_enc"}) <= trained
 
 
 def _out_of_order(

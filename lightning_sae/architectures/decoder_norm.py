@@ -1,5 +1,7 @@
 """Unit-norm decoder rows, kept through training."""
 
+from typing import Literal, Protocol, runtime_checkable
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -8,6 +10,19 @@ from typing_extensions import override
 
 from lightning_sae.checks import refuse_second
 from lightning_sae.training.optimizer import AfterOptimizerSteps
+
+
+@runtime_checkable
+class HasDecoder(Protocol):
+    """What `DecoderNormProjection` needs of a module; `SparseAutoencoder` has it.
+
+    Attributes:
+        W_dec: The decoder [d_sae, d_in].
+        decoder_norm: `unit`, or `free` for rows of any norm.
+    """
+
+    W_dec: Tensor
+    decoder_norm: Literal["unit", "free"]
 
 
 class DecoderNormProjection(AfterOptimizerSteps):
@@ -27,8 +42,8 @@ class DecoderNormProjection(AfterOptimizerSteps):
         trainer.fit(ReLUSAE(d_in=512, d_sae=8192), data)
 
     Raises:
-        ValueError: When fitting starts, if the module has no `W_dec` or says
-            `decoder_norm="free"`, or if the trainer has this callback twice.
+        ValueError: When fitting starts, if the module has no `W_dec` and `decoder_norm`, or its
+            `decoder_norm` is `free`, or if the trainer has this callback twice.
     """
 
     # A callback of another class with this attribute takes the place of this one.
@@ -39,8 +54,7 @@ class DecoderNormProjection(AfterOptimizerSteps):
         """Check the module and the trainer before data is loaded."""
         if stage != "fit":
             return
-        _decoder(pl_module)
-        if getattr(pl_module, "decoder_norm", "unit") == "free":
+        if _with_decoder(pl_module).decoder_norm == "free":
             raise ValueError(
                 "`DecoderNormProjection` keeps decoder rows at norm 1 but the SAE was built with "
                 '`decoder_norm="free"`: set `decoder_norm="unit"` or remove the callback.'
@@ -93,10 +107,13 @@ def keep_unit_rows(optimizer: Optimizer, w: Tensor) -> None:
 
 
 def _decoder(pl_module: LightningModule) -> Tensor:
-    w = getattr(pl_module, "W_dec", None)
-    if not isinstance(w, Tensor):
+    return _with_decoder(pl_module).W_dec
+
+
+def _with_decoder(pl_module: LightningModule) -> HasDecoder:
+    if not isinstance(pl_module, HasDecoder):
         raise ValueError(
-            "Expected a module with a decoder `W_dec` [d_sae, d_in] but "
+            "Expected a module with a decoder `W_dec` [d_sae, d_in] and its `decoder_norm` but "
             f"{type(pl_module).__name__} has none: train an SAE or remove the callback."
         )
-    return w
+    return pl_module

@@ -209,7 +209,7 @@ def read(path: Path, *architectures: type[S]) -> S:
 
 def _require_format(description: Any, path: Path) -> None:
     if not isinstance(description, dict):
-        raise _refusal(path, f"it holds a {type(description).__name__} and no description")
+        raise _refusal(path, f"it holds a {type(description).__name__}, not a description")
     missing = ENTRIES.keys() - description.keys() - OPTIONAL
     unknown = description.keys() - ENTRIES.keys()
     if missing or unknown:

@@ -225,7 +225,7 @@ class RescaledSAE(SparseAutoencoder):
 
 def _require_relu(sae: SparseAutoencoder) -> None:
     plain = type(sae).activate in (ReLUSAE.activate, TiedSAE.activate)
-    if not plain or getattr(sae, "threshold", None) is not None:
+    if not plain or (isinstance(sae, TiedSAE) and sae.threshold is not None):
         raise ValueError(
             "Expected argument `sae` to have ReLU latents but got a "
             f"{type(sae).__name__}: give a `ReLUSAE`, or a `TiedSAE` without thresholds."

@@ -21,17 +21,24 @@ TOLERANCE = 0.05  # largest relative difference from the target without a warnin
 
 @runtime_checkable
 class Steered(Protocol):
-    """An SAE with a penalty.
+    """An SAE that may have a penalty; `SparseAutoencoder` is one.
 
     Attributes:
         d_sae: Number of latents.
+        coefficient_name: Name of the attribute with the penalty's coefficient; None without a
+            penalty.
         penalty_scale: Share of the penalty during a warm-up; 1 after it.
         penalty_factor: Factor of the penalty's coefficient.
     """
 
     d_sae: int
+    coefficient_name: str | None
     penalty_scale: float
     penalty_factor: float
+
+
+def _has_penalty(sae: Steered) -> bool:
+    return sae.coefficient_name is not None and getattr(sae, sae.coefficient_name) != 0
 
 
 class TargetL0(Callback):
@@ -137,14 +144,13 @@ class TargetL0(Callback):
         if stage != "fit":
             return
         self._start_afresh()
-        name = getattr(pl_module, "coefficient_name", None)
-        if name is None or getattr(pl_module, name) == 0:
+        if not isinstance(pl_module, Steered) or not _has_penalty(pl_module):
             raise ValueError(
                 "`TargetL0` needs an SAE with a sparsity penalty whose coefficient is not 0 but "
                 f"{type(pl_module).__name__} has none: remove the callback, or choose another SAE "
                 "or coefficient."
             )
-        d_sae = cast(Steered, pl_module).d_sae
+        d_sae = pl_module.d_sae
         expect(self.target < d_sae, "target", f"less than `d_sae`={d_sae}", self.target)
         refuse_second(trainer, self)
 

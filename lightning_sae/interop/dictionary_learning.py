@@ -112,7 +112,7 @@ def read(path: Path, wanted: str | None = None) -> Found:
 def of_tensors(content: Any, config: dict[str, Any], file: Path, wanted: str | None) -> Found:
     """The same, from loaded content."""
     if not isinstance(content, dict):
-        raise refusal(file, f"it holds a {type(content).__name__} and no tensors by name")
+        raise refusal(file, f"it holds a {type(content).__name__}, not tensors by name")
     of, factor = file.with_name(CONFIG), 1.0
     guessed: list[str] = []
     trainer = part(config, "trainer", of)
@@ -223,7 +223,7 @@ def _arguments(
     if kind == "MatryoshkaBatchTopKSAE":
         groups = tensors.get("group_sizes")
         if not isinstance(groups, Tensor) or groups.dim() != 1 or groups.dtype != torch.int64:
-            raise refusal(file, "its `group_sizes` are missing or no whole numbers")
+            raise refusal(file, "its `group_sizes` are missing or not whole numbers")
         found["prefixes"] = groups.cumsum(0).tolist()
     return found
 

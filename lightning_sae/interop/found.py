@@ -141,7 +141,7 @@ def number(config: dict[str, Any], name: str, of: Path, default: float | None = 
     value = config.get(name, default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
-        raise refusal(of, f"its `{name}` is {value!r:.40} and no positive number")
+        raise refusal(of, f"its `{name}` is {value!r:.40}, not a positive number")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -165,7 +165,7 @@ def flag(config: dict[str, Any], name: str, of: Path, default: bool) -> bool:
     """
     value = config.get(name, default)
     if not isinstance(value, bool):
-        raise refusal(of, f"its `{name}` is {value!r:.40} and neither true nor false")
+        raise refusal(of, f"its `{name}` is {value!r:.40}, neither true nor false")
     return value
 
 
@@ -177,7 +177,7 @@ def part(config: dict[str, Any], name: str, of: Path) -> dict[str, Any]:
     """
     value = config.get(name) or {}
     if not isinstance(value, dict):
-        raise refusal(of, f"its `{name}` is {value!r:.40} and no description")
+        raise refusal(of, f"its `{name}` is {value!r:.40}, not a description")
     return value
 
 

@@ -102,7 +102,7 @@ def _require_sae(config: dict[str, Any], of: Path) -> None:
     if None not in ends and ends[0] != ends[1]:
         raise refusal(of, "it is a transcoder, which predicts another activation than it reads")
     if flag(config, "use_glu_encoder", of, default=False):
-        raise refusal(of, "its encoder is a gated linear unit, as of no SAE of this package")
+        raise refusal(of, "its encoder is a gated linear unit, which no SAE of this package has")
 
 
 def _subtracts(config: dict[str, Any], of: Path) -> bool:

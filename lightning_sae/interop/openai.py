@@ -73,7 +73,7 @@ def read_normalised(path: Path, _wanted: str | None = None) -> Found:
     file = _file(path)
     content = read_pt(file)
     if not isinstance(content, dict):
-        raise refusal(file, f"it holds a {type(content).__name__} and no tensors by name")
+        raise refusal(file, f"it holds a {type(content).__name__}, not tensors by name")
     found = pick(content, file, NEEDED, DECODER, STATISTICS)
     W_enc = transposed(found["encoder.weight"])
     tied = "decoder.weight" not in found

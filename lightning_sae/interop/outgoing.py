@@ -177,8 +177,9 @@ def _form(sae: SparseAutoencoder) -> Form:
         return "gated"
     if isinstance(sae, MatryoshkaSAE) and sae.uses_relu:
         return "relu"
-    thresholds = isinstance(sae, JumpReLUSAE | BatchTopKSAE)
-    return "threshold" if thresholds or getattr(sae, "threshold", None) is not None else "relu"
+    if isinstance(sae, TiedSAE):
+        return "relu" if sae.threshold is None else "threshold"
+    return "threshold" if isinstance(sae, JumpReLUSAE | BatchTopKSAE) else "relu"
 
 
 def _weights(sae: SparseAutoencoder, state: dict[str, Tensor], form: Form) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise refusal(path, f"it has {path.stat().st_size:,} bytes, too many for a description")
     content = read_json(path)
     if not isinstance(content, dict):
-        raise refusal(path, f"it holds a {type(content).__name__} and no description")
+        raise refusal(path, f"it holds a {type(content).__name__}, not a description")
     return content
 
 
@@ -69,12 +69,12 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             if total > INFLATION * size + 2**20:
                 raise ValueError(f"its {size:,} bytes claim to hold {total:,}")
             if {record.compress_type for record in records} - BOUNDED:
-                raise ValueError("it is compressed otherwise than numpy does")
+                raise ValueError("numpy does not write this compression")
             return {
                 record.filename.removesuffix(".npy"): _array(archive, record) for record in records
             }
     except Exception as error:  # a damaged archive raises errors of many types
-        raise refusal(path, f"it is damaged or no npz archive ({first_line(error)})") from error
+        raise refusal(path, f"it is damaged or not an npz archive ({first_line(error)})") from error
 
 
 HEADERS = {
@@ -113,7 +113,9 @@ def read_pt(path: Path) -> Any:
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # as above
-        raise refusal(path, f"it is damaged or no file of tensors ({first_line(error)})") from error
+        raise refusal(
+            path, f"it is damaged or not a file of tensors ({first_line(error)})"
+        ) from error
     for tensor in _tensors(content):
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise refusal(path, f"a tensor of shape {tuple(tensor.shape)} has fewer values")
@@ -146,7 +148,7 @@ def _require_plain(file: Any) -> None:
         if len(records) != 1 or len(set(names)) != len(names):
             raise ValueError("its table of contents is wrong")
         if records[0].compress_type != zipfile.ZIP_STORED:
-            raise ValueError("its structure is compressed, as torch does not")
+            raise ValueError("its structure is compressed, which torch never does")
         pickle = archive.read(records[0])
     for opcode, named, _ in pickletools.genops(pickle):
         if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4") or (
@@ -203,15 +205,13 @@ def pick(
     missing = sorted(needed.keys() - tensors.keys())
     unknown = sorted(str(n) for n in tensors if n not in known and n not in ignored)
     if missing or unknown:
-        raise refusal(
-            of, f"its tensors lack {missing} and have {unknown[:8]} too many, that are not known"
-        )
+        raise refusal(of, f"its tensors lack {missing}, and {unknown[:8]} are unknown")
     found = {name: tensors[name] for name in known if name in tensors}
     for name, tensor in found.items():
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
             what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise refusal(of, f"{name} is {what} and no tensor of real numbers")
+            raise refusal(of, f"{name} is {what}, not a tensor of real numbers")
         if tensor.dim() != known[name]:
             axes, shape = known[name], tuple(tensor.shape)
-            raise refusal(of, f"{name} has shape {shape} and not {axes} axes")
+            raise refusal(of, f"{name} has shape {shape}, not {axes} axes")
     return found

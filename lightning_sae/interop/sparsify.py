@@ -53,7 +53,7 @@ def read(path: Path, _wanted: str | None = None) -> Found:
     config = read_config(of)
     for name, reason in OTHERS.items():
         if flag(config, name, of, default=False):
-            raise refusal(of, f"its `{name}` is true: {reason}, as no SAE of this package does")
+            raise refusal(of, f"its `{name}` is true: {reason}, which no SAE of this package does")
     activation = config.get("activation", "topk")
     if activation != "topk":
         reason = "and of the SAEs here none has the largest latent of each group"

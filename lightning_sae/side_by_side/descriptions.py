@@ -1,4 +1,4 @@
-"""From the description of a member, as it stands in YAML, to its SAE and callbacks."""
+"""Makes members, with their SAEs and callbacks, from descriptions as in YAML."""
 
 import re
 from collections import Counter
@@ -23,7 +23,7 @@ Widths = int | Mapping[str, int] | None
 
 
 def build_members(descriptions: Sequence[Mapping[str, Any]], d_in: Widths) -> list[Member]:
-    """The members that descriptions and their sweeps give; see `SideBySide`.
+    """The members of descriptions and their sweeps; see `SideBySide`.
 
     Raises:
         ValueError: If a description does not fit, two members share a name or a part, or there
@@ -40,7 +40,7 @@ def build_members(descriptions: Sequence[Mapping[str, Any]], d_in: Widths) -> li
 
 
 def _plain(value: Any) -> Any:
-    """A description as given, where the command line's parser has made objects of its parts."""
+    """A description as plain dictionaries and lists; the command line gives namespaces."""
     if isinstance(value, Namespace | Mapping):
         items = vars(value) if isinstance(value, Namespace) else value
         return {key: _plain(part) for key, part in items.items()}
@@ -63,13 +63,13 @@ def _require_names(names: list[str]) -> None:
     for name in names:
         if not re.fullmatch(r"\w[\w.,=+-]*", name):
             raise ValueError(
-                "Expected the `name` of a member, after which its folder is named, to have "
-                f"letters, digits and _ - . , = + alone but got `{name}`."
+                "Expected the `name` of a member, which is also the name of its folder, to have "
+                f"only letters, digits and _ - . , = + but got `{name}`."
             )
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(
-            f"Expected each member to have a `name` of its own but several are called "
+            f"Expected members to have different values of `name` but several are called "
             f"{', '.join(f'`{name}`' for name in twice)}: rename all but one."
         )
 

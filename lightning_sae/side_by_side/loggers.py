@@ -22,5 +22,5 @@ def loggers_of(run: Sequence[Logger], name: str) -> list[Logger]:
 
 
 def _allowed(logger: Logger, name: str) -> str:
-    """The name as the logger takes it: MLflow knows no `=`."""
+    """The name without characters that the logger refuses: MLflow refuses `=`."""
     return name.replace("=", " ") if isinstance(logger, MLFlowLogger) else name

@@ -45,6 +45,11 @@ class Member:
         self.stopped_at: int | None = None
         self._outputs: dict[str, Any] = {}
 
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the member is attached to a run."""
+        return "trainer" in vars(self)
+
     def rows(self, batch: Any) -> Any:
         """The member's part of a batch of all hooks."""
         return batch[self.hook_name] if isinstance(batch, dict) else batch
@@ -154,7 +159,7 @@ class Member:
             self.sae.lr_scheduler_step(self.scheduler, None)
 
     def _average_gradients(self) -> None:
-        """As DistributedDataParallel, which cannot leave out a stopped member."""
+        """As DistributedDataParallel does, which cannot leave out a stopped member."""
         weights = [weight for weight in self.sae.parameters() if weight.requires_grad]
         for weight in weights:
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -1,4 +1,4 @@
-"""The trainer as one member of a run sees it."""
+"""The trainer that a member's SAE and callbacks get."""
 
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from lightning_sae.side_by_side.loggers import loggers_of
 
 
 class MemberTrainer(Trainer):
-    """A view of the run's trainer: what is a member's own stands here, all else is the run's.
+    """The run's trainer as one member sees it.
 
-    Its own are the SAE, callbacks, optimizers, the hook's data, loggers, metrics, a folder in the
-    run's, and the count of steps, which ends where the member stops. What a callback of the member
-    sets here the run takes no notice of.
+    The SAE, callbacks, optimizer, data of the hook, loggers, metrics, folder and count of steps are
+    the member's; the count ends where the member stops. Everything else is read from the run's
+    trainer. Attributes that a member's callback sets here do not change the run's trainer.
 
     Args:
         run: The trainer of the whole run.
         name: The member's name.
         sae: Its SAE.
         callbacks: Its callbacks.
-        hook_name: Its hook; None if the data has but one.
+        hook_name: Its hook; None if the data has only one.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MemberTrainer(Trainer):
         callbacks: list[Callback],
         hook_name: str | None,
     ) -> None:
-        # A view is no trainer of its own, so the base class is not initialised.
+        # `Trainer.__init__` is not called: loops and strategy are those of the run.
         self._run_of_all = run
         self._sae, self._hook_name = sae, hook_name
         self.callbacks = callbacks
@@ -61,8 +61,8 @@ class MemberTrainer(Trainer):
     def should_stop(self, value: bool) -> None:
         if value and not self._run_of_all.should_stop:
             raise ValueError(
-                "Expected a member's callbacks to leave `trainer.should_stop` alone, which would "
-                "end the run of all members, but one set it: move it to `trainer.callbacks`."
+                "Expected a member's callbacks not to set `trainer.should_stop`, which would end "
+                "the run of all members, but one did: move it to `trainer.callbacks`."
             )
 
     @property
@@ -74,7 +74,7 @@ class MemberTrainer(Trainer):
     @property
     @override
     def optimizers(self) -> list[Optimizer]:
-        """The member's own."""
+        """The member's optimizer."""
         return self._optimizers
 
     @optimizers.setter
@@ -98,16 +98,16 @@ class MemberTrainer(Trainer):
     @property  # type: ignore[misc]  # it cannot be set
     @override
     def ckpt_path(self) -> str | Path | None:
-        """Where a checkpoint of the member alone would lie, if the run has one; there is none."""
+        """If the run is resumed, a path in the member's folder, which does not exist."""
         resumed = self._run_of_all.ckpt_path is not None
         return Path(self._default_root_dir) / "none.ckpt" if resumed else None
 
-    # Logs. Lightning's own serve one module per run, and take their time for each value.
+    # Logs. Lightning's own logging serves one module per run, and is slower for each value.
 
     @property
     @override
     def callback_metrics(self) -> dict[str, Tensor]:
-        """The latest of each value that was logged."""
+        """The latest value logged under each name."""
         return {name: torch.as_tensor(value) for name, value in self._metrics.items()}
 
     @property
@@ -117,19 +117,19 @@ class MemberTrainer(Trainer):
         return self.callback_metrics
 
     def log(self, name: str, value: Any, *_: Any, logger: bool | None = None, **__: Any) -> None:
-        """What `LightningModule.log` does for a module alone, with values as of the step."""
+        """As `LightningModule.log` in a separate run; the values are those of the step."""
         value = value.detach() if isinstance(value, Tensor) else value
         self._metrics[name] = value
         if logger is not False:
             self._unwritten[name] = value
 
     def log_dict(self, dictionary: dict[str, Any], *_: Any, **kwargs: Any) -> None:
-        """What `LightningModule.log_dict` does."""
+        """As `LightningModule.log_dict`."""
         for name, value in dictionary.items():
             self.log(name, value, **kwargs)
 
     def write_logs(self, step: int) -> None:
-        """Hand over to the loggers what was logged since the last time."""
+        """Pass the values that were logged since the last call to the loggers."""
         if self._unwritten and not self.sanity_checking:
             # In single precision, as Lightning has them.
             values = {name: torch.as_tensor(v).item() for name, v in self._unwritten.items()}
@@ -138,6 +138,6 @@ class MemberTrainer(Trainer):
         self._unwritten = {}
 
     def close(self) -> None:
-        """Write what loggers still hold."""
+        """Flush and close the loggers."""
         for logger in self.loggers:
             logger.finalize("success")

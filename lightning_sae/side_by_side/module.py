@@ -47,15 +47,15 @@ class SideBySide(LightningModule):
               seed: [0, 1]
 
     makes six members, `relu-l1_coefficient=0.5-seed=0` and so on. A sweep lists values of `seed`,
-    of `hook_name`, or of any argument of the SAE, and means each combination. Without a seed,
-    weights are drawn from that of the run.
+    of `hook_name`, or of any argument of the SAE, and makes a member for each combination. Without
+    a `seed`, the seed of the run draws the initial weights.
 
-    What the whole run has in common are batches, `trainer.max_steps`, accumulation, precision and
-    devices. A checkpoint of the run holds all members.
+    All members share the batches, `trainer.max_steps`, accumulation, precision and devices. A
+    checkpoint of the run holds all members.
 
     Args:
         members: Their descriptions: `name`, `sae` (`class_path` and `init_args`, or an SAE), and
-            where wanted `hook_name`, `seed`, `callbacks` (descriptions or callbacks) and `sweep`.
+            optionally `hook_name`, `seed`, `callbacks` (descriptions or callbacks) and `sweep`.
         d_in: Width of the activations, by hook if there are several; the command line takes it
             from the data.
 
@@ -68,7 +68,7 @@ class SideBySide(LightningModule):
 
     def __init__(
         self,
-        # Of bare dictionaries, or the command line would build what it finds in them.
+        # Not a more exact type, for which the command line would instantiate the contents.
         members: list[dict],
         d_in: int | dict[str, int] | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class SideBySide(LightningModule):
 
     @property
     def stopped(self) -> dict[str, str]:
-        """Members that have, and why."""
+        """Members that have stopped, and the reasons."""
         return {member.name: member.stopped for member in self.members if member.stopped}
 
     def _pass_on(self, hook: str, *batch: Any) -> None:
@@ -98,7 +98,7 @@ class SideBySide(LightningModule):
             member.call(hook, *its)
 
     def give_each(self, callbacks: Callable[[], Sequence[Callback]]) -> None:
-        """Add callbacks to each member, made for each anew."""
+        """Add new callbacks to each member; the function is called once for each."""
         for member in self.members:
             member.callbacks += callbacks()
 
@@ -185,11 +185,11 @@ class SideBySide(LightningModule):
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Nothing: members have their gradients."""
+        """Do nothing: members have computed their gradients."""
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Nothing: members do it themselves."""
+        """Do nothing: members do it themselves."""
 
     @override
     def optimizer_step(
@@ -387,7 +387,7 @@ class _MembersHooks(Callback):
         for member in pl_module.active:
             if to_saes:
                 member.call(hook, *args)
-            elif hasattr(member, "trainer"):  # not before it is set up
+            elif member.is_set_up:
                 member.call_callbacks(hook, *args)
 
 

@@ -1,4 +1,4 @@
-"""What a run of many SAEs made, for the reader at the terminal."""
+"""Messages of the command line at the end of a run of several SAEs."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence

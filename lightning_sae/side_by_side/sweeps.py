@@ -11,8 +11,8 @@ Description = dict[str, Any]
 def expanded(descriptions: Iterable[Mapping[str, Any]]) -> list[Description]:
     """Descriptions without sweeps: for each that has some, one for each combination of values.
 
-    A sweep names `seed`, `hook_name` or an argument of the SAE, and lists its values. Members are
-    named after theirs.
+    A sweep names `seed`, `hook_name` or an argument of the SAE, and lists its values, which become
+    part of the members' names.
 
     Raises:
         ValueError: If a sweep is not a mapping of names to lists of values.

@@ -280,7 +280,7 @@ def test_thresholds_kept_as_logarithms_are_read(written: Callable[..., Path], x:
         ({"normalize_activations": "layer_norm"}, "divided by its own norm, which decoding"),
         ({"normalize_activations": "constant"}, "`normalize_activations` is 'constant'"),
         ({"architecture": "topk", "k": 3.5}, "`k` is 3.5, and a row has a whole number"),
-        ({"architecture": "topk"}, "`k` is None and no positive number"),
+        ({"architecture": "topk"}, "`k` is None, not a positive number"),
         ({"d_sae": 2048}, r"`d_sae` is 2048 but the weights are 20 wide"),
         ({"apply_b_dec_to_input": "no"}, "neither true nor false"),
         ({"architecture": "jumprelu"}, r"lack \['threshold'\]"),
@@ -295,7 +295,7 @@ def test_what_no_sae_here_computes_is_refused(
 
 def test_an_unknown_tensor_is_not_ignored(written: Callable[..., Path]) -> None:
     folder = written({"architecture": "standard"}, W_skip=torch.zeros(D_IN, D_IN))
-    with pytest.raises(ValueError, match=r"\['W_skip'\] too many"):
+    with pytest.raises(ValueError, match=r"\['W_skip'\] are unknown"):
         lightning_sae.load(folder)
 
 

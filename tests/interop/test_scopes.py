@@ -227,7 +227,7 @@ def test_the_first_llama_scope_is_in_raw_units(
         ({"use_glu_encoder": True}, "gated linear unit"),
         ({"act_fn": "batchtopk"}, "latents depend on the batch.*convert it to jumprelu"),
         ({"norm_activation": "token-wise"}, "'token-wise'.* which decoding cannot undo"),
-        ({"norm_activation": "dataset-wise"}, "is None and no positive number"),
+        ({"norm_activation": "dataset-wise"}, "is None, not a positive number"),
         ({"expansion_factor": 8}, "`d_sae` is 48 but the weights are 20 wide"),
     ],
 )

@@ -349,7 +349,7 @@ def harm_by_a_large_description(folder: Path) -> None:
         (harm_by_a_long_header, "saelens", "damaged"),
         (harm_by_an_array_header, "gemma_scope", "says shape .* and has other bytes"),
         (harm_by_a_bomb, "gemma_scope", "claim to hold"),
-        (harm_by_objects, "gemma_scope", "damaged or no npz"),
+        (harm_by_objects, "gemma_scope", "damaged or not an npz"),
         (harm_by_a_large_description, "saelens", "too many for a description"),
     ],
 )

@@ -20,7 +20,7 @@ def run_seeds(
 
     Args:
         setting: Model, text and length.
-        own: The study's settings beside these, as plain values.
+        own: Further settings of the study, as plain values.
         one_seed: Trains and measures; takes the folder of the seed and the seed.
         report: Makes the page from the study's folder, all settings and what `one_seed` returned.
         seeds: Number of repetitions; that of the setting by default.
