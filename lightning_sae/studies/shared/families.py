@@ -20,6 +20,7 @@ class Family:
         coefficients: Weights of the penalty, in increasing order.
         arguments: `init_args` of the SAE, besides those shared by all SAEs of a study.
         swept: The argument of the SAE that a coefficient is the value of.
+        callbacks: Descriptions of more callbacks.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Family:
     coefficients: tuple[float, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     swept: str = "l1_coefficient"
+    callbacks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def middle(self) -> float:
@@ -48,7 +50,7 @@ class Family:
         if self.arguments.get("decoder_norm") != "free":
             callbacks.append({"class_path": f"{CALLBACKS}.DecoderNormProjection"})
         sae = {"class_path": self.architecture, "init_args": setting.arguments(**own)}
-        return {"name": name, "sae": sae, "callbacks": callbacks}
+        return {"name": name, "sae": sae, "callbacks": [*callbacks, *map(dict, self.callbacks)]}
 
 
 def choose(
