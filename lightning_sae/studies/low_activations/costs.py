@@ -86,6 +86,41 @@ def _pairs(points: Sequence[Row], families: Mapping[str, str], way: str) -> Iter
                 }
 
 
+def nearest(rows: Sequence[Row]) -> list[Row]:
+    """Of the pairs of `frontier`, with `seed`, those with the next denser SAE that can be reduced.
+
+    Each has the `kind` of its SAEs if the rows have it.
+    """
+    return list({(row["seed"], row["trained"]): row for row in rows}.values())
+
+
+def at_levels(points: Sequence[Row], families: Mapping[str, str], way: str = "global") -> list[Row]:
+    """Cross-entropy at the same L0 for each family: of its sweep, and under a threshold.
+
+    Args:
+        points: Of one seed.
+        families: Of each SAE.
+        way: The way of removing.
+
+    Returns:
+        Rows with `family`, `l0`, a power of two that the sweep covers, `ce` on the straight line
+        between the SAEs as trained, and `ce_removed`, the lowest of any SAE of the family from
+        which activations are removed down to that L0; None if no measured level reaches it.
+    """
+    rows = []
+    for family in dict.fromkeys(families.values()):
+        own = [name for name in names(points) if families[name] == family]
+        whole = [point for name in own for point in of_way(points, name, WHOLE)]
+        for l0 in (2.0**power for power in range(12)):
+            trained = value_at(whole, "ce", l0)
+            reached = [value_at(of_way(points, name, way), "ce", l0) for name in own]
+            known = [ce for ce in reached if ce is not None]
+            if trained is not None:
+                removed = min(known) if known else None
+                rows.append({"family": family, "l0": l0, "ce": trained, "ce_removed": removed})
+    return rows
+
+
 def first_places(rows: Sequence[Row]) -> dict[str, int]:
     """For how many SAEs and seeds halving L0 costs the least cross-entropy, by way.
 

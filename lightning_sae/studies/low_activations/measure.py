@@ -18,7 +18,7 @@ from lightning_sae.functional.removal import (
     without_below,
     without_lowest,
 )
-from lightning_sae.metrics import FVU, L0, MSE
+from lightning_sae.metrics import FVU, L0, MSE, RelativeReconstructionBias
 from lightning_sae.studies.shared.rows import Row
 
 WHOLE = "whole"
@@ -48,12 +48,15 @@ class Removal:
     apply: Callable[[Tensor, Tensor], Tensor]
 
 
-def removals(found: Firings, shares: Sequence[float]) -> list[Removal]:
+def removals(
+    found: Firings, shares: Sequence[float], ways: Sequence[str] = tuple(WAYS)
+) -> list[Removal]:
     """Nothing removed, and each way at the levels that remove these shares of all firings.
 
     Args:
         found: How strongly latents fire, on text that is not used for evaluation.
         shares: Each from 0 to below 1.
+        ways: Names of `WAYS`.
     """
     made = [Removal(WHOLE, 0.0, 0.0, lambda f, _: f)]
     for share in shares:
@@ -66,7 +69,7 @@ def removals(found: Firings, shares: Sequence[float]) -> list[Removal]:
         ]
         threshold = found.global_threshold(share)
         made.append(Removal("global", share, threshold, _below(threshold)))
-    return made
+    return [removal for removal in made if removal.way in (WHOLE, *ways)]
 
 
 def _lowest(k: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -168,7 +171,7 @@ class Tally:
         self.divergence += block.divergence(logits)
 
     def figures(self) -> dict[str, float]:
-        """Means per token: `l0`, `mse`, `fvu` in raw units, `ce` and `kl` in nats."""
+        """Means per token: `l0`, `mse`, `fvu` and `gamma` in raw units, `ce` and `kl` in nats."""
         outside = {name: float(value) for name, value in self.metrics.compute().items()}
         return {**outside, "ce": self.nats / self.n, "kl": self.divergence / self.n}
 
@@ -183,6 +186,7 @@ def measure(
     """Figures of all SAEs, ways and levels on the same held-out text, which is read once.
 
     Each SAE encodes an activation once; after each removal the code is decoded and spliced in.
+    gamma is the relative reconstruction bias, below 1 if reconstructions are too small.
 
     Args:
         saes: By name, on raw activations.
@@ -218,4 +222,6 @@ def measure(
 
 
 def _metrics(d_in: int) -> MetricCollection:
-    return MetricCollection({"l0": L0(), "mse": MSE(), "fvu": FVU(d_in)})
+    return MetricCollection(
+        {"l0": L0(), "mse": MSE(), "fvu": FVU(d_in), "gamma": RelativeReconstructionBias()}
+    )

@@ -10,7 +10,7 @@ from matplotlib.ticker import NullFormatter
 from lightning_sae.studies.low_activations.costs import names, of_way
 from lightning_sae.studies.low_activations.measure import WAYS, WHOLE
 from lightning_sae.studies.shared.plots import Point, curves, name_point, panels, save
-from lightning_sae.studies.shared.rows import Row, distinct, spread
+from lightning_sae.studies.shared.rows import Row, distinct, select, spread
 
 L0_TICKS = (0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
 CE_LABEL = "cross-entropy with the reconstruction, nats per token"
@@ -24,10 +24,11 @@ def draw_ways(points: Sequence[Row], path: Path) -> Path:
         "kl": "KL divergence, nats per token",
         "mse": "squared error, raw units squared",
     }
+    measured = [way for way in WAYS if select(points, way=way)]
     for axes, (name, label) in zip(found, labels.items(), strict=True):
         for sae in names(points):
-            series = {WAYS[way]: _means(points, sae, way, name) for way in WAYS}
-            spreads = {WAYS[way]: _spreads(points, sae, way, name) for way in WAYS}
+            series = {WAYS[way]: _means(points, sae, way, name) for way in measured}
+            spreads = {WAYS[way]: _spreads(points, sae, way, name) for way in measured}
             curves(
                 axes, series, spread=spreads, x="L0, latents per token", y=label, logarithmic=True
             )
@@ -44,6 +45,36 @@ def draw_ways(points: Sequence[Row], path: Path) -> Path:
     right.tick_params(labelsize=8)
     handles, words = found[0].get_legend_handles_labels()
     figure.legend(handles, words, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return save(figure, path)
+
+
+def draw_kinds(points: Sequence[Row], families: Mapping[str, str], path: Path) -> Path:
+    """Cross-entropy against L0 of each kind's sweep, and of its SAEs under a threshold."""
+    kinds = list(dict.fromkeys(families.values()))
+    columns = min(4, len(kinds))
+    figure, found = panels(columns, -(-len(kinds) // columns), width=3.4, height=3.4)
+    for axes in found[len(kinds) :]:
+        axes.remove()
+    for axes, kind in zip(found, kinds, strict=False):
+        own = [sae for sae in names(points) if families[sae] == kind]
+        series = {
+            f"{place + 1}": _means(points, sae, "global", "ce") for place, sae in enumerate(own)
+        }
+        curves(axes, series, x="L0, latents per token", y="cross-entropy, nats", logarithmic=True)
+        whole = [_means(points, sae, WHOLE, "ce")[0] for sae in own]
+        axes.plot(*zip(*whole, strict=True), "k-", marker="o", linewidth=1.6)
+        for sae, point in zip(own, whole, strict=True):
+            name_point(axes, point, sae)
+        axes.set_title(kind, fontsize=9)
+    shown = found[: len(kinds)]
+    left, right = zip(*(axes.get_xlim() for axes in shown), strict=True)
+    low, high = zip(*(axes.get_ylim() for axes in shown), strict=True)
+    for axes in shown:
+        axes.set_xlim(min(left), max(right))
+        axes.set_ylim(min(low), max(high))
+        _plain_numbers(axes)
+        for drawn in axes.containers:
+            drawn.set_label("_")
     return save(figure, path)
 
 
@@ -87,9 +118,10 @@ def _of_seeds(of: Callable[[Sequence[float]], float], level: Sequence[Point]) ->
 
 def _cut_the_highest(axes: Axes, points: Sequence[Row], name: str) -> None:
     """Cut the axis above the second most costly way, because the most costly dwarfs the others."""
-    highest = {way: max(p[name] for p in points if p["way"] == way) for way in WAYS}
+    ways = [way for way in distinct(points, "way") if way != WHOLE]
+    highest = sorted(max(p[name] for p in select(points, way=way)) for way in ways)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, min(high, 1.05 * sorted(highest.values())[-2]))
+    axes.set_ylim(low, min(high, 1.05 * highest[-2:][0]))
 
 
 def _label_once(axes: Axes) -> None:

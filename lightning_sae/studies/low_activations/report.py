@@ -5,9 +5,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lightning_sae.studies.low_activations.costs import first_places, frontier, halving, mean_rises
+from lightning_sae.studies.low_activations.costs import (
+    at_levels,
+    first_places,
+    frontier,
+    halving,
+    mean_rises,
+    nearest,
+)
 from lightning_sae.studies.low_activations.measure import WAYS, WHOLE
-from lightning_sae.studies.low_activations.plots import draw_frontier, draw_ways
+from lightning_sae.studies.low_activations.plots import draw_frontier, draw_kinds, draw_ways
 from lightning_sae.studies.shared.page import Compared, Page, Section, Table, caution
 from lightning_sae.studies.shared.rows import Row, distinct, known, select, with_spread
 
@@ -34,11 +41,13 @@ def report(
         results: Of each seed: `ce_clean`, and `points`.
         families: Of each SAE; SAEs of different families are not compared on the frontier.
     """
-    halved, compared, points = [], [], []
+    halved, compared, points, levels = [], [], [], []
     for seed, each in enumerate(results):
         halved += [{"seed": seed, **row} for row in halving(each["points"])]
         compared += [{"seed": seed, **row} for row in frontier(each["points"], families)]
         points += [{"seed": seed, **point} for point in each["points"]]
+        levels += [{"seed": seed, **row} for row in at_levels(each["points"], families)]
+    several = len({*families.values()}) > 1
     clean = _clean(results)
     removal = draw_ways(points, folder / "removal.png")
     sweep = draw_frontier(points, families, folder / "frontier.png")
@@ -66,13 +75,104 @@ def report(
                 [_frontier_table(compared, clean)],
                 {sweep: "The sweep as trained, and each SAE of it under one threshold."},
             ),
+            *([_by_kind(folder, families, points, compared, levels, clean)] if several else []),
         ],
         _comparison(halved, compared),
         SOURCE,
-        {"settings": settings, "seeds": results, "halving": halved, "frontier": compared},
-        {"points": points, "halving": halved, "frontier": compared},
+        {"settings": settings, "seeds": results, "halving": halved, "frontier": compared}
+        | {"levels": levels},
+        {"points": points, "halving": halved, "frontier": compared, "levels": levels},
         caution({sae: select(points, sae=sae, way=WHOLE) for sae in distinct(points, "sae")}),
     )
+
+
+def _by_kind(
+    folder: Path,
+    families: Mapping[str, str],
+    points: Sequence[Row],
+    compared: Sequence[Row],
+    levels: Sequence[Row],
+    clean: str,
+) -> Section:
+    """Whether removing beats training for each kind of SAE and length of training."""
+    pairs = [row | {"kind": families[row["trained"]]} for row in nearest(compared)]
+    kinds = [kind for kind in dict.fromkeys(families.values()) if select(pairs, kind=kind)]
+    picture = draw_kinds(points, families, folder / "kinds.png")
+    return Section(
+        "By kind of SAE and length of training",
+        [kind_in_words(kind, select(pairs, kind=kind)) for kind in kinds],
+        [_kinds_table(kinds, pairs, points, clean), _levels_table(levels)],
+        {picture: KINDS},
+    )
+
+
+KINDS = (
+    "Black: the sweep as trained, with the names of its SAEs. Coloured: each of them under one "
+    "threshold, from low to high. Means over seeds, bars one standard deviation."
+)
+
+
+def kind_in_words(kind: str, pairs: Sequence[Row]) -> str:
+    """Whether removing beats training for one kind, over its neighbours in the sweep and seeds."""
+    gains = [row["ce_removed"] - row["ce"] for row in pairs]
+    below = sum(gain < 0 for gain in gains)
+    words = {len(gains): "in all", 0: "in none"}.get(below, f"in {below}")
+    return (
+        f"{kind}: under one threshold a denser neighbour has the lower cross-entropy {words} of "
+        f"{len(gains)} pairs, by {-mean(gains):+.3f} nats on average "
+        f"({-max(gains):+.3f} to {-min(gains):+.3f}; + is better than training)."
+    )
+
+
+def _kinds_table(
+    kinds: Sequence[str], pairs: Sequence[Row], points: Sequence[Row], clean: str
+) -> Table:
+    lines = []
+    for kind in kinds:
+        own = select(pairs, kind=kind)
+        differences = [
+            [row[f"{figure}_removed"] - row[figure] for row in own] for figure in ("ce", "fvu")
+        ]
+        gammas = [
+            point["gamma"]
+            for point in select(points, way=WHOLE)
+            if point["sae"] in {row["trained"] for row in own}
+        ]
+        below = sum(difference < 0 for difference in differences[0])
+        lines.append(
+            [
+                kind,
+                f"{below} of {len(own)}",
+                with_spread(differences[0], "+.3f"),
+                with_spread(differences[1], "+.4f"),
+                with_spread(gammas),
+            ]
+        )
+    note = (
+        "Each SAE beside its denser neighbour in the sweep, whose activations below one threshold "
+        "are removed until it has the same L0. Below 0, removing is better. gamma of the SAE as "
+        "trained: below 1 its reconstructions are too small. Mean ± standard deviation over pairs "
+        "and seeds."
+    )
+    headings = ["", "lower", "CE then - CE", "FVU then - FVU", "gamma as trained"]
+    return Table(headings, lines, f"{note} {clean}")
+
+
+def _levels_table(levels: Sequence[Row]) -> Table:
+    kinds = distinct(levels, "family")
+    lines = []
+    for l0 in sorted(distinct(levels, "l0")):
+        own = {kind: select(levels, family=kind, l0=l0) for kind in kinds}
+        cells = (
+            [with_spread(known(own[kind], figure), none="-") for figure in ("ce", "ce_removed")]
+            for kind in kinds
+        )
+        lines.append([f"{l0:g}", *(" | ".join(cell) for cell in cells)])
+    note = (
+        "Cross-entropy at the same L0: of the sweep as trained | lowest of its SAEs under one "
+        "threshold, both on straight lines over log L0."
+    )
+    return Table(["L0", *kinds], lines, note)
 
 
 def _clean(results: Sequence[Row]) -> str:

@@ -9,19 +9,33 @@ from typing import Any
 
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.checks import require_positive
-from lightning_sae.studies.low_activations.measure import firings_of, measure, removals
+from lightning_sae.studies.low_activations.measure import WAYS, firings_of, measure, removals
 from lightning_sae.studies.low_activations.report import report
-from lightning_sae.studies.low_activations.train import families_of, given_saes, members_of
+from lightning_sae.studies.low_activations.train import (
+    families_of,
+    given_saes,
+    labels_of,
+    members_of,
+    scaled,
+)
+from lightning_sae.studies.shared.families import Family
 from lightning_sae.studies.shared.folder import computed_once
 from lightning_sae.studies.shared.seeds import run_seeds
 from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.shared.training import train_together
 
+NAMES = ",".join(WAYS)
+SWEPT = ("coefficients", "sqrt_coefficients", "gated_coefficients", "jumprelu_l0")
+
 
 def low_activations(
     coefficients: Sequence[float] = (0.5, 1.0, 2.0, 4.0),
     sqrt_coefficients: Sequence[float] = (),
+    gated_coefficients: Sequence[float] = (),
+    jumprelu_l0: Sequence[float] = (),
+    lengths: Sequence[float] = (1.0,),
     sae: str | Sequence[str] | None = None,
+    ways: str = NAMES,
     shares: Sequence[float] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75),
     calibration_tokens: int = 65536,
     output: str = "runs/low-activations",
@@ -40,7 +54,11 @@ def low_activations(
     Args:
         coefficients: L1 coefficients, one for each SAE to train.
         sqrt_coefficients: The same for SAEs with a square-root penalty.
+        gated_coefficients: The same for gated SAEs.
+        jumprelu_l0: Target L0 of JumpReLU SAEs, one for each to train.
+        lengths: Lengths of training, in multiples of `steps`; all SAEs are trained at each.
         sae: Folder of an SAE at this hook, or several, to use instead of training SAEs.
+        ways: Which of lowest_k, share_of_maximum, quantile and global, with commas between them.
         shares: Shares of all firings to be removed, each above 0 and below 1.
         calibration_tokens: Tokens of training text on which maxima and quantiles are measured.
         output: A new or empty folder, or that of this study with the same settings.
@@ -52,39 +70,79 @@ def low_activations(
             something else in it.
     """
     setting = Setting(output, hook_name, **common)
-    _check(coefficients, sqrt_coefficients, shares, calibration_tokens)
-    families = families_of(coefficients, sqrt_coefficients)
+    swept = {
+        "l1": [*coefficients],
+        "sqrt": [*sqrt_coefficients],
+        "gated": [*gated_coefficients],
+        "jumprelu": [*jumprelu_l0],
+    }
+    removing = [way.strip() for way in ways.split(",")]
+    _check(swept, lengths, removing, shares, calibration_tokens)
+    families = families_of(swept)
     folders = [sae] if isinstance(sae, str) else list(sae or [])
     given = given_saes(folders, hook_name, setting)
     own = {
-        "coefficients": list(coefficients),
-        "sqrt_coefficients": list(sqrt_coefficients),
+        "coefficients": swept["l1"],
+        "sqrt_coefficients": swept["sqrt"],
+        "gated_coefficients": swept["gated"],
+        "jumprelu_l0": swept["jumprelu"],
+        "lengths": [*lengths],
+        "ways": removing,
         "sae": [str(Path(each).resolve()) for each in folders],
         "shares": list(shares),
         "calibration_tokens": calibration_tokens,
     }
 
     def one_seed(part: Path, seed: int) -> dict[str, Any]:
-        saes = given or train_together(setting, part, members_of(setting, families), seed=seed)
-        return _measured(saes, setting, shares, calibration_tokens, part)
+        saes = given or _trained(setting, part, families, lengths, seed)
+        return _measured(saes, setting, removing, shares, calibration_tokens, part)
 
-    labels = {f"{f.name}-{value:g}": f.label for f in families for value in f.coefficients}
+    labels = labels_of(families, lengths)
     of = dict.fromkeys(given, "") or labels
     run_seeds(setting, own, one_seed, partial(report, families=of), seeds=1 if given else None)
 
 
+def _trained(
+    setting: Setting,
+    folder: Path,
+    families: Sequence[Family],
+    lengths: Sequence[float],
+    seed: int,
+) -> dict[str, SparseAutoencoder]:
+    """The SAEs of all lengths; those of one length are trained side by side."""
+    saes: dict[str, SparseAutoencoder] = {}
+    for length in lengths:
+        longer, members = scaled(setting, length), members_of(setting, families, length)
+        part = folder if length == 1 else folder / f"x{length:g}"
+        sys.stderr.write(f"seed {seed}: {len(members)} SAEs, {longer.steps:,} steps\n")
+        saes |= train_together(longer, part, members, seed=seed)
+    return saes
+
+
 def _check(
-    coefficients: Sequence[float],
-    sqrt_coefficients: Sequence[float],
+    swept: Mapping[str, Sequence[float]],
+    lengths: Sequence[float],
+    ways: Sequence[str],
     shares: Sequence[float],
     calibration_tokens: int,
 ) -> None:
     require_positive(calibration_tokens=calibration_tokens)
-    every = [*coefficients, *sqrt_coefficients]
-    if not every or min(every) <= 0 or len({*coefficients}) < len(coefficients):
+    for name, values in zip(SWEPT, swept.values(), strict=True):
+        if (values and min(values) <= 0) or len({*values}) < len(values):
+            raise ValueError(
+                f"Expected argument `{name}` to be different numbers above 0 but got {values}."
+            )
+    if not any(swept.values()):
+        raise ValueError(f"Expected one of {', '.join(SWEPT)} to have a number but got none.")
+    if not lengths or min(lengths) <= 0 or len({*lengths}) < len(lengths):
         raise ValueError(
-            "Expected argument `coefficients` to be different numbers above 0 but got "
-            f"{list(coefficients)}, and `sqrt_coefficients`={list(sqrt_coefficients)}."
+            "Expected argument `lengths` to be different numbers above 0, multiples of `steps`, "
+            f"but got {list(lengths)}."
+        )
+    if not {*ways} <= {*WAYS} or len({*ways}) < len(ways):
+        raise ValueError(
+            f"Expected argument `ways` to be different ones of {NAMES} with commas between them "
+            f"but got {','.join(ways)!r}."
         )
     if not shares or not all(0 < share < 1 for share in shares):
         raise ValueError(
@@ -96,6 +154,7 @@ def _check(
 def _measured(
     saes: Mapping[str, SparseAutoencoder],
     setting: Setting,
+    removing: Sequence[str],
     shares: Sequence[float],
     calibration_tokens: int,
     folder: Path,
@@ -108,7 +167,7 @@ def _measured(
         for sae in saes.values():
             sae.to(data.language_model.device)
         found = firings_of(saes, data, calibration_tokens)
-        ways = {name: removals(each, shares) for name, each in found.items()}
+        ways = {name: removals(each, shares, removing) for name, each in found.items()}
         points, clean = measure(saes, ways, data, setting.held_out_tokens)
         seconds = time.perf_counter() - began
         sys.stderr.write(f"measured {len(points)} points of {len(saes)} SAEs in {seconds:.0f} s\n")

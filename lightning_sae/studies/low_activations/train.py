@@ -1,6 +1,8 @@
 """The SAEs of the study of low activations: trained here, or given."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,64 @@ def given_saes(
     return found
 
 
-def families_of(coefficients: Sequence[float], sqrt_coefficients: Sequence[float]) -> list[Family]:
-    """SAEs with an L1 penalty, and SAEs with a square-root penalty."""
+def families_of(swept: Mapping[str, Sequence[float]]) -> list[Family]:
+    """The kinds of SAE, each at its values; those without values are left out.
+
+    Args:
+        swept: By kind, L1 coefficients of `l1`, `sqrt` and `gated`; target L0 of `jumprelu`.
+    """
+    kinds = (
+        Family("l1", "L1", RELU, ()),
+        Family("sqrt", "square root", RELU, (), SQRT),
+        Family("gated", "gated", "lightning_sae.GatedSAE", ()),
+        Family("jumprelu", "JumpReLU", "lightning_sae.JumpReLUSAE", (), swept="target_l0"),
+    )
     return [
-        Family("l1", "L1", RELU, tuple(coefficients)),
-        Family("sqrt", "square root", RELU, tuple(sqrt_coefficients), SQRT),
+        replace(kind, coefficients=tuple(swept[kind.name])) for kind in kinds if swept[kind.name]
     ]
 
 
-def members_of(setting: Setting, families: Sequence[Family]) -> list[dict[str, Any]]:
-    """Descriptions of all SAEs for `SideBySide`."""
-    return [
-        family.member(setting, f"{family.name}-{value:g}", value, setting.lr)
+def saes_of(families: Sequence[Family], length: float) -> dict[str, tuple[Family, float]]:
+    """Family and value of each SAE by its name, which also tells how long it is trained.
+
+    Args:
+        families: The kinds of SAE.
+        length: Length of training, in multiples of the study's steps.
+
+    Example:
+        >>> list(saes_of([Family("l1", "L1", RELU, (0.5, 2.0))], 10))
+        ['l1-0.5-x10', 'l1-2-x10']
+    """
+    end = "" if length == 1 else f"-x{length:g}"
+    return {
+        f"{family.name}-{value:g}{end}": (family, value)
         for family in families
         for value in family.coefficients
+    }
+
+
+def labels_of(families: Sequence[Family], lengths: Sequence[float]) -> dict[str, str]:
+    """For each SAE a label of its kind and length; only SAEs with the same one are compared."""
+    return {
+        name: family.label if length == 1 else f"{family.label}, trained {length:g} times as long"
+        for length in lengths
+        for name, (family, _) in saes_of(families, length).items()
+    }
+
+
+def members_of(
+    setting: Setting, families: Sequence[Family], length: float = 1
+) -> list[dict[str, Any]]:
+    """Descriptions for `SideBySide` of all SAEs that are trained for a length."""
+    longer = scaled(setting, length)
+    return [
+        family.member(longer, name, value, setting.lr)
+        for name, (family, value) in saes_of(families, length).items()
     ]
+
+
+def scaled(setting: Setting, length: float) -> Setting:
+    """The setting with a multiple of its steps."""
+    longer = copy(setting)
+    longer.steps = max(1, round(length * setting.steps))
+    return longer

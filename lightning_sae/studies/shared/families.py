@@ -19,6 +19,8 @@ class Family:
         architecture: `class_path` of the SAE.
         coefficients: Weights of the penalty, in increasing order.
         arguments: `init_args` of the SAE, besides those shared by all SAEs of a study.
+        swept: The argument of the SAE that a coefficient is the value of.
+        callbacks: Descriptions of more callbacks.
     """
 
     name: str
@@ -26,6 +28,8 @@ class Family:
     architecture: str
     coefficients: tuple[float, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    swept: str = "l1_coefficient"
+    callbacks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def middle(self) -> float:
@@ -35,18 +39,18 @@ class Family:
     def member(self, setting: Setting, name: str, coefficient: float, lr: float) -> dict[str, Any]:
         """The description of an SAE for `SideBySide`.
 
-        The penalty rises over the first tenth of the run; decoder rows are kept at norm 1 unless
-        the SAE weights its penalty by their norms.
+        The penalty rises over the first tenth of the run, unless it is steered to a target L0;
+        decoder rows are kept at norm 1 unless the SAE weights its penalty by their norms.
         """
-        own = {**self.arguments, "l1_coefficient": coefficient, "lr": lr}
+        own = {**self.arguments, self.swept: coefficient, "lr": lr}
         warmup = {"n_steps": max(1, setting.share(0.1))}
-        callbacks: list[dict[str, Any]] = [
-            {"class_path": f"{CALLBACKS}.L1Warmup", "init_args": warmup}
-        ]
+        callbacks: list[dict[str, Any]] = []
+        if self.swept != "target_l0":
+            callbacks.append({"class_path": f"{CALLBACKS}.L1Warmup", "init_args": warmup})
         if self.arguments.get("decoder_norm") != "free":
             callbacks.append({"class_path": f"{CALLBACKS}.DecoderNormProjection"})
         sae = {"class_path": self.architecture, "init_args": setting.arguments(**own)}
-        return {"name": name, "sae": sae, "callbacks": callbacks}
+        return {"name": name, "sae": sae, "callbacks": [*callbacks, *map(dict, self.callbacks)]}
 
 
 def choose(

@@ -17,13 +17,16 @@ from lightning_sae.studies import main
 from lightning_sae.studies.low_activations import measure as measuring
 from lightning_sae.studies.low_activations import study
 from lightning_sae.studies.low_activations.costs import (
+    at_levels,
     first_places,
     frontier,
     halving,
     mean_rises,
+    nearest,
     value_at,
 )
 from lightning_sae.studies.low_activations.measure import WAYS, firings_of, measure, removals
+from lightning_sae.studies.low_activations.report import kind_in_words
 from lightning_sae.studies.low_activations.train import families_of, members_of
 from lightning_sae.studies.shared.evaluation import held_out_figures
 from lightning_sae.studies.shared.setting import Setting
@@ -130,13 +133,38 @@ def test_given_saes_are_taken_in_place_of_training(
     assert points == [p for p in results["seeds"][0]["points"] if p["sae"] == "l1-2"]
 
 
-def test_members_of_the_square_root_family_have_its_penalty(setting: Setting) -> None:
-    families = families_of((0.5, 2.0), (1.0,))
-    members = members_of(setting, families)
-    assert [member["name"] for member in members] == ["l1-0.5", "l1-2", "sqrt-1"]
+def test_each_kind_is_trained_at_its_values_and_lengths(setting: Setting) -> None:
+    families = families_of({"l1": [0.5, 2.0], "sqrt": [1.0], "gated": [3.0], "jumprelu": [4.0]})
+    members = members_of(setting, families, 3)
+    names = ["l1-0.5-x3", "l1-2-x3", "sqrt-1-x3", "gated-3-x3", "jumprelu-4-x3"]
+    assert [member["name"] for member in members] == names
     built = SideBySide(members, d_in=8)
-    assert [type(built[m["name"]].penalty) for m in members] == [L1, L1, Sqrt]
-    assert [built[m["name"]].l1_coefficient for m in members] == [0.5, 2.0, 1.0]
+    assert [type(built[name].penalty) for name in names[:3]] == [L1, L1, Sqrt]
+    assert [built[name].l1_coefficient for name in names[:4]] == [0.5, 2.0, 1.0, 3.0]
+    assert built["jumprelu-4-x3"].target_l0 == 4.0
+    warmups = [each["init_args"]["n_steps"] for each in members[0]["callbacks"][:1]]
+    assert warmups == [int(0.1 * 3 * setting.steps)]
+    assert "L1Warmup" not in str(members[-1]["callbacks"])  # a target steers itself
+
+
+def test_saes_of_another_length_or_kind_are_not_compared(
+    words: Sequence[str], tmp_path: Path
+) -> None:
+    kinds = ["--coefficients=[0.5,2]", "--gated_coefficients=[1]", "--lengths=[1,2]"]
+    few = ["--ways=global", "--seeds=1", "--shares=[0.3,0.9]", "--calibration_tokens=512"]
+    main(["low-activations", f"--output={tmp_path / 'a'}", *words, *kinds, *few])
+    found = json.loads((tmp_path / "a" / "results.json").read_text())
+    (seed,) = found["seeds"]
+    assert {point["way"] for point in seed["points"]} == {"whole", "global"}
+    assert len(seed["points"]) == 6 * 3
+    short, long = (
+        load(tmp_path / "a" / "seed-0" / part) for part in ("saes/l1-2", "x2/saes/l1-2-x2")
+    )
+    assert long.n_trained == 2 * short.n_trained > 0
+    for row in found["frontier"]:
+        assert row["trained"].endswith("-x2") == row["removed_from"].endswith("-x2")
+        assert row["trained"][:2] == row["removed_from"][:2]
+    assert (tmp_path / "a" / "kinds.png").stat().st_size > 10_000
 
 
 def test_an_sae_of_another_hook_is_refused(
@@ -156,6 +184,9 @@ def test_an_sae_of_another_hook_is_refused(
         ("--shares=[0.5,1]", "`shares` to be numbers above 0 and below 1"),
         ("--shares=[]", "`shares` to be numbers above 0 and below 1"),
         ("--calibration_tokens=0", "calibration_tokens"),
+        ("--lengths=[1,1]", "`lengths` to be different numbers above 0"),
+        ("--jumprelu_l0=[-1]", "`jumprelu_l0` to be different numbers above 0"),
+        ("--ways=highest", "`ways` to be different ones of lowest_k"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -302,3 +333,25 @@ def test_a_sparse_sae_is_held_against_denser_ones_of_its_family_at_its_l0() -> N
     assert (row["l0"], row["ce"]) == (20.0, 3.5)
     assert row["ce_removed"] == pytest.approx(3.2)
     assert row["fvu_removed"] == pytest.approx(0.32)
+
+
+def test_levels_are_read_off_the_sweep_and_off_the_lowest_curve_under_a_threshold() -> None:
+    slopes = (1.0, 1.0, 1.0, 0.2)  # a threshold costs .2 nats for each halving
+    points = [*straight("sparse", 16.0, 3.5, slopes), *straight("dense", 64.0, 3.0, slopes)]
+    rows = at_levels(points, {"sparse": "L1", "dense": "L1"})
+    assert [row["l0"] for row in rows] == [16.0, 32.0, 64.0]  # the sweep has no others
+    assert [row["ce"] for row in rows] == pytest.approx([3.5, 3.25, 3.0])
+    removed = [row["ce_removed"] for row in rows]
+    # At 16 only the sparse one itself is measured: the dense one comes down to 64 / 2^1.5 = 22.6.
+    assert removed == pytest.approx([3.5, 3.2, 3.0])
+
+
+def test_the_nearest_denser_sae_is_taken_and_its_gains_are_counted() -> None:
+    rows = [
+        {"seed": 0, "trained": "c", "removed_from": "a", "ce": 3.0, "ce_removed": 2.0},
+        {"seed": 0, "trained": "c", "removed_from": "b", "ce": 3.0, "ce_removed": 2.9},
+        {"seed": 1, "trained": "c", "removed_from": "b", "ce": 3.0, "ce_removed": 3.3},
+    ]
+    assert nearest(rows) == rows[1:]
+    said = kind_in_words("L1", nearest(rows))
+    assert "in 1 of 2 pairs, by -0.100 nats on average (-0.300 to +0.100" in said
