@@ -30,6 +30,8 @@ class ThresholdCalibration(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if batch is None:  # which Lightning skips
+            return
         self._rows = len(batch)
         if trainer.global_step == trainer.max_steps:  # before the checkpoint of this step
             self._calibrate(trainer, pl_module)
