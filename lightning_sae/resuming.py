@@ -171,10 +171,11 @@ def _in_names_of(saved: Mapping[str, Any], present: Settings) -> dict[str, Any]:
     """
     found = {name: saved[name] for name in present if name in saved}
     for name in present.keys() - found.keys():
-        above = [other for other in saved if name.startswith(f"{other}.")]
-        below = [saved[other] for other in saved if other.startswith(f"{name}.")]
-        if above or below:
-            found[name] = saved[above[0]] if above else ", ".join(map(str, below))
+        was_none = [o for o in saved if saved[o] is None and name.startswith(f"{o}.")]
+        is_none = present[name].value is None
+        below = [saved[other] for other in saved if is_none and other.startswith(f"{name}.")]
+        if was_none or below:
+            found[name] = ", ".join(map(str, below)) or None
     return {name: found[name] for name in present if name in found}
 
 

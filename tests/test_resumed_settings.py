@@ -123,6 +123,15 @@ def test_what_may_not_change_is_refused(message: str, last: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_penalty_that_is_left_out_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path, sae_of(penalty=Sqrt()), max_steps=4)
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    fit(tmp_path, sae_of(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert "  model.penalty: None (was " in caplog.text
+
+
 def test_another_architecture_and_width_are_refused(last: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint of `TopKSAE` but it holds `ReLUSAE`"):
         fit(tmp_path, sae_of(TopKSAE, k=3), ckpt_path=last)
