@@ -80,6 +80,11 @@ class RunCheckpoint(Checkpoint):  # called last, so the state of all others is s
         paths = [other.best_model_path for other in self._others]
         return next(filter(None, paths), str(self._saved or ""))
 
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        """What training in other processes saved, which `ddp_spawn` and the like report."""
+        self._saved = Path(path) if path else None
+
     def _hold(self, trainer: Trainer) -> None:
         """Lock the run's folder; if rank 0 cannot, all ranks raise an error."""
         refusal = None

@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.analysis import evaluate_in_model
+from lightning_sae.callbacks.run_folder import remove_unfinished
 from lightning_sae.checks import require_positive
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.source import source_of
@@ -131,6 +132,7 @@ class HeldOutEvaluation(Callback):
         results = {k.removeprefix("test/"): v.item() for k, v in metrics.items() if "test/" in k}
         self.results = results | self._in_model  # not rounded to single precision
         if trainer.is_global_zero:
+            remove_unfinished(Path(trainer.default_root_dir), "results*.json")
             self.path = unused(Path(trainer.default_root_dir) / "results.json")
             text = json.dumps(self.results, indent=2) + "\n"
             write_atomically(self.path, lambda path: path.write_text(text))

@@ -106,17 +106,44 @@ def _is_of(value: Any, kind: Any) -> bool:
     return True
 
 
+DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+"""Dtypes in which activations can be computed with."""
+
+
 def require_width(x: Any, d_in: int) -> None:
-    """Raise a ValueError if `x` is not a tensor or its last axis is not `d_in`."""
-    if not isinstance(x, Tensor):
-        raise ValueError(
-            f"Expected a batch to be a tensor of activations but got a {type(x).__name__}: have "
-            "the data loader give the tensor itself, as `DataLoader(tensor, batch_size=...)` does."
-        )
-    if x.shape[-1] != d_in:
+    """Raise a ValueError if `x` is not a tensor of activations [..., d_in]."""
+    _require_tensor(x, "a batch to be a tensor of activations", "activations")
+    if x.shape[-1:] != (d_in,):
         raise ValueError(
             f"Expected activations with last axis d_in={d_in} but got shape {tuple(x.shape)}: use "
             "the hook and model this SAE was built for."
+        )
+
+
+def require_latents(f: Any, d_sae: int) -> None:
+    """Raise a ValueError if `f` is not a tensor of latents [..., d_sae]."""
+    _require_tensor(f, "a tensor of latents", "latents")
+    if f.shape[-1:] != (d_sae,):
+        raise ValueError(
+            f"Expected latents with last axis d_sae={d_sae} but got shape {tuple(f.shape)}: give "
+            "what `encode` of this SAE gives."
+        )
+
+
+def _require_tensor(x: Any, expected: str, named: str) -> None:
+    """Raise a ValueError if `x` is not an ordinary tensor of real numbers."""
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"Expected {expected} but got a {type(x).__name__}: have the data loader give the "
+            "tensor itself, as `DataLoader(tensor, batch_size=...)` does."
+        )
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else x.layout
+        raise ValueError(f"Expected {named} as a dense tensor but got a {layout} one: convert it.")
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"Expected {named} of a floating-point dtype but got {x.dtype}: convert them, as "
+            "`x.float()` does."
         )
 
 
@@ -128,10 +155,24 @@ def require_batch(x: Any, d_in: int) -> None:
             f"Expected a batch of shape [batch, d_in] but got {tuple(x.shape)}: have the data "
             "loader give rows, as `x.reshape(-1, d_in)` makes them."
         )
-    if not x.is_floating_point():
+
+
+def require_one_loader(dataloader_idx: int) -> None:
+    """Raise a ValueError if there are several held-out loaders, whose metrics would be mixed."""
+    if dataloader_idx:
         raise ValueError(
-            f"Expected activations of a floating-point dtype but got {x.dtype}: convert them, as "
-            "`x.float()` does."
+            "Expected one loader of held-out activations but got several, and metrics are those of "
+            "one: call `trainer.validate` or `trainer.test` once for each."
+        )
+
+
+def require_betas(betas: Any) -> None:
+    """Raise a ValueError unless `betas` are two numbers of at least 0 and below 1."""
+    numbers = isinstance(betas, tuple | list) and len(betas) == 2
+    if not numbers or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
+        raise ValueError(
+            "Expected argument `betas` to be two numbers of at least 0 and below 1 but got "
+            f"{betas!r}."
         )
 
 
@@ -267,8 +308,8 @@ def require_matching(sae: nn.Module, checkpoint: dict[str, Any]) -> None:
             f"Expected a checkpoint of `{type(sae).__name__}` but it holds `{architecture}`: "
             "build the architecture it was made with, or give another `ckpt_path`."
         )
-    own = {name: tuple(w.shape) for name, w in sae.state_dict().items()}
-    its = {name: tuple(w.shape) for name, w in checkpoint["state_dict"].items()}
+    own = {name: _shape(w) for name, w in sae.state_dict().items()}
+    its = {name: _shape(w) for name, w in checkpoint["state_dict"].items()}
     if own != its:
         names = sorted(n for n in own.keys() | its.keys() if own.get(n) != its.get(n))
         pairs = ", ".join(f"{n} {own.get(n)} against {its.get(n)}" for n in names)
@@ -276,6 +317,12 @@ def require_matching(sae: nn.Module, checkpoint: dict[str, Any]) -> None:
             f"The checkpoint's shapes differ from this SAE's ({pairs}): "
             "set the `d_in` and `d_sae` it was made with, or give another `ckpt_path`."
         )
+
+
+def _shape(weight: Tensor) -> str:
+    """A weight's shape, and its dtype if it is not a floating-point one."""
+    named = "" if weight.is_floating_point() else f" of {weight.dtype}"
+    return f"{tuple(weight.shape)}{named}"
 
 
 def refuse_second(trainer: Trainer, callback: Callback) -> None:

@@ -340,6 +340,8 @@ def command() -> None:
     except (ValueError, OSError, FloatingPointError, MisconfigurationException) as error:
         own = of_ours(error)
         end_with(f"{type(own).__name__}: {own}")
+    except RecursionError as error:  # of a file that contains itself
+        end_with(f"The arguments are nested too deeply: {error}.")
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise

@@ -100,8 +100,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint, after a check for damage.
 
         By default only tensors and plain values, because a pickle can run code.
+
+        Raises:
+            ValueError: If it is damaged, or not a checkpoint of Lightning.
         """
-        return read_checkpoint(path, map_location, weights_only=weights_only is not False)
+        content = read_checkpoint(path, map_location, weights_only=weights_only is not False)
+        missing = [name for name in OF_LIGHTNING if name not in content]
+        if missing:
+            raise _refusal(path, f"it lacks {_listed(missing)}, which Lightning writes")
+        return content
 
 
 ENTRIES = {
@@ -118,6 +125,10 @@ ENTRIES = {
     "pytorch-lightning_version": str,
 }
 """Types of a checkpoint's entries, each of which may be missing."""
+ENTRIES |= {"settings": dict, "hparams_name": str}
+OF_LIGHTNING = ("state_dict", "epoch", "global_step", "pytorch-lightning_version")
+"""Entries without which Lightning restores nothing."""
+LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
 def read_checkpoint(
@@ -179,6 +190,7 @@ def _require_entries(path: str | Path, content: Any) -> None:
     for name, kind in ENTRIES.items():
         if name in content and not isinstance(content[name], kind):
             raise _refusal(path, f"its `{name}` is a {type(content[name]).__name__}")
+    _require_parts(path, content)
     weights = content.get("state_dict", {})
     if not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise _refusal(path, "its `state_dict` holds more than tensors")
@@ -186,6 +198,35 @@ def _require_entries(path: str | Path, content: Any) -> None:
         bad = not_finite(weights)
         if bad:
             raise _refusal(path, f"its weights are not finite ({_listed(bad)})")
+
+
+def _require_parts(path: str | Path, content: dict[str, Any]) -> None:
+    """Raise a ValueError if a part of an entry is missing or of a wrong type."""
+    loops = content.get("loops", {})
+    parts: dict[str, tuple[Any, type]] = {
+        **{f"loops.{name}": (loops.get(name), dict) for name in LOOPS if "loops" in content},
+        **{f"callbacks.{k}": (v, dict) for k, v in content.get("callbacks", {}).items()},
+        **{f"members.{i}": (v, dict) for i, v in enumerate(content.get("members", []))},
+        **{f"optimizer_states.{i}": (v, dict) for i, v in enumerate(_states(content))},
+    }
+    own = content.get("lightning_sae")
+    if own is not None:
+        parts |= {
+            "architecture": (own.get("architecture"), str),
+            "source": (own.get("source"), dict),
+        }
+    for name, (value, kind) in parts.items():
+        if not isinstance(value, kind):
+            raise _refusal(path, f"its `{name}` is {value!r:.40}, and not a {kind.__name__}")
+    counts = {name: content.get(name, 0) for name in ("epoch", "global_step")}
+    for name, count in counts.items():
+        if count < 0:
+            raise _refusal(path, f"its `{name}` is {count}")
+
+
+def _states(content: dict[str, Any]) -> list[Any]:
+    states: list[Any] = content.get("optimizer_states", [])
+    return states
 
 
 def not_finite(weights: Mapping[str, Tensor], buffers: Collection[str] | None = None) -> list[str]:

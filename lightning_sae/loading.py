@@ -115,6 +115,7 @@ def _load_checkpoint(
     if not path.is_file():
         raise ValueError(f"Expected argument `path` to be an SAE but {path} does not exist.")
     checkpoint = read_checkpoint(path, needed=NEEDED)
+    expect("state_dict" in checkpoint, "path", "an SAE with weights", f"{path}, which has none")
     if "members" in checkpoint:
         checkpoint = _of_member(checkpoint, member)
     if "lightning_sae" not in checkpoint:

@@ -113,6 +113,61 @@ def test_a_batch_that_is_no_matrix_of_floats_is_refused(rows: Tensor) -> None:
         Trainer(**PLAIN).validate(ReLUSAE(4, 8), loader, verbose=False)
 
 
+STRANGE: dict[str, Any] = {
+    "no axis": torch.tensor(1.0),
+    "integers": torch.ones(16, 4, dtype=torch.int64),
+    "truth values": torch.ones(16, 4, dtype=torch.bool),
+    "complex": torch.ones(16, 4, dtype=torch.complex64),
+    "8 bits": torch.ones(16, 4).to(torch.float8_e4m3fn),
+    "sparse": torch.eye(4).to_sparse(),
+    "a list": [torch.ones(16, 4)],
+    "width": torch.ones(16, 5),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
+def test_what_is_no_tensor_of_activations_is_refused_wherever_it_comes(strange: Any) -> None:
+    sae = ReLUSAE(4, 8)
+    loader: Any = DataLoader([strange] * 4, batch_size=None)  # type: ignore[arg-type]
+    trainer = Trainer(**PLAIN | {"max_steps": 2})
+    for use in (
+        lambda: fitted(sae, loader),
+        lambda: fitted(SideBySide([{"name": "a", "sae": sae}]), loader),
+        lambda: trainer.validate(sae, loader, verbose=False),
+        lambda: trainer.predict(sae, loader),
+        lambda: sae.encode(strange),
+        lambda: sae.decode(strange),
+    ):
+        with pytest.raises(ValueError, match=r"^Expected "):
+            use()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_predictions_are_of_rows(rows: Tensor) -> None:
+    loader: Any = DataLoader(rows.reshape(32, 2, 4), batch_size=16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shape \[batch, d_in\] but got \(16, 2, 4\)"):
+        Trainer(**PLAIN).predict(ReLUSAE(4, 8), loader)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:train_dataloader yielded None", "ignore:Detected call of .lr_scheduler.step"
+)
+@pytest.mark.parametrize("sae", [ReLUSAE(4, 8), BatchTopKSAE(4, 8, k=2)])
+def test_batches_of_nothing_are_no_batches(sae: Any) -> None:
+    """Lightning skips them, and would start epochs for ever."""
+    nothing: Any = [None] * 3
+    with pytest.raises(ValueError, match="training data gave no batch"):
+        fitted(sae, DataLoader(nothing, batch_size=None))
+
+
+def test_a_member_without_its_hook_in_the_batch_is_named(rows: Tensor) -> None:
+    loader: Any = DataLoader([{"x": rows}], batch_size=None)  # type: ignore[arg-type]
+    member = {"name": "a", "hook_name": "y", "sae": ReLUSAE(4, 8)}
+    with pytest.raises(ValueError, match="hook of member `a`, y, but got x"):
+        fitted(SideBySide([member]), loader)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_are_converted(dtype: torch.dtype, rows: Tensor) -> None:
     found = []
@@ -144,6 +199,18 @@ def test_no_batch_that_was_asked_for_is_no_error(rows: Tensor) -> None:
 
 
 # Activations that spoil an SAE.
+
+
+def test_activations_whose_gradients_overflow_are_refused(rows: Tensor) -> None:
+    """The loss is finite, but a gradient's square is not, and Adam would move nothing."""
+    with pytest.raises(FloatingPointError, match="squares of their gradients.*`data.scale`"):
+        fitted(ReLUSAE(4, 8), rows * 1e12)
+    fitted(ReLUSAE(4, 8), rows * 1e12, precision="64-true")
+
+
+def test_activations_shorter_than_a_step_are_named(rows: Tensor) -> None:
+    with pytest.warns(UserWarning, match="first steps of Adam move `b_dec`.*`data.scale`"):
+        fitted(ReLUSAE(4, 8), rows * 1e-5)
 
 
 def test_zeros_are_named(rows: Tensor) -> None:

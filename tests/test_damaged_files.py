@@ -110,6 +110,86 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
         assert archive.testzip() is None
 
 
+def without(name: str, *inner: str) -> Callable[[dict[str, Any]], None]:
+    """Remove an entry of a checkpoint."""
+
+    def change(content: dict[str, Any]) -> None:
+        for key in (name, *inner)[:-1]:
+            content = content[key]
+        del content[(name, *inner)[-1]]
+
+    return change
+
+
+def having(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    """Replace entries of a checkpoint."""
+    return lambda content: content.update(entries)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("optimizer_states"), "lacks optimizer_states"),
+        (having(optimizer_states=[]), "lacks optimizer_states"),
+        (having(optimizer_states=[3]), "`optimizer_states.0`"),
+        (without("lr_schedulers"), "lacks lr_schedulers"),
+        (without("loops"), "lacks loops"),
+        (without("loops", "fit_loop"), "`loops.fit_loop`"),
+        (without("callbacks"), "lacks callbacks"),
+        (having(callbacks={"X": 3}), "`callbacks.X`"),
+        (without("state_dict"), "lacks state_dict"),
+        (without("global_step"), "lacks global_step"),
+        (having(global_step=-1), "`global_step` is -1"),
+        (without("pytorch-lightning_version"), "lacks pytorch-lightning_version"),
+        (having(settings=3), "`settings` is a int"),
+        (having(lightning_sae={"architecture": "ReLUSAE", "source": 3}), "`source` is 3"),
+        (lambda c: c["state_dict"].update(b_enc=torch.ones(64).long()), "of torch.int64"),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_a_run_needs_is_refused(
+    change: Callable[[dict[str, Any]], None], message: str, last: Path
+) -> None:
+    content = torch.load(last, weights_only=True)
+    change(content)
+    torch.save(content, last)
+    with pytest.raises(ValueError, match=message):
+        fitted(ReLUSAE(4, 64), last, max_steps=3)
+
+
+def test_a_checkpoint_of_weights_alone_says_how_to_go_on_from_it(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    fitted(ReLUSAE(4, 64)).save_checkpoint(path, weights_only=True)
+    with pytest.raises(ValueError, match=r"lacks optimizer_states.*lightning_sae\.load\("):
+        fitted(ReLUSAE(4, 64), path, max_steps=3)
+    fitted(lightning_sae.load(path).train())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["hyper_parameters"].update(d_sae=10**9), "d_sae, d_in"),
+        (lambda c: c["hyper_parameters"].update(unknown=1), "give no ReLUSAE: .*'unknown'"),
+        (lambda c: c["hyper_parameters"].update(dead_after="x"), "give no ReLUSAE"),
+        (lambda c: c["hyper_parameters"].update(penalty={"class": "os.system"}), "penalty"),
+        (without("hyper_parameters"), "lacks hyper_parameters"),
+    ],
+)
+def test_load_from_checkpoint_reads_as_carefully(
+    change: Callable[[dict[str, Any]], None], message: str, last: Path
+) -> None:
+    content = torch.load(last, weights_only=True)
+    change(content)
+    torch.save(content, last)
+    with pytest.raises(ValueError, match=message):
+        ReLUSAE.load_from_checkpoint(last)
+
+
+def test_load_from_checkpoint_compares_checksums(last: Path) -> None:
+    damage(last, "state_dict")
+    with pytest.raises(ValueError, match=r"Could not read .*last\.ckpt"):
+        ReLUSAE.load_from_checkpoint(last)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder of an SAE."""

@@ -12,6 +12,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
     DeviceStatsMonitor,
     EarlyStopping,
@@ -31,6 +33,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader
 
 from lightning_sae import (
@@ -45,7 +49,13 @@ from lightning_sae import (
     TopKSAE,
     ToyDataModule,
 )
-from lightning_sae.callbacks import RunCheckpoint
+from lightning_sae.callbacks import (
+    ExportSAE,
+    LatentWriter,
+    RunCheckpoint,
+    StepMonitor,
+    TargetL0,
+)
 from lightning_sae.functional.penalties import Sqrt
 from lightning_sae.training.supported import require_supported_features
 
@@ -334,6 +344,7 @@ def test_deterministic_runs_train_the_same_weights(make: Callable[[], Any]) -> N
     [
         {"profiler": "simple"},
         {"profiler": "advanced"},
+        {"profiler": "pytorch"},
         {"detect_anomaly": True},
         {"inference_mode": False},
         {"sync_batchnorm": True},
@@ -488,6 +499,94 @@ def test_evaluation_reads_as_many_batches_as_asked_for(name: str) -> None:
     assert counted.n == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_launcher_that_gives_weights_back_also_gives_the_path_of_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    sae, data = ReLUSAE(16, 32), toy()
+    flags = {"strategy": "ddp_fork", "devices": 1, "default_root_dir": tmp_path}
+    trainer = train(sae, data, RunCheckpoint(), **flags)
+    saver: Any = trainer.checkpoint_callback
+    assert saver.best_model_path == str(tmp_path / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize("name", ["validate", "test"])
+def test_several_held_out_loaders_are_refused(name: str) -> None:
+    loaders: Any = [DataLoader(torch.randn(8, 16), batch_size=4) for _ in range(2)]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Expected one loader of held-out activations"):
+        getattr(trainer_with(limit_val_batches=1.0), name)(ReLUSAE(16, 32), loaders, verbose=False)
+
+
+# Optimizers and parameters.
+
+
+class Stepping(ReLUSAE):
+    """With another optimizer."""
+
+    kind: Any = torch.optim.SGD
+
+    def configure_optimizers(self) -> Any:
+        return None if self.kind is None else self.kind(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None")
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, None])
+def test_an_optimizer_of_ones_own_keeps_rows_at_norm_1(optimizer: Any) -> None:
+    sae = Stepping(16, 32)
+    sae.kind = optimizer
+    train(sae, limit_train_batches=3, max_epochs=1, max_steps=-1)
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(32))
+
+
+def test_an_optimizer_that_cannot_train_an_sae_is_refused() -> None:
+    sae = Stepping(16, 32)
+    sae.kind = torch.optim.LBFGS
+    with pytest.raises(ValueError, match="`LBFGS` is not supported"):
+        train(sae)
+
+
+class FreezesAll(BaseFinetuning):
+    """Lightning's freezing, of everything."""
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module)
+
+    def finetune_function(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("by_callback", [True, False])
+def test_an_sae_without_anything_to_train_is_refused(by_callback: bool) -> None:
+    sae = ReLUSAE(16, 32)
+    if not by_callback:
+        sae.freeze()
+    with pytest.raises(ValueError, match="`requires_grad` of all of them is False"):
+        train(sae, toy(), *([FreezesAll()] if by_callback else []))
+
+
+def test_a_frozen_decoder_stays() -> None:
+    sae = ReLUSAE(16, 32)
+    sae.W_dec.requires_grad_(False)
+    before = sae.W_dec.clone()
+    train(sae)
+    assert torch.equal(sae.W_dec, before)
+
+
+def test_parameters_that_are_computed_or_have_no_values_are_refused() -> None:
+    pruned, parametrized = ReLUSAE(16, 32), ReLUSAE(16, 32)
+    prune.l1_unstructured(pruned, "W_dec", amount=0.5)
+    weight_norm(parametrized, "W_dec")
+    with torch.device("meta"):
+        absent = ReLUSAE(16, 32)
+    for sae, message in (
+        (pruned, "W_dec_orig"),
+        (parametrized, "W_dec.orig"),
+        (absent, "device `meta`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(sae)
+
+
 # Callbacks that would spoil an SAE.
 
 
@@ -498,6 +597,7 @@ def test_evaluation_reads_as_many_batches_as_asked_for(name: str) -> None:
         WeightAveraging(),
         EMAWeightAveraging(),
         ModelPruning("l1_unstructured", amount=0.5),
+        BackboneFinetuning(),
     ],
     ids=lambda callback: type(callback).__name__,
 )
@@ -513,6 +613,23 @@ def test_one_learning_rate_for_saes_side_by_side_is_not_looked_for() -> None:
     members = [{"name": "a", "sae": ReLUSAE(16, 32)}]
     with pytest.raises(ValueError, match="LearningRateFinder.*`sweep`"):
         train(SideBySide(members), toy(), LearningRateFinder())
+
+
+OF_ONE = [LearningRateMonitor(), TargetL0(4.0), ExportSAE(), LatentWriter(), StepMonitor()]
+
+
+@pytest.mark.parametrize("callback", OF_ONE, ids=lambda each: type(each).__name__)
+def test_callbacks_of_a_single_sae_are_refused_for_a_run_of_several(
+    callback: Callback, tmp_path: Path
+) -> None:
+    together = SideBySide([{"name": "a", "sae": ReLUSAE(16, 32)}])
+    with pytest.raises(ValueError, match=f"`{type(callback).__name__}`.* each member"):
+        train(together, toy(), callback, logger=CSVLogger(tmp_path))
+
+
+def test_saes_side_by_side_need_a_trainer() -> None:
+    with pytest.raises(ValueError, match="side by side need a Lightning trainer"):
+        SideBySide([{"name": "a", "sae": ReLUSAE(16, 32)}]).configure_optimizers()
 
 
 # The module in other hands.

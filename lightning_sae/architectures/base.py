@@ -28,10 +28,13 @@ from lightning_sae.checks import (
     compare_sources,
     require_a_batch,
     require_batch,
+    require_betas,
     require_finite,
     require_finite_weights,
     require_integers,
+    require_latents,
     require_matching,
+    require_one_loader,
     require_one_of,
     require_positive,
     require_width,
@@ -39,7 +42,7 @@ from lightning_sae.checks import (
 )
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed import Ranks, require_agreement, take_part, trainer_of
-from lightning_sae.files import AtomicCheckpointIO
+from lightning_sae.files import AtomicCheckpointIO, first_line
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.functional.revival import auxk, ghost_gradients, variance
@@ -57,7 +60,11 @@ from lightning_sae.training.optimizer import (
     set_peak_rates,
 )
 from lightning_sae.training.resuming import Settings, compare_settings, note_settings, settings_of
-from lightning_sae.training.supported import require_supported_features
+from lightning_sae.training.supported import (
+    require_supported_callbacks,
+    require_supported_features,
+    require_usable_optimizers,
+)
 
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
@@ -183,6 +190,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         require_positive(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
         lr = peak_rate(d_sae) if lr is None else lr
         require_positive(lr=lr)
+        require_betas(betas)
         require_lengths(0, lr_warmup_steps=lr_warmup_steps, lr_decay_steps=lr_decay_steps)
         if clip_grad_norm is not None:
             require_positive(clip_grad_norm=clip_grad_norm)
@@ -265,13 +273,18 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         """Latents of raw activations, in the units of the activations.
 
         Raises:
-            ValueError: If the last axis of `x` is not `d_in`.
+            ValueError: If the last axis of `x` is not `d_in`, or its dtype is not floating-point.
         """
         require_width(x, self.d_in)
         return self.activate(self.pre_activations(self.scaled(x))) / self.input_scale
 
     def decode(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
-        """Raw activations reconstructed from latents."""
+        """Raw activations reconstructed from latents.
+
+        Raises:
+            ValueError: If the last axis of `f` is not `d_sae`.
+        """
+        require_latents(f, self.d_sae)
         return self.unscaled(self.reconstruct(f * self.input_scale))
 
     @override
@@ -392,6 +405,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         """
         trainer = trainer_of(self)
         given = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+        require_supported_callbacks(given)
         kept = any(getattr(callback, "constrains_decoder_norm", False) for callback in given)
         norms = [] if kept or self.decoder_norm == "free" else [DecoderNormProjection()]
         if self.steered_l0 is None:
@@ -408,6 +422,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     @override
     def on_train_start(self) -> None:
         """Use the `lr` found by `LearningRateFinder`, which sets it after the optimizer is made."""
+        require_usable_optimizers(self.trainer)
         rates = [group.get("lr", self.lr) for group in self.parameter_groups()]
         for config in self.trainer.lr_scheduler_configs:
             set_peak_rates(config.scheduler, rates)
@@ -420,7 +435,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     @override
     def on_train_epoch_end(self) -> None:
         """Refuse data without a batch, with which Lightning would start epochs for ever."""
-        require_a_batch(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        # Of batches that are None, Lightning starts none.
+        current: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        require_a_batch(current.started)
 
     @override
     def on_fit_end(self) -> None:
@@ -457,9 +474,31 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
                 "are too, nothing is learnt. Check the data and its hook.",
                 stacklevel=2,
             )
+        self._require_usual_norm(batch)
         if self.b_dec_init == "mean":
             self.b_dec.copy_(self.ranks.mean(self.scaled(batch).mean(0)))
         self.is_trained = True
+
+    def _require_usual_norm(self, batch: Float[Tensor, "batch d_in"]) -> None:
+        """Refuse activations whose gradients overflow, and warn of those shorter than a step."""
+        x = self.scaled(batch)
+        norm = self.ranks.mean(x.double().square().sum(-1).mean()).sqrt().item()
+        # A gradient is about as large as a squared norm, and Adam squares it.
+        if norm > torch.finfo(x.dtype).max ** 0.25:
+            raise FloatingPointError(
+                f"The activations of the first batch are of norm {norm:.3g}, and {x.dtype} cannot "
+                "hold the squares of their gradients, so nothing would be learnt: look at the "
+                "model, or scale them with `data.scale`."
+            )
+        # A learning rate above the largest default is another mistake.
+        step = min(self.lr, peak_rate(1)) * self.d_in**0.5
+        if 0 < norm < step:
+            warnings.warn(
+                f"The activations of the first batch are of norm {norm:.3g}, and the first steps "
+                f"of Adam move `b_dec` by up to {step:.3g} each: scale them with `data.scale`, or "
+                "lower `lr`.",
+                stacklevel=2,
+            )
 
     def _scaling_of_data(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]] | None:
         trainer = trainer_of(self)
@@ -611,8 +650,15 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     # Evaluation on held-out activations.
 
     @override
-    def validation_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
-        """Add a batch of held-out raw activations to the metrics."""
+    def validation_step(
+        self, batch: Float[Tensor, "batch d_in"], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add a batch of held-out raw activations to the metrics.
+
+        Raises:
+            ValueError: If `batch` is not of shape [batch, d_in], or there are several loaders.
+        """
+        require_one_loader(dataloader_idx)
         require_batch(batch, self.d_in)
         self._held_out_not_finite += int((~torch.isfinite(batch)).any(-1).sum())
         f = self.encode(batch)
@@ -636,9 +682,11 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         self.held_out_count = self._held_out_not_finite = 0
 
     @override
-    def test_step(self, batch: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
+    def test_step(
+        self, batch: Float[Tensor, "batch d_in"], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Add a batch of held-out raw activations to the metrics."""
-        self.validation_step(batch, batch_idx)
+        self.validation_step(batch, batch_idx, dataloader_idx)
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -665,6 +713,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         self, batch: Float[Tensor, "batch d_in"], batch_idx: int
     ) -> Float[Tensor, "batch d_sae"]:
         """Latent activations of a batch."""
+        require_batch(batch, self.d_in)
         return self.encode(batch)
 
     # Portable folders and checkpoints.
@@ -827,19 +876,32 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         `lightning_sae.load` does the same for any architecture of the package.
 
         Raises:
-            ValueError: If the penalty is not from this package: then give it as `penalty`.
+            ValueError: If the penalty is not from this package: then give it as `penalty`; or if
+                the file is damaged, or does not fit the class.
         """
-        if "penalty" not in kwargs:
-            kwargs |= portable.penalty_of(checkpoint_path)
-        return super().load_from_checkpoint(
-            checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
-        )
+        if weights_only is not False:
+            portable.require_sound(checkpoint_path, kwargs)
+        try:
+            if "penalty" not in kwargs:
+                kwargs |= portable.penalty_of(checkpoint_path)
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
+        except (TypeError, KeyError, AttributeError) as error:
+            reason = f"its `hyper_parameters` give no {cls.__name__}: {first_line(error)}"
+            raise ValueError(f"Could not read {checkpoint_path}: {reason}.") from error
 
     @override
     def _apply(self: SAE, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
         """As a module's (`to`, `half`, ...), but keep `kept_in_float32` in float32 or more."""
         kept = {name: getattr(self, name).detach() for name in self.kept_in_float32}
-        super()._apply(fn, recurse)
+        try:
+            super()._apply(fn, recurse)
+        except NotImplementedError as error:  # of torch, for weights without values
+            raise ValueError(
+                "Expected weights with values but they are on the device `meta`: build the SAE "
+                f"outside of `torch.device('meta')`. ({first_line(error)})"
+            ) from error
         for name, before in kept.items():
             now = getattr(self, name)
             if now.dtype.itemsize < min(4, before.dtype.itemsize):

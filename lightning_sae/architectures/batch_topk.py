@@ -45,8 +45,9 @@ class BatchTopKSAE(WithOrthogonality):
     The running threshold is also that of the text which was just trained on, and other text has
     more active latents. In 4 runs of 400 steps of 64 activations of Python source, held-out L0 was
     2 to 13 % above k with the running threshold and within 3.1 % with the final one; in 3 on
-    stories, 2 % above and within 0.5 %. For `decoder_norm` see `TopKSAE`. Source: Bussmann et al.,
-    BatchTopK sparse autoencoders (2024); the correction: Brown, Statistical forecasting (1959).
+    stories, 2 % above and within 0.5 %. `ThresholdCalibration` says how much documents differ. For
+    `decoder_norm` see `TopKSAE`. Source: Bussmann et al., BatchTopK sparse autoencoders (2024); the
+    correction: Brown, Statistical forecasting (1959).
 
     Args:
         d_in: Width of the activations.

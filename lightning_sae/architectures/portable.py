@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_sae.checks import expect, require_new_folder, require_types
-from lightning_sae.files import first_line, not_finite, read_json, write_atomically
+from lightning_sae.files import (
+    first_line,
+    not_finite,
+    read_checkpoint,
+    read_json,
+    write_atomically,
+)
 from lightning_sae.functional.penalties import from_description, plain_arguments
 from lightning_sae.version import __version__
 
@@ -164,6 +170,30 @@ def arguments_of(hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in plain_arguments(hparams).items() if not k.startswith("_")}
 
 
+def require_sound(checkpoint: Any, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a checkpoint's file is damaged, or of other sizes than it says.
+
+    Args:
+        checkpoint: The file; other objects than paths are not checked.
+        given: Arguments that replace those of the file.
+    """
+    if not isinstance(checkpoint, str | Path):
+        return
+    needed = "state_dict", "hyper_parameters", "lightning_sae"
+    content = read_checkpoint(checkpoint, needed=needed)
+    missing = [name for name in needed if name not in content]
+    if missing:
+        raise ValueError(f"Could not read {checkpoint}: it lacks {', '.join(missing)}.")
+    arguments = {**content["hyper_parameters"], **given}
+    found = content["state_dict"].get("W_dec", torch.empty(0)).shape
+    said = tuple(arguments.get(name) for name in ("d_sae", "d_in"))
+    if None not in said and said != tuple(found):  # before memory is taken
+        raise ValueError(
+            f"Could not read {checkpoint}: by its arguments (d_sae, d_in) are {said} but `W_dec` "
+            f"has shape {tuple(found)}."
+        )
+
+
 def penalty_of(checkpoint: Any) -> dict[str, Any]:
     """The argument `penalty` that a checkpoint's file has, if it has one, as an object."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -215,6 +245,9 @@ def _require_format(description: Any, path: Path) -> None:
     if missing or unknown:
         raise _refusal(path, f"it lacks {sorted(missing)} and has {sorted(unknown)} too many")
     require_entries(description, path)
+    counted = description.get("training", {}).get("activations", 0)
+    if isinstance(counted, bool) or not isinstance(counted, int) or counted < 0:
+        raise _refusal(path, f"its `training.activations` is {counted!r:.40}, and not a count")
     found = description["format"]
     if found != FORMAT:
         remedy = "a newer version of lightning-sae may read it"

@@ -19,6 +19,23 @@ class ThresholdCalibration(Callback):
     the text that follows. They are as many as in training, up to 32,768 on each rank. With other
     data the running threshold is kept.
 
+    On text that was not trained on either, L0 is off by as much as documents differ. Three seeds,
+    after 100 and 400 steps of 64 activations, k 32 and 512 latents, 65,536 activations each:
+
+    ==================================  =============  =============
+    activations                         Python source  stories
+    ==================================  =============  =============
+    unseen training text, many          31.7 to 32.2   31.9 to 32.1
+    documents, other than the sample
+    unseen training text, in order      31.0 to 35.7   31.8 to 32.1
+    held-out text, in order             30.0 to 33.2   31.5 to 33.2
+    the first 8,192 of these            29.9 to 36.0   31.4 to 33.2
+    ==================================  =============  =============
+
+    Eighths of one held-out text of source code, 8,192 activations of a few files each, have an L0
+    between 22.2 and 36.0. A larger sample would not change this: the first row is what another one
+    of 65,536 activations has.
+
     Every `BatchTopKSAE` adds this callback. It does not move the training stream or the running
     means: a prolonged run is the same as one that did not end here.
     """
@@ -30,6 +47,8 @@ class ThresholdCalibration(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if batch is None:  # which Lightning skips
+            return
         self._rows = len(batch)
         if trainer.global_step == trainer.max_steps:  # before the checkpoint of this step
             self._calibrate(trainer, pl_module)

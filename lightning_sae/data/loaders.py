@@ -98,7 +98,8 @@ def require_an_end(trainer: Any, batch_size: int) -> None:
     if not (trainer.max_steps > 0 or timed or has_epochs):
         raise ValueError(
             "The stream of activations has no end: set `trainer.max_steps` to the number of "
-            f"optimizer steps, each on {batch_size} activations."
+            f"optimizer steps, each on {batch_size} activations, or `trainer.limit_train_batches` "
+            "to the number of batches that shall count as an epoch."
         )
     if has_epochs:
         return

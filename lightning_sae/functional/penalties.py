@@ -160,7 +160,7 @@ def from_description(description: dict[str, Any]) -> Penalty:
         ValueError: If it is not one of this package's penalties; a file must not run other code.
     """
     known = {f"{__name__}.{kind.__name__}": kind for kind in (L1, Power, Sqrt, Log, Tanh)}
-    name = description["class_path"]
+    name = description.get("class_path") if isinstance(description, dict) else description
     if name not in known:
         raise ValueError(
             f"Expected a penalty of this package, one of {sorted(known)}, but got {name}: load "

@@ -1,15 +1,17 @@
 """Checks of a run of several SAEs before it starts."""
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BasePredictionWriter,
     Checkpoint,
     EarlyStopping,
     LearningRateFinder,
+    LearningRateMonitor,
     Timer,
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from lightning_sae.callbacks import RunCheckpoint, SAEProgressBar, StreamMonitor
 from lightning_sae.data.source import ActivationSource
 from lightning_sae.side_by_side.member import Member
 
@@ -26,11 +28,35 @@ def require_supported(trainer: Trainer) -> None:
             "Expected argument `trainer.precision` to be other than `16-mixed` for SAEs side by "
             "side, because it scales all losses by one number: use `bf16-mixed`."
         )
-    if any(isinstance(each, LearningRateFinder) for each in trainer.callbacks):  # type: ignore[attr-defined]
+
+
+OF_RUN = RunCheckpoint, SAEProgressBar, StreamMonitor
+"""Callbacks of the package that act on a run, and not on an SAE."""
+
+
+def require_of_run(callback: Callback) -> None:
+    """Raise a ValueError for a callback of the run that needs a single SAE."""
+    name = type(callback).__name__
+    if isinstance(callback, LearningRateFinder):
         raise ValueError(
             "`LearningRateFinder` finds one learning rate but SAEs side by side have one each: "
             "use `sweep` with several values of `lr`."
         )
+    if isinstance(callback, LearningRateMonitor):
+        raise ValueError(
+            "`LearningRateMonitor` logs the learning rates of one optimizer but SAEs side by side "
+            "have one each: give each member a `StepMonitor`, which logs `train/lr`."
+        )
+    ours = type(callback).__module__.startswith(OF_ONE_SAE)
+    if ours and not isinstance(callback, OF_RUN):
+        raise ValueError(
+            f"Expected the trainer's callbacks to act on the whole run but got `{name}`, which "
+            "acts on a single SAE: move it to the `callbacks` of each member."
+        )
+
+
+OF_ONE_SAE = "lightning_sae.callbacks.", "lightning_sae.architectures."
+"""Modules whose callbacks act on an SAE, except for those in `OF_RUN`."""
 
 
 def require_hook(member: Member, data: ActivationSource | None) -> None:

@@ -88,12 +88,13 @@ def _require_parts_of_their_own(members: list[Member]) -> None:
 
 def _build(description: Mapping[str, Any], d_in: Widths) -> Member:
     name, hook_name = str(description["name"]), description.get("hook_name")
+    seed = description.get("seed")
     with named(name):
         sae, callbacks = description["sae"], description.get("callbacks") or []
         if not isinstance(sae, SparseAutoencoder):
             width = _width(hook_name, d_in)
-            sae = _sae(sae, width, description.get("seed"))
-        return Member(name, sae, [_callback(each) for each in callbacks], hook_name)
+            sae = _sae(sae, width, seed)
+        return Member(name, sae, [_callback(each) for each in callbacks], hook_name, seed)
 
 
 def _width(hook_name: str | None, d_in: Widths) -> int | None:

@@ -22,6 +22,7 @@ class Member:
         sae: Its SAE.
         callbacks: Its callbacks.
         hook_name: Its hook; None if the data has only one.
+        seed: The seed of its initial weights; None for that of the run.
 
     Attributes:
         stopped: Why it was stopped; None if it is active.
@@ -38,8 +39,9 @@ class Member:
         sae: SparseAutoencoder,
         callbacks: Sequence[Callback] = (),
         hook_name: str | None = None,
+        seed: int | None = None,
     ) -> None:
-        self.name, self.sae, self.hook_name = name, sae, hook_name
+        self.name, self.sae, self.hook_name, self.seed = name, sae, hook_name, seed
         self.callbacks = list(callbacks)
         self.stopped: str | None = None
         self.stopped_at: int | None = None
@@ -51,8 +53,19 @@ class Member:
         return "trainer" in vars(self)
 
     def rows(self, batch: Any) -> Any:
-        """The member's part of a batch of all hooks."""
-        return batch[self.hook_name] if isinstance(batch, dict) else batch
+        """The member's part of a batch of all hooks.
+
+        Raises:
+            ValueError: If the batch does not have the member's hook.
+        """
+        if not isinstance(batch, dict):
+            return batch
+        if self.hook_name not in batch:
+            raise ValueError(
+                f"Expected a batch with the hook of member `{self.name}`, {self.hook_name}, but "
+                f"got {', '.join(map(str, batch))}: set the member's `hook_name` to one of these."
+            )
+        return batch[self.hook_name]
 
     def parts(self) -> dict[str, str | None]:
         """Names of the member's parts, to compare them between ranks."""

@@ -15,14 +15,25 @@ from typing_extensions import override
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.checks import require_finite_weights
 from lightning_sae.data.source import source_of
-from lightning_sae.distributed import require_agreement, take_part
+from lightning_sae.distributed import require_agreement, take_part, trainer_of
 from lightning_sae.functional.sparse.memory import Workspace
-from lightning_sae.side_by_side.checks import require_hook, require_own_callbacks, require_supported
+from lightning_sae.side_by_side.checks import (
+    require_hook,
+    require_of_run,
+    require_own_callbacks,
+    require_supported,
+)
 from lightning_sae.side_by_side.descriptions import build_members, named
 from lightning_sae.side_by_side.member import Member
 from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
-from lightning_sae.training.resuming import Settings, compare_settings, note_settings, settings_of
-from lightning_sae.training.supported import require_supported_features
+from lightning_sae.training.resuming import (
+    Setting,
+    Settings,
+    compare_settings,
+    note_settings,
+    settings_of,
+)
+from lightning_sae.training.supported import require_supported_callbacks, require_supported_features
 
 
 class SideBySide(LightningModule):
@@ -107,6 +118,10 @@ class SideBySide(LightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """A callback for members' hooks that Lightning calls too late on a module."""
+        given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        require_supported_callbacks(given)
+        for callback in given:
+            require_of_run(callback)
         return [_MembersHooks()]
 
     @override
@@ -124,7 +139,16 @@ class SideBySide(LightningModule):
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        """The optimizers of all members, as one."""
+        """The optimizers of all members, as one.
+
+        Raises:
+            ValueError: If there is no trainer.
+        """
+        if trainer_of(self) is None:
+            raise ValueError(
+                "SAEs side by side need a Lightning trainer, which they share, but there is none: "
+                "use `Trainer.fit`, or in a loop of your own train each SAE by itself."
+            )
         for member in self.members:
             with named(member.name):
                 member.configure_optimizers()
@@ -291,6 +315,7 @@ class SideBySide(LightningModule):
                 f"holds {', '.join(saved) or 'none'}: resume with the `members` of the run."
             )
         weights = checkpoint["state_dict"]
+        self._require_no_other(weights)
         for i, (member, own) in enumerate(zip(self.members, checkpoint["members"], strict=True)):
             prefix = f"saes.{i}."
             its = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
@@ -298,11 +323,21 @@ class SideBySide(LightningModule):
                 member.load_state_dict({**own, "state_dict": its, "global_step": 0})
         compare_settings(checkpoint, self._settings(), self.trainer)
 
+    def _require_no_other(self, weights: dict[str, Tensor]) -> None:
+        own = tuple(f"saes.{i}." for i in range(len(self.members)))
+        others = sorted(name for name in weights if not name.startswith(own))
+        if others:
+            raise ValueError(
+                f"Expected a checkpoint of the weights of {len(self.members)} members but it also "
+                f"has {', '.join(others)}: give another `ckpt_path`."
+            )
+
     def _settings(self) -> Settings:
+        seeds = {f"members.{m.name}.seed": Setting(m.seed, False) for m in self.members}
         saes = {f"members.{member.name}.": member.sae for member in self.members}
         callbacks = {f"members.{member.name}.": member.callbacks for member in self.members}
         own = self.trainer.callbacks  # type: ignore[attr-defined]
-        return settings_of(self.trainer, saes, {"": own, **callbacks})
+        return seeds | settings_of(self.trainer, saes, {"": own, **callbacks})
 
     def _take_part(self, checkpoint: dict[str, Any]) -> None:
         among = self.trainer.global_rank, self.trainer.world_size

@@ -159,6 +159,8 @@ def clip_norm(optimizer: Optimizer, max_norm: float) -> None:
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     gradients = [in_memory_order(weight.grad) for weight in weights if weight.grad is not None]
+    if not gradients:
+        return
     excess = (nn.utils.get_total_norm(gradients) / max_norm).clamp_min(1.0)
     if isinstance(optimizer, MemoryOrderAdam) and optimizer.defaults["fused"]:
         # Comparing is free on a CPU, but a GPU would have to synchronise.

@@ -37,8 +37,13 @@ SOURCE = {
     "max_norm_multiple",
     "text",
 }
-FIXED_IN_TRAINER = ("accumulate_grad_batches", "precision")
-CHANGING_IN_TRAINER = ("max_steps", "gradient_clip_val", "gradient_clip_algorithm")
+FIXED_IN_TRAINER = ("accumulate_grad_batches", "precision", "overfit_batches")
+CHANGING_IN_TRAINER = (
+    "max_steps",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+)
 # Callbacks of the package that do not affect the weights.
 WATCHING = {
     "ExportSAE",
@@ -104,20 +109,48 @@ def note_settings(checkpoint: dict[str, Any], settings: Settings) -> None:
     checkpoint["settings"] = {name: setting.value for name, setting in settings.items()}
 
 
+NEEDED_TO_RESUME = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
+
+
+def require_state_of_run(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
+    """Raise a ValueError if a run cannot continue from a checkpoint, as one of weights alone."""
+    missing = [name for name in NEEDED_TO_RESUME if name not in checkpoint]
+    missing += [name for name in ("optimizer_states", "loops") if checkpoint.get(name) in ([], {})]
+    missing += [name for name in ("optimizer_states",) if _has_empty_state(checkpoint)]
+    if missing:
+        path = str(trainer.ckpt_path)
+        raise ValueError(
+            "Expected argument `ckpt_path` to be a checkpoint from which a run can continue but "
+            f"{path} lacks {', '.join(missing)}: give another checkpoint, or start a new run from "
+            f"its weights, `trainer.fit(lightning_sae.load({path!r}), data)`."
+        )
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    state = {} if data is None else checkpoint.get(type(data).__qualname__, {})
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"Could not read {trainer.ckpt_path}: its state of the data is {state!r:.40}. Give "
+            "another checkpoint."
+        )
+
+
+def _has_empty_state(checkpoint: Mapping[str, Any]) -> bool:
+    states = checkpoint.get("optimizer_states", [])
+    return any(own == {} for state in states for own in state.get("state", {}).values())
+
+
 def compare_settings(checkpoint: Mapping[str, Any], present: Settings, trainer: Trainer) -> None:
     """Report settings that differ from the checkpoint's; on resume, refuse fixed ones.
 
     Raises:
-        ValueError: If one of them may not change, or the run would end before the checkpoint's
-            step.
+        ValueError: If one of them may not change, the run would end before the checkpoint's step,
+            or the checkpoint lacks the state of a run.
     """
     if "settings" not in checkpoint or _is_of_tuner(trainer):
         return
-    saved = checkpoint["settings"]
-    differing = [
-        name for name, setting in present.items() if name in saved and saved[name] != setting.value
-    ]
+    saved = _in_names_of(checkpoint["settings"], present)
+    differing = [name for name, value in saved.items() if value != present[name].value]
     if trainer.state.fn == "fit":
+        require_state_of_run(checkpoint, trainer)
         fixed = [name for name in differing if not present[name].may_change]
         _refuse(fixed, saved, present)
         _require_steps_left(checkpoint["global_step"], trainer.max_steps)
@@ -128,6 +161,22 @@ def compare_settings(checkpoint: Mapping[str, Any], present: Settings, trainer: 
         rank_zero_info(
             "\n".join(["These settings are not the checkpoint's; the given ones apply:", *lines])
         )
+
+
+def _in_names_of(saved: Mapping[str, Any], present: Settings) -> dict[str, Any]:
+    """The saved values, by the names of the present ones.
+
+    An object has settings below its name, where None has a value of that name. Settings without
+    any counterpart, such as new arguments of a later version, are left out.
+    """
+    found = {name: saved[name] for name in present if name in saved}
+    for name in present.keys() - found.keys():
+        was_none = [o for o in saved if saved[o] is None and name.startswith(f"{o}.")]
+        is_none = present[name].value is None
+        below = [saved[other] for other in saved if is_none and other.startswith(f"{name}.")]
+        if was_none or below:
+            found[name] = ", ".join(map(str, below)) or None
+    return {name: found[name] for name in present if name in found}
 
 
 def _refuse(fixed: Sequence[str], saved: Mapping[str, Any], present: Settings) -> None:

@@ -4,11 +4,13 @@
 `lightning_sae.data.loaders`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     Callback,
     ModelCheckpoint,
     ModelPruning,
@@ -17,6 +19,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.compile import to_uncompiled
+from torch.optim import LBFGS
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -30,6 +33,10 @@ REFUSED: dict[type[Callback], str] = {
         "average"
     ),
     ModelPruning: "it replaces the SAE's parameters by others that are not saved",
+    BackboneFinetuning: (
+        "an SAE has no attribute `backbone`. To freeze weights, set `requires_grad` of a parameter "
+        "to False, or use a `BaseFinetuning` of your own"
+    ),
 }
 """Callbacks of Lightning that are wrong for an SAE, and why."""
 
@@ -37,19 +44,23 @@ REFUSED: dict[type[Callback], str] = {
 def require_supported_features(module: LightningModule, trainer: Trainer, stage: str) -> None:
     """Raise a ValueError if the trainer uses an unsupported feature."""
     _require_not_compiled(module)
+    _require_own_parameters(module)
     _require_strategy(trainer)
     if stage != "fit":
         return
     _require_precision(module, trainer)
     _require_training_step(module)
+    _require_trainable(module)
     if trainer.gradient_clip_algorithm and trainer.gradient_clip_val is None:
         raise ValueError(
             f"Expected argument `trainer.gradient_clip_val` with `gradient_clip_algorithm="
             f"{trainer.gradient_clip_algorithm}` but got none: give both, or neither, where "
             "`clip_grad_norm` of the SAE clips by the norm."
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        _require_callback(callback)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    require_supported_callbacks(callbacks)
+    for callback in callbacks:
+        _require_right_ranking(callback)
 
 
 def _require_not_compiled(module: LightningModule) -> None:
@@ -61,6 +72,34 @@ def _require_not_compiled(module: LightningModule) -> None:
         "latents changes from batch to batch: give the trainer the SAE itself. `sae.compile()` "
         "compiles `forward` alone."
     )
+
+
+def _require_own_parameters(module: LightningModule) -> None:
+    """Raise a ValueError if weights are computed from parameters that are not the SAE's own."""
+    for name, _ in module.named_parameters():
+        if name.endswith("_orig") or "parametrizations." in name:
+            raise ValueError(
+                f"Expected the SAE's own parameters but got `{name}`, from which a weight is "
+                "computed: it would not be saved. Remove `torch.nn.utils.prune` (`prune.remove`) "
+                "or `torch.nn.utils.parametrize` (`remove_parametrizations`)."
+            )
+
+
+def _require_trainable(module: LightningModule) -> None:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            "Expected parameters to train but `requires_grad` of all of them is False: call "
+            "`sae.unfreeze()`, or remove the callback that freezes them."
+        )
+
+
+def require_usable_optimizers(trainer: Trainer) -> None:
+    """Raise a ValueError for an optimizer that cannot train an SAE."""
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise ValueError(
+            "`LBFGS` is not supported: it needs the same batch in several evaluations, and weights "
+            "in memory order, where `W_enc` is stored transposed. Use another optimizer."
+        )
 
 
 def _require_strategy(trainer: Trainer) -> None:
@@ -95,12 +134,17 @@ def _require_training_step(module: LightningModule) -> None:
         )
 
 
-def _require_callback(callback: Any) -> None:
-    for kind, reason in REFUSED.items():
-        if isinstance(callback, kind):
-            raise ValueError(
-                f"`{type(callback).__name__}` is not supported: {reason}. Remove the callback."
-            )
+def require_supported_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raise a ValueError if one of the callbacks is wrong for an SAE."""
+    for callback in callbacks:
+        for kind, reason in REFUSED.items():
+            if isinstance(callback, kind):
+                raise ValueError(
+                    f"`{type(callback).__name__}` is not supported: {reason}. Remove the callback."
+                )
+
+
+def _require_right_ranking(callback: Any) -> None:
     if not isinstance(callback, ModelCheckpoint):
         return
     by_step = callback._every_n_train_steps > 0 or callback._train_time_interval is not None

@@ -55,13 +55,13 @@ class Recorded(ReLUSAE):
     recorder: Recorder
     fails = False
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         super().validation_step(batch, batch_idx)
         if self.fails:
             raise RuntimeError("It fails.")
         return {"norms": batch.norm(dim=1)}
 
-    def test_step(self, batch: Any, batch_idx: int) -> Any:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         super().test_step(batch, batch_idx)
         return batch.sum(0)
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from lightning_sae import JumpReLUSAE, ReLUSAE, SideBySide, TopKSAE, ToyDataModule
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, RunCheckpoint
+from lightning_sae.functional.penalties import Sqrt
 
 
 class Mine(Callback):
@@ -59,6 +60,10 @@ CHANGING: dict[str, dict[str, Any]] = {
         "gradient_clip_algorithm": "value",
         "gradient_clip_val": 0.01,
     },
+    "trainer.limit_train_batches: 3 (was 1.0)": {"limit_train_batches": 3},
+    "model.penalty.class_path: lightning_sae.functional.penalties.Sqrt (was None)": {
+        "penalty": Sqrt()
+    },
     "callbacks.Mine.weight: 3.0 (was 1.0)": {"callbacks": [L1Warmup(3), Mine(3.0)]},
     "callbacks: DecoderNormProjection, L1Warmup (was DecoderNormProjection, L1Warmup, Mine)": {
         "callbacks": [L1Warmup(3)]
@@ -74,6 +79,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "`model.apply_b_dec_to_input` to be True but got False": {"apply_b_dec_to_input": False},
     "`model.decoder_norm` to be unit but got free": {"decoder_norm": "free"},
     "`model.b_dec_init` to be mean but got zero": {"b_dec_init": "zero"},
+    "`trainer.overfit_batches` to be 0.0 but got 2": {"overfit_batches": 2},
     "`trainer.max_steps` to be at least 4": {"max_steps": 3},
 }
 OF_TRAINER = {
@@ -82,6 +88,8 @@ OF_TRAINER = {
     "gradient_clip_algorithm",
     "accumulate_grad_batches",
     "precision",
+    "limit_train_batches",
+    "overfit_batches",
 }
 
 
@@ -113,6 +121,15 @@ def test_what_may_not_change_is_refused(message: str, last: Path, tmp_path: Path
     with pytest.raises(ValueError, match=message):
         go_on(tmp_path / "run", last, FIXED[message])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_penalty_that_is_left_out_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path, sae_of(penalty=Sqrt()), max_steps=4)
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    fit(tmp_path, sae_of(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert "  model.penalty: None (was " in caplog.text
 
 
 def test_another_architecture_and_width_are_refused(last: Path, tmp_path: Path) -> None:
@@ -171,3 +188,13 @@ def test_a_member_is_held_to_the_same(tmp_path: Path, caplog: pytest.LogCaptureF
     fit(tmp_path, resumed, ckpt_path=last)
     assert "  members.a.lr: 0.002 (was 0.01)" in caplog.text
     assert resumed.members[0].optimizer.param_groups[0]["lr"] == 0.002
+
+
+def test_the_seed_of_a_member_may_not_change(tmp_path: Path) -> None:
+    def together(seed: int) -> SideBySide:
+        described = {"class_path": "lightning_sae.ReLUSAE", "init_args": {"d_sae": 16}}
+        return SideBySide([{"name": "a", "sae": described, "seed": seed}], d_in=8)
+
+    fit(tmp_path, together(1), max_steps=4)
+    with pytest.raises(ValueError, match="`members.a.seed` to be 1 but got 2"):
+        fit(tmp_path, together(2), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")

@@ -114,13 +114,32 @@ def read_manifest(folder: Path) -> Manifest:
             f"package reads version {VERSION}. Use the package that wrote it."
         )
     try:
-        shards = {split: [Shard(**s) for s in each] for split, each in content["shards"].items()}
-        return Manifest(**{name: content[name] for name in Manifest._fields} | {"shards": shards})
+        manifest = Manifest(**{name: content[name] for name in Manifest._fields})
+        _require_types(manifest._asdict(), KINDS)
+        given: Any = content["shards"]
+        shards = {split: [Shard(**own) for own in each] for split, each in given.items()}
+        for shard in (shard for each in shards.values() for shard in each):
+            _require_types(shard._asdict(), KINDS_OF_SHARD)
+        if manifest.complete and shards.keys() != {*SPLITS}:
+            raise KeyError(f"shards of {SPLITS}")
+        return manifest._replace(shards=shards)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"Could not read {path}: it is damaged ({type(error).__name__} {error}). Restore the "
             "file, or write the cache again."
         ) from error
+
+
+KINDS = {**dict.fromkeys(Manifest._fields, dict), "dtype": str, "complete": bool}
+"""Types of a manifest's entries."""
+KINDS_OF_SHARD = {"file": str, "rows": int, "nbytes": int, "sha256": str}
+
+
+def _require_types(found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Raise a TypeError if an entry is of another type."""
+    for name, value in found.items():
+        if type(value) is not kinds[name]:
+            raise TypeError(f"`{name}` is {value!r:.40}, and not a {kinds[name].__name__}")
 
 
 def require_complete(folder: Path, manifest: Manifest) -> None:

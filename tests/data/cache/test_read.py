@@ -516,3 +516,16 @@ def test_the_command_line_trains_and_tests_on_a_cache_and_on_a_file(
         results = json.loads((root / "results.json").read_text())
         assert ("ce_spliced" in results) == (name == "cache")
         assert load(root / "sae").d_in == (16 if name == "cache" else 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("source", 3), ("complete", "yes"), ("dtype", 1), ("shards", {}), ("widths", [])],
+)
+def test_a_manifest_of_other_types_is_refused(
+    name: str, value: Any, cache: Path, tmp_path: Path
+) -> None:
+    content = json.loads((cache / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**content, name: value}))
+    with pytest.raises(ValueError, match=r"manifest\.json: it is damaged"):
+        open_cache(tmp_path)

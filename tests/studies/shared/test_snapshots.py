@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from lightning_sae.studies.replication.snapshots import (
     FrequencySnapshots,
     Snapshots,
     read_snapshots,
 )
+from torch import Tensor
 
 D_SAE, BATCH = 5, 10
 
