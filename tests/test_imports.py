@@ -9,7 +9,8 @@ import pytest
 # From the bottom to the top; a folder imports from its own layer and from those below.
 LAYERS = (
     {"version"},
-    {"files", "checks", "lengths", "hub"},
+    {"files", "checks", "lengths", "hub", "parts"},
+    {"split"},
     {"distributed", "functional", "resuming"},
     {"metrics", "data"},
     {"architectures"},
