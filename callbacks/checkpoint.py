@@ -217,10 +217,10 @@ class RunCheckpoint(Checkpoint):  # called last, so the state of all others is s
         copy = copies_of(trainer)
         if self._saving is None or copy.n == 1:
             return
-        if copy.index > 0:
+        if copy.own > 0:
             pl_module.on_save_checkpoint(checkpoint)  # Lightning would call it only later
             if parts_of(trainer).index == 0:
-                write_part(self._saving, copy.index, checkpoint)
+                write_part(self._saving, copy.own, checkpoint)
         trainer.strategy.barrier()
 
     @override

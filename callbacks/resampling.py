@@ -116,6 +116,7 @@ class DeadFeatureResampling(Callback):
         if len(set(map(is_share, given.values()))) == 1:  # otherwise checked later
             for problem in _out_of_order(**given):
                 raise ValueError(problem)
+        self._fired: Tensor
         self._inputs: list[Tensor]
         self._losses: list[Tensor]
         self._place: list[int] | None  # rank, and number of ranks

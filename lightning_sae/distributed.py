@@ -73,7 +73,7 @@ class Ranks:
     @property
     def index(self) -> int:
         """Which of them this is."""
-        return self._copies.index
+        return self._copies.own
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all ranks, without a gradient."""

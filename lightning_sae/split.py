@@ -29,12 +29,12 @@ class Copies(NamedTuple):
     """The copies of a dictionary that are trained on different batches.
 
     Attributes:
-        index: The copy that this process holds, or holds a part of.
+        own: The copy that this process holds, or holds a part of.
         n: Number of copies.
         group: The processes with the same part of each copy; None for all processes.
     """
 
-    index: int
+    own: int
     n: int
     group: Any = None
 
@@ -55,7 +55,15 @@ def parts_of(trainer: Trainer) -> Parts:
 
 @runtime_checkable
 class HasLatents(Protocol):
-    """A module whose latents may be split."""
+    """A module with latents.
+
+    Attributes:
+        d_sae: Number of latents, over all parts.
+        may_be_split: Whether it exchanges what it needs of other latents through `Parts`.
+    """
+
+    d_sae: int
+    may_be_split: bool
 
     def latent_axes(self) -> dict[str, int]:
         """The axis of the latents, by name, of each parameter and buffer that has one."""
@@ -115,7 +123,7 @@ class SplitDictionary(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Data is shared out among the copies."""
-        return {"num_replicas": self.copies.n, "rank": self.copies.index}
+        return {"num_replicas": self.copies.n, "rank": self.copies.own}
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -189,7 +197,7 @@ class SplitDictionary(DDPStrategy):
 
     def _whole(self, own: Tensor, axis: int) -> Tensor | None:
         # Only the first copy is saved.
-        return self.parts.whole(own, axis) if self.copies.index == 0 else None
+        return self.parts.whole(own, axis) if self.copies.own == 0 else None
 
     def _own(self, whole: Tensor, axis: int) -> Tensor:
         return self.parts.cut(whole, axis).clone()

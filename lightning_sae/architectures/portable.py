@@ -90,8 +90,9 @@ def _whole_state(sae: Portable) -> dict[str, Tensor] | None:
     state = folded_state(sae)
     if sae.parts.n == 1:
         return state
-    axes = sae.latent_axes()
-    whole = {k: sae.parts.whole(w, axes[k]) if k in axes else w for k, w in state.items()}
+    axes, whole = sae.latent_axes(), {}
+    for name, own in sorted(state.items()):  # in the same order on all devices
+        whole[name] = sae.parts.whole(own, axes[name]) if name in axes else own
     if distributed.get_rank() > 0:
         return None
     return {name: w.contiguous() for name, w in whole.items() if w is not None}

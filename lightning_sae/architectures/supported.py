@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.compile import to_uncompiled
+from torch import nn
 
 from lightning_sae.split import HasLatents, parts_of
 
@@ -85,25 +86,25 @@ def _require_splittable(module: Any, trainer: Trainer, n_parts: int, stage: str)
             f"Expected one SAE with `trainer.strategy=SplitDictionary` but got a "
             f"`{type(module).__name__}`: train each large dictionary in a run of its own."
         )
-    if not getattr(module, "may_be_split", False):
+    if not module.may_be_split:
         raise ValueError(
             f"`{type(module).__name__}` has an `activate`, `latents` or `objective` of its own, "
             "which may need latents that are on other devices: exchange what is needed through "
             "`self.parts`, and set `may_be_split = True` in the class, or choose another strategy."
         )
-    axes, d_sae = module.latent_axes(), cast(Any, module).d_sae
+    axes, d_sae, weights = module.latent_axes(), module.d_sae, cast(nn.Module, module)
     if d_sae % n_parts:
         raise ValueError(
             f"Expected argument `d_sae` to be a multiple of the {n_parts} parts of the dictionary "
             f"but got {d_sae}: choose {d_sae + -d_sae % n_parts}, or other `parts`."
         )
-    matrices = [name for name, tensor in module.named_buffers() if tensor.dim() > 1]
-    matrices += [name for name, tensor in module.named_parameters() if tensor.dim() > 1]
-    if set(matrices) - axes.keys():
+    tensors = [*weights.named_buffers(), *weights.named_parameters()]
+    tables = sorted({name for name, tensor in tensors if tensor.dim() > 1} - axes.keys())
+    if tables:
         raise ValueError(
             "A dictionary in several parts does not support the auxiliary loss of orthogonality, "
-            f"nor other tables ({', '.join(sorted(set(matrices) - axes.keys()))}), which would be "
-            "kept whole on each device: set `orthogonality_coefficient` to 0, or use `ddp`."
+            f"nor other tables ({', '.join(tables)}), which would be whole on each device: set "
+            "`orthogonality_coefficient` to 0, or use `ddp`."
         )
     if trainer.precision == "16-mixed":
         raise ValueError(

@@ -213,7 +213,7 @@ class ToyDataModule(ActivationSource):
         return self.sample(n, generator).x
 
     def _blocks(self, stream: str) -> Blocks:
-        rank = 0 if self.trainer is None else copies_of(self.trainer).index
+        rank = 0 if self.trainer is None else copies_of(self.trainer).own
         return Blocks(self._draw, self.d_in, self.batch_size, self.seed, stream, rank)
 
     @override
