@@ -32,6 +32,9 @@ def rescaled(d_in: int, d_sae: int, **arguments: Any) -> RescaledSAE:
     return RescaledSAE.of(ReLUSAE(d_in, d_sae), **arguments)
 
 
+SILENT: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
 FREE = {"decoder_norm": "free"}
 
 SPLIT: dict[str, Case] = {
@@ -74,9 +77,9 @@ def toy_run(
     data = ToyDataModule(
         16, 12, directions="random", batch_size=32, seed=3, center=True, scale=True, n_validation=64
     )
-    silent = ("logger", "enable_progress_bar", "enable_model_summary")
     settings = {
-        **dict.fromkeys(silent, False),
+        **SILENT,
+        "enable_checkpointing": True,
         "accelerator": "cpu",
         "default_root_dir": folder,
         "max_steps": steps,
@@ -105,8 +108,7 @@ def ends_with(parts: int, *callbacks: Callback) -> None:
         devices=2,
         max_steps=2,
         callbacks=list(callbacks),
-        **dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False),
-        enable_checkpointing=False,
+        **SILENT,
     )
     trainer.fit(sae, DataLoader(activations().float(), batch_size=None))  # type: ignore[arg-type]
 
@@ -178,8 +180,7 @@ def sent_by(case: Case) -> list[dict[str, int]]:
         devices=2,
         max_steps=3,
         callbacks=[counts],
-        **dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False),
-        enable_checkpointing=False,
+        **SILENT,
     )
     batches = torch.randn(3, SENT_ROWS, SENT_WIDTH, generator=torch.Generator().manual_seed(0))
     trainer.fit(sae, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]

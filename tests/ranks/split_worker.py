@@ -5,10 +5,12 @@ One process imports what is needed, which is what takes long, and becomes as man
 
 import os
 import shutil
+import signal
 import socket
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ def of_two(rank: int, folder: Path) -> dict[str, Any]:
             for name, case in SPLIT.items()
         },
         "sent": {name: sent_by(case) for name, case in SENT.items()},
-        "refused": [refused(lambda p=parts: ends_with(p)) for parts in (3, 1 + rank)],
-        "not_finite": refused(lambda: ends_with(2, Spoils(rank=1))),
+        "refused": [refused(partial(ends_with, parts)) for parts in (3, 1 + rank)],
+        "not_finite": refused(partial(ends_with, 2, Spoils(rank=1))),
     }
     for kind in ("relu", "topk"):
         found[kind] = stopped_and_whole(rank, folder / kind, kind)
@@ -95,16 +97,22 @@ def become(n: int, work: Callable[[int, Path], dict[str, Any]], folder: Path) ->
         free.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     os.environ["WORLD_SIZE"] = str(n)
-    processes = []
+    processes: set[int] = set()
     for rank in range(n):
         process = os.fork()
         if process == 0:
             os.environ["LOCAL_RANK"] = str(rank)
             torch.save(work(rank, folder), folder / f"{work.__name__}-{rank}.pt")
             sys.exit()
-        processes.append(process)
-    ended = [os.waitpid(process, 0)[1] for process in processes]
-    return not any(ended)
+        processes.add(process)
+    while processes:
+        process, status = os.wait()
+        processes.remove(process)
+        if status:  # the others may wait for it for ever
+            for other in processes:
+                os.kill(other, signal.SIGKILL)
+            return False
+    return True
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tests.ranks.split_cases import IN_FOUR, SENT, SENT_ROWS, SENT_WIDTH, SPLIT,
 # Runs of a few steps.
 pytestmark = pytest.mark.filterwarnings("ignore:.TargetL0. did not reach its target:UserWarning")
 
-close = {"rtol": 1e-5, "atol": 1e-5}
+close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
