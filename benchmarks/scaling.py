@@ -22,6 +22,7 @@ def sent_a_step(
     k: int = 0,
     over_batch: bool = False,
     n_reconstructions: int = 1,
+    k_aux: int = 0,
     batch_bytes: int = FLOAT,
 ) -> dict[str, int]:
     """Bytes that a device hands over in a step of a split dictionary, without counts and norms.
@@ -32,22 +33,27 @@ def sent_a_step(
         parts: Devices that hold the dictionary.
         k: Latents selected per row; 0 for a threshold, as a ReLU has.
         over_batch: Whether they are selected over the batch.
-        n_reconstructions: 1; 2 for a gated SAE, one for each prefix of a Matryoshka SAE. The loss
-            of dead latents is another one while there are any.
+        n_reconstructions: 1; 2 for a gated SAE, one for each prefix of a Matryoshka SAE.
+        k_aux: Dead latents selected per row, while there are any; 0 without the loss `auxk`.
         batch_bytes: Bytes of an activation.
 
     Returns:
         `batch`, which the first part broadcasts; `reconstruction` and `b_dec`, which are summed;
         `candidates`, which are gathered.
     """
-    rows, wanted = (1, batch * k) if over_batch else (batch, k)
-    shown = wanted if wanted <= FEW else min(wanted, 2 * math.ceil(wanted / parts))
+    selected = _shown(batch * k, parts) if over_batch else batch * _shown(k, parts)
+    revived = batch * _shown(k_aux, parts)
     return {
         "batch": batch * d_in * batch_bytes,
-        "reconstruction": n_reconstructions * batch * d_in * FLOAT,
+        "reconstruction": (n_reconstructions + (k_aux > 0)) * batch * d_in * FLOAT,
         "b_dec": d_in * FLOAT,
-        "candidates": rows * shown * FLOAT,
+        "candidates": (selected + revived) * FLOAT,
     }
+
+
+def _shown(k: int, parts: int) -> int:
+    """Candidates that a device shows the others, for a share of the selected like theirs."""
+    return k if k <= FEW else min(k, 2 * math.ceil(k / parts))
 
 
 def sent_with_copies(d_in: int, d_sae: int) -> int:
@@ -84,6 +90,7 @@ def main() -> None:
     terms = {
         "split, ReLU": {},
         f"split, TopK {asked.k}": {"k": asked.k},
+        f"split, TopK {asked.k}, with dead latents": {"k": asked.k, "k_aux": d // 2},
         f"split, BatchTopK {asked.k}": {"k": asked.k, "over_batch": True},
         "split, gated": {"n_reconstructions": 2},
     }

@@ -43,6 +43,14 @@ class Parts:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Parts":
         return self  # a process group cannot be copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self.n > 1:
+            raise ValueError(
+                f"Expected a whole SAE to pickle but got part {self.index} of {self.n}: have all "
+                "processes call `save_pretrained`, and load what it writes."
+            )
+        return vars(self)
+
     # With gradients.
 
     def sum(self, value: Tensor) -> Tensor:

@@ -436,9 +436,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         if self.parts.n != parts.n:
             if self.parts.n > 1:
                 raise ValueError(
-                    f"Expected an SAE of one part or of {parts.n} but this one is part "
-                    f"{self.parts.index} of {self.parts.n}: load the exported SAE or a checkpoint, "
-                    "which are whole."
+                    "Expected a whole SAE, or one of as many parts as `trainer.strategy` has, but "
+                    f"got part {self.parts.index} of {self.parts.n}: load the exported SAE or a "
+                    "checkpoint, which are whole."
                 )
             root = self.trainer.strategy.root_device
             self._axes = keep_own_part(self, parts, root)
@@ -838,7 +838,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         checkpoint["lightning_sae"] = {
             "architecture": type(self).__name__,
             "source": self.source,
-            "dense": self.layout.dense,
+            "dense": self._layouts(),
             "n_trained": self.n_trained,
             "is_trained": self.is_trained,  # False if a tuner saves before its trial steps
             "ranks": 1 if trainer is None else copies_of(trainer).n,
@@ -869,7 +869,17 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         self.is_trained = checkpoint["lightning_sae"].get("is_trained", True)
         self.n_trained = checkpoint["lightning_sae"].get("n_trained", 0)
         # Layouts differ by rounding, so an exact resume needs the same one.
-        self.layout.dense = checkpoint["lightning_sae"]["dense"]
+        dense: bool | list[bool] = checkpoint["lightning_sae"]["dense"]
+        if isinstance(dense, list):
+            dense = dense[self.parts.index if len(dense) == self.parts.n else 0]
+        self.layout.dense = dense
+
+    def _layouts(self) -> bool | list[bool]:
+        """Whether the next batch's code is dense; of a split dictionary, on each device."""
+        if self.parts.n == 1:
+            return self.layout.dense
+        own = torch.tensor(self.layout.dense, device=self.device)
+        return self.parts.gathered(own).tolist()
 
     def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes, over all parts, of the weights that are split."""

@@ -96,7 +96,7 @@ def toy_run(
     trainer.fit(sae, data, ckpt_path=last if last.exists() else None)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     state = trainer.strategy.lightning_module_state_dict()
-    return {"sae": sae, "state": state, "metrics": metrics}
+    return {"trainer": trainer, "sae": sae, "state": state, "metrics": metrics}
 
 
 def ends_with(parts: int, *callbacks: Callback) -> None:
@@ -138,6 +138,7 @@ class Spoils(Callback):
 SENT = {
     "relu": Case(ReLUSAE, {"clip_grad_norm": None}),
     "topk": Case(TopKSAE, {"k": 5}),
+    "topk-dead": Case(TopKSAE, {"k": 5, "k_aux": 4, "dead_after": 1}),
     "gated": Case(GatedSAE, {"clip_grad_norm": None}),
     "matryoshka": Case(MatryoshkaSAE, {"k": 5, "prefixes": (64, 128, 256)}),
 }

@@ -60,7 +60,10 @@ def stopped_and_whole(rank: int, folder: Path, kind: str) -> dict[str, Any]:
     resumed, of_one, whole = (
         toy_run(folder / name, 8, **of_two) for name in ("stopped", "one", "whole")
     )
-    sae = whole.pop("sae")
+    sae, trainer = whole.pop("sae"), whole.pop("trainer")
+    sae.layout.dense = rank == 1
+    trainer.save_checkpoint(folder / "layouts" / "checkpoints" / "last.ckpt")
+    continued = toy_run(folder / "layouts", 8, **of_two)["sae"]
     sae.save_pretrained(folder / "exported")
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -71,6 +74,7 @@ def stopped_and_whole(rank: int, folder: Path, kind: str) -> dict[str, Any]:
         "of_one": of_one["state"],
         "whole": whole,
         "used": used,
+        "dense": continued.layout.dense,
         "sizes": {name: tuple(weight.shape) for name, weight in sae.named_parameters()},
     }
 

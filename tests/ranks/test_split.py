@@ -49,6 +49,11 @@ def test_a_run_that_goes_on_is_the_one_that_was_not_stopped(kind: str, of_parts:
     assert all(torch.equal(found["resumed"][name], weight) for name, weight in whole.items())
 
 
+def test_each_part_goes_on_in_its_layout(of_parts: OfParts) -> None:
+    """Layouts differ by rounding, and parts may have different ones."""
+    assert [found["relu"]["dense"] for found in of_parts.two] == [False, True]
+
+
 @pytest.mark.parametrize("kind", ["relu", "topk"])
 def test_one_rank_goes_on_from_two_and_two_from_one(kind: str, of_parts: OfParts) -> None:
     found = of_parts.two[0][kind]
@@ -126,6 +131,7 @@ def test_a_step_sends_what_the_plan_says(name: str, of_parts: OfParts) -> None:
     terms: dict[str, dict[str, Any]] = {
         "relu": {},
         "topk": {"k": 5},
+        "topk-dead": {"k": 5, "k_aux": 4},
         "gated": {"n_reconstructions": 2},
         "matryoshka": {"n_reconstructions": 3, "k": 5, "over_batch": True},
     }
