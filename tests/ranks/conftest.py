@@ -79,8 +79,7 @@ def of_parts(folder: Path) -> OfParts:
     at = folder / "split"
     at.mkdir()
     shutil.copy(folder / "text.txt", at)
-    for kind in ("relu", "topk"):
-        toy_run(at / kind / "one", 4, kind=kind)
+    toy_run(at / "toy" / "one", 4)
     write_config(at / "two", strategy="{class_path: lightning_sae.SplitDictionary}")
     statuses = finish(start(at, [["-m", "tests.ranks.split_worker", str(at)]]))
     assert statuses == [0], said(at, 0)

@@ -21,6 +21,7 @@ from lightning_sae.cli import main as lightning_sae
 from tests.ranks.cases import BATCH, CASES, activations, train
 from tests.ranks.split_cases import (
     IN_FOUR,
+    IN_GRID,
     SENT,
     SPLIT,
     Spoils,
@@ -42,17 +43,16 @@ def of_two(rank: int, folder: Path) -> dict[str, Any]:
         "refused": [refused(partial(ends_with, parts)) for parts in (3, 1 + rank)],
         "not_finite": refused(partial(ends_with, 2, Spoils(rank=1))),
     }
-    for kind in ("relu", "topk"):
-        found[kind] = stopped_and_whole(rank, folder / kind, kind)
+    found |= stopped_and_whole(rank, folder / "toy")
     last = folder / "two" / "checkpoints" / "last.ckpt"
     lightning_sae(["fit", "--config", str(folder / "two.yaml")])
     lightning_sae(["test", "--config", str(folder / "two.yaml"), "--ckpt_path", str(last)])
     return found
 
 
-def stopped_and_whole(rank: int, folder: Path, kind: str) -> dict[str, Any]:
+def stopped_and_whole(rank: int, folder: Path) -> dict[str, Any]:
     """Weights of runs that were stopped, were begun by one rank, and were not stopped."""
-    of_two: dict[str, Any] = {"kind": kind, "parts": 2, "devices": 2}
+    of_two: dict[str, Any] = {"parts": 2, "devices": 2}
     toy_run(folder / "stopped", 4, **of_two)
     if rank == 0:
         shutil.copytree(folder / "stopped", folder / "for-one")
@@ -83,12 +83,12 @@ def of_four(rank: int, folder: Path) -> dict[str, Any]:
     """What a rank finds that holds a half of one of two copies, and then a quarter of one."""
     half = BATCH // 2
     own = activations()[:, rank // 2 * half : (rank // 2 + 1) * half]
-    found: dict[str, Any] = {"grid": {}, "parts": {}}
+    found: dict[str, Any] = {
+        name: train(CASES[name], own, strategy=SplitDictionary(2), devices=4) for name in IN_GRID
+    }
     for name in IN_FOUR:
-        grid: dict[str, Any] = {"strategy": SplitDictionary(2), "devices": 4}
-        found["grid"][name] = train(CASES[name], own, **grid)
-        parts: dict[str, Any] = {"strategy": SplitDictionary(), "devices": 4}
-        found["parts"][name] = train(CASES[name], activations(), **parts)
+        strategy = SplitDictionary()
+        found[name] = train(CASES[name], activations(), strategy=strategy, devices=4)
     toy_run(folder / "grid" / "stopped", 4, parts=2, devices=4)
     found["resumed"] = toy_run(folder / "grid" / "stopped", 8, parts=2, devices=4)["state"]
     found["whole"] = toy_run(folder / "grid" / "whole", 8, parts=2, devices=4)["state"]

@@ -13,7 +13,7 @@ from lightning_sae.cli import main
 from tests.ranks.cases import CASES, activations, train
 from tests.ranks.command import write_config
 from tests.ranks.conftest import OfParts
-from tests.ranks.split_cases import IN_FOUR, SENT, SENT_ROWS, SENT_WIDTH, SPLIT, toy_run
+from tests.ranks.split_cases import IN_FOUR, IN_GRID, SENT, SENT_ROWS, SENT_WIDTH, SPLIT, toy_run
 
 # Runs of a few steps.
 pytestmark = pytest.mark.filterwarnings("ignore:.TargetL0. did not reach its target:UserWarning")
@@ -35,29 +35,26 @@ def test_two_parts_are_the_whole(name: str, of_parts: OfParts) -> None:
     assert torch.equal(second["state"]["b_dec"], first["state"]["b_dec"])
 
 
-@pytest.mark.parametrize("layout", ["grid", "parts"])
-@pytest.mark.parametrize("name", IN_FOUR)
-def test_four_ranks_are_one(name: str, layout: str, of_parts: OfParts) -> None:
+@pytest.mark.parametrize("name", [*IN_GRID, *IN_FOUR])
+def test_four_ranks_are_one(name: str, of_parts: OfParts) -> None:
     """Two copies in two parts each, with half the batch each; and four parts."""
-    assert_same(of_parts.four[0][layout][name], train(CASES[name], activations()))
+    assert_same(of_parts.four[0][name], train(CASES[name], activations()))
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
-def test_a_run_that_goes_on_is_the_one_that_was_not_stopped(kind: str, of_parts: OfParts) -> None:
-    found = of_parts.two[0][kind]
+def test_a_run_that_goes_on_is_the_one_that_was_not_stopped(of_parts: OfParts) -> None:
+    found = of_parts.two[0]
     whole = found["whole"]["state"]
     assert all(torch.equal(found["resumed"][name], weight) for name, weight in whole.items())
 
 
 def test_each_part_goes_on_in_its_layout(of_parts: OfParts) -> None:
     """Layouts differ by rounding, and parts may have different ones."""
-    assert [found["relu"]["dense"] for found in of_parts.two] == [False, True]
+    assert [found["dense"] for found in of_parts.two] == [False, True]
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
-def test_one_rank_goes_on_from_two_and_two_from_one(kind: str, of_parts: OfParts) -> None:
-    found = of_parts.two[0][kind]
-    one = toy_run(of_parts.folder / kind / "for-one", 8, kind=kind)
+def test_one_rank_goes_on_from_two_and_two_from_one(of_parts: OfParts) -> None:
+    found = of_parts.two[0]
+    one = toy_run(of_parts.folder / "toy" / "for-one", 8)
     for state in (one["state"], found["of_one"]):
         torch.testing.assert_close(state, found["whole"]["state"], **close)
     assert one["metrics"] == pytest.approx(found["whole"]["metrics"], rel=1e-5)
@@ -69,19 +66,18 @@ def test_ranks_of_a_grid_go_on_with_their_own_streams(of_parts: OfParts) -> None
 
 
 def test_only_copies_have_files_beside_a_checkpoint(of_parts: OfParts) -> None:
-    of_two = of_parts.folder / "relu" / "stopped" / "checkpoints"
+    of_two = of_parts.folder / "toy" / "stopped" / "checkpoints"
     assert [path.name for path in of_two.iterdir() if path.name[0] != "."] == ["last.ckpt"]
     names = {path.name for path in (of_parts.folder / "grid/stopped/checkpoints").iterdir()}
     assert {name for name in names if name[0] != "."} == {"last.ckpt", "last.ckpt.step-8.rank-1"}
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
-def test_what_is_exported_is_whole(kind: str, of_parts: OfParts) -> None:
-    folder = of_parts.folder / kind
+def test_what_is_exported_is_whole(of_parts: OfParts) -> None:
+    folder = of_parts.folder / "toy"
     saved = lightning_sae.load(folder / "exported")
     resumable = lightning_sae.load(folder / "stopped" / "checkpoints" / "last.ckpt")
     for found in of_parts.two:
-        used = found[kind]["used"]
+        used = found["used"]
         for sae in (saved, resumable):
             assert sae.W_dec.shape == (24, 12)
             torch.testing.assert_close(sae.encode(used["x"]), used["f"], **close)
@@ -108,7 +104,7 @@ def test_a_run_of_the_command_line_is_that_of_one_rank(of_parts: OfParts) -> Non
 
 def test_each_rank_holds_its_own_latents_alone(of_parts: OfParts) -> None:
     for found in of_parts.two:
-        sizes = found["relu"]["sizes"]
+        sizes = found["sizes"]
         assert sizes == {"W_enc": (12, 12), "W_dec": (12, 12), "b_enc": (12,), "b_dec": (12,)}
 
 
