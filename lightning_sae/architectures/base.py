@@ -541,7 +541,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         Returns:
             `loss`, a scalar; `fired` [d_sae], how often each latent fired in the batch;
             `squared_error` [batch], of each centred and scaled activation. With several ranks these
-            are of this rank alone, while logged values are of all ranks.
+            are of this rank alone, while logged values are of all ranks. With a split dictionary
+            `fired` is of the own latents.
 
         Raises:
             ValueError: If `batch` is not of shape [batch, d_in].

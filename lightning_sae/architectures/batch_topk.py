@@ -93,7 +93,7 @@ class BatchTopKSAE(WithOrthogonality):
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
         """The largest pre-activations of the batch, regardless of the threshold."""
-        f = self.code(x, BatchTopK(self.k, len(x) * self.ranks.n, self.devices))
+        f = self.code(x, BatchTopK(self.k, len(x), self.ranks.n, self.devices))
         return f.with_values(f.values.relu())
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:

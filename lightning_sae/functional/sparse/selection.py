@@ -130,13 +130,17 @@ class BatchTopK:
     In chunks, the entries kept so far bound the final threshold from below: those under the bound
     are dropped at once, so one pass is enough and the result is exact.
 
-    The batch may lie on several devices, each with some of its rows or some of its latents: the
-    largest entries over all devices are selected, see `chosen_among`.
+    The batch may lie on several devices: on some ranks, each with some of its rows, and in some
+    parts, each with some of the latents of a rank's rows. The largest entries over all devices are
+    selected, see `chosen_among`. This is exact however they fall on the latents. With more than two
+    ranks, each keeps twice as many candidates as a rank has on average; it is then exact unless the
+    rows of one rank have more, which does not happen with a shuffled stream.
 
     Args:
         k: Entries per row on average; k * batch is rounded.
-        n_rows: Rows of the whole batch.
-        among: Devices that share the batch.
+        n_rows: Rows of the batch, or of a rank's part of it.
+        n_ranks: Number of ranks, each with `n_rows` rows.
+        among: All devices that share the batch.
 
     Example:
         >>> BatchTopK(1, n_rows=2).mask(torch.tensor([[3.0, 2.0, 1.0], [0.0, 1.5, -1.0]]))
@@ -146,17 +150,23 @@ class BatchTopK:
 
     k: float
     n_rows: int
+    n_ranks: int = 1
     among: Among | None = None
 
     @property
     def total(self) -> int:
-        """Number of selected entries of the whole batch."""
-        return max(1, round(self.k * self.n_rows))
+        """Number of selected entries of the whole batch, over all devices."""
+        return max(1, round(self.k * self.n_rows * self.n_ranks))
+
+    @property
+    def wanted(self) -> int:
+        """Number of this device's candidate entries."""
+        return min(self.total, 2 * math.ceil(self.total / self.n_ranks))
 
     def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
         """Active entries of a whole batch."""
         flat = pre.flatten()
-        largest = _largest(flat, self.total)
+        largest = _largest(flat, self.wanted)
         if self._is_divided:
             largest = largest[self._chosen(flat[largest])]
         return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, largest, 1).view_as(pre)
@@ -167,11 +177,11 @@ class BatchTopK:
         bound: Tensor | None = None
         for row, pre in chunks:
             picked = _picked(row, pre, pre >= (self._guess(pre) if bound is None else bound))
-            if bound is None and len(picked[1]) < self.total:  # the dropped entries may be needed
+            if bound is None and len(picked[1]) < self.wanted:  # the dropped entries may be needed
                 picked = _picked(row, pre, torch.ones_like(pre, dtype=torch.bool))
             indices, values = _joined([*found, picked])
-            if len(values) >= self.total:
-                kept = _largest(values, self.total).sort().values
+            if len(values) >= self.wanted:
+                kept = _largest(values, self.wanted).sort().values
                 indices, values = indices[kept], values[kept]
                 bound = values.min()
             found = [(indices, values)]
@@ -191,10 +201,10 @@ class BatchTopK:
 
     def _guess(self, pre: Float[Tensor, "rows d_sae"]) -> Float[Tensor, ""]:
         """A threshold, estimated on a few rows, that keeps slightly more entries than needed."""
-        if self.total >= pre.numel():
+        if self.wanted >= pre.numel():
             return pre.new_full((), -math.inf)
         sample = pre[:: max(1, len(pre) // 32)].flatten()
-        count = math.ceil(1.25 * self.total * len(sample) / pre.numel()) + 32
+        count = math.ceil(1.25 * self.wanted * len(sample) / pre.numel()) + 32
         return sample.topk(min(count, len(sample)), sorted=False).values.min()
 
 
