@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_sae.callbacks.run_folder import hold, release, remove_unfinished, require_new_run
 from lightning_sae.checks import require_positive
 from lightning_sae.distributed import remove_other_parts, write_part
+from lightning_sae.split import copies_of, parts_of
 
 log = logging.getLogger("lightning.pytorch")
 
@@ -207,19 +208,24 @@ class RunCheckpoint(Checkpoint):  # called last, so the state of all others is s
             self._saved, self._saved_at = self._saving, self._tried_at
         finally:
             self._saving = None
-        if trainer.world_size > 1:
+        if copies_of(trainer).n > 1:
             remove_other_parts(self._saved, trainer.global_step)
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """With several ranks, write this rank's part and wait for the other ranks."""
-        if self._saving is None or trainer.world_size == 1:
+        """With several ranks, write this rank's part and wait for the other ranks.
+
+        Ranks that hold a split dictionary together have one state, which the first of them writes.
+        """
+        copy = copies_of(trainer)
+        if self._saving is None or copy.n == 1:
             return
-        if not trainer.is_global_zero:
+        if copy.own > 0:
             pl_module.on_save_checkpoint(checkpoint)  # Lightning would call it only later
-            write_part(self._saving, trainer.global_rank, checkpoint)
+            if parts_of(trainer).index == 0:
+                write_part(self._saving, copy.own, checkpoint)
         trainer.strategy.barrier()
 
     @override

@@ -33,7 +33,8 @@ class LatentFigures(Callback):
     - `latents/activations_and_thresholds`, with the auxiliary loss of orthogonality: histograms of
       how strongly the most frequent latents fire, with the threshold in force.
 
-    With loggers that accept no images, nothing is drawn.
+    With loggers that accept no images, nothing is drawn; of a dictionary that is split over
+    devices, only the first.
     """
 
     def __init__(self) -> None:
@@ -83,8 +84,9 @@ class LatentFigures(Callback):
     def _draw(self, sae: SparseAutoencoder, rows: Tensor) -> dict[str, Figure]:
         found = {
             "frequency_over_training": frequency_over_training(self.steps, self.counts),
-            "frequency_against_projection": frequency_against_projection(sae),
         }
+        if sae.parts.n == 1:
+            found["frequency_against_projection"] = frequency_against_projection(sae)
         if isinstance(sae, WithOrthogonality) and sae.peaks is not None:
             found["activations_and_thresholds"] = activations_and_thresholds(sae, rows)
         return found

@@ -15,6 +15,8 @@ from lightning_sae.callbacks.moments import reset_moments
 from lightning_sae.checks import expect, refuse_second
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.resampling import dead_latents, mean_norm, sample_directions
+from lightning_sae.parts import ALONE
+from lightning_sae.split import copies_of
 from lightning_sae.training.lengths import (
     Length,
     is_share,
@@ -114,6 +116,7 @@ class DeadFeatureResampling(Callback):
         if len(set(map(is_share, given.values()))) == 1:  # otherwise checked later
             for problem in _out_of_order(**given):
                 raise ValueError(problem)
+        self._fired: Tensor
         self._inputs: list[Tensor]
         self._losses: list[Tensor]
         self._place: list[int] | None  # rank, and number of ranks
@@ -181,9 +184,12 @@ class DeadFeatureResampling(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the step of the first batch; drop inputs that are not this rank's."""
+        """Remember the step of the first batch; drop inputs and counts of other ranks."""
+        self._parts = cast(SparseAutoencoder, pl_module).parts
+        if self._fired.dim():
+            self._fired = self._parts.own(self._fired)
         self._step = trainer.global_step
-        place = [trainer.global_rank, trainer.world_size]
+        place = [*copies_of(trainer)[:2]]
         own = self._place in (None, place)
         if trainer.world_size > 1:  # all keep theirs or none: they must have equally many
             own = trainer.strategy.reduce_boolean_decision(own)
@@ -215,9 +221,12 @@ class DeadFeatureResampling(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Counts and this rank's inputs of the window, resamplings done, and the generator."""
+        """Counts and this rank's inputs of the window, resamplings done, and the generator.
+
+        Of a split dictionary the counts are of all latents, so all ranks have to call this.
+        """
         return {
-            "fired": self._fired,
+            "fired": self._parts.joined(self._fired) if self._fired.dim() else self._fired,
             "n_counted": self._n_counted,
             "inputs": list(self._inputs),
             "losses": list(self._losses),
@@ -239,6 +248,7 @@ class DeadFeatureResampling(Callback):
         self._generator = torch.Generator().manual_seed(self.seed)
         self._n_done = 0
         self._place = None
+        self._parts = ALONE
         self._forget_window()
 
     def _forget_window(self) -> None:
@@ -249,15 +259,17 @@ class DeadFeatureResampling(Callback):
     def _count(
         self, trainer: Trainer, outputs: dict[str, Tensor], batch: Tensor, steps_left: int
     ) -> None:
-        n_rows = len(batch) * trainer.world_size
+        copies = copies_of(trainer)
+        n_rows = len(batch) * copies.n
         if steps_left <= self._steps("window"):
             # Summed over ranks batch by batch, so that the checkpoint of rank 0 holds all counts.
             # `reduce` works in place, and other callbacks read the outputs too.
-            fired = trainer.strategy.reduce(outputs["fired"].clone(), reduce_op="sum")
+            fired = outputs["fired"].clone()
+            fired = trainer.strategy.reduce(fired, copies.group, reduce_op="sum")
             self._fired = self._fired.to(fired.device) + fired
             self._n_counted += n_rows
         if self.scheme == "loss_squared" and steps_left <= math.ceil(self.n_inputs / n_rows):
-            self._keep(batch, outputs["squared_error"], trainer.world_size)
+            self._keep(batch, outputs["squared_error"], copies.n)
 
     def _keep(self, inputs: Tensor, losses: Tensor, n_ranks: int) -> None:
         inputs, losses = inputs.detach()[-self.n_inputs :], losses.detach()[-self.n_inputs :]
@@ -272,11 +284,13 @@ class DeadFeatureResampling(Callback):
     def _resample(self, trainer: Trainer, sae: SparseAutoencoder) -> None:
         min_frequency = self.min_frequency if self.scheme == "reinitialize" else 0.0
         dead = dead_latents(self._fired, self._n_counted, min_frequency).to(sae.device)
-        n_dead = int(dead.sum())
+        of_parts = sae.parts.gathered(dead.sum()).tolist()
+        n_dead = sum(of_parts)
         if n_dead:
             # All ranks draw the same, but different devices may round differently.
             drawn = trainer.strategy.broadcast(self._draw(trainer, sae, n_dead).cpu())
-            self._replace(sae, dead, drawn.to(sae.device))
+            own = drawn.split(of_parts)[sae.parts.index]
+            self._replace(sae, dead, own.to(sae.device))
             vectors = [getattr(sae, name) for name in sae.fresh_latent()]
             for weight, axis in ((sae.W_dec, 0), (sae.W_enc, 1), *((v, 0) for v in vectors)):
                 reset_moments(trainer.optimizers, weight, dead, axis)
@@ -294,19 +308,19 @@ class DeadFeatureResampling(Callback):
 
     def _of_all(self, trainer: Trainer, chunks: list[Tensor]) -> Tensor:
         """The latest inputs, or their errors, of all ranks: by batch, then by rank."""
-        if trainer.world_size > 1:
-            gather = trainer.strategy.all_gather
-            device = trainer.strategy.root_device
-            chunks = [gather(chunk.to(device)).flatten(0, 1) for chunk in chunks]
+        copies = copies_of(trainer)
+        if copies.n > 1:
+            gather, device = trainer.strategy.all_gather, trainer.strategy.root_device
+            chunks = [gather(chunk.to(device), copies.group).flatten(0, 1) for chunk in chunks]
         return torch.cat(chunks)[-self.n_inputs :]
 
     def _replace(self, sae: SparseAutoencoder, dead: Tensor, directions: Tensor) -> None:
         rows = directions
         if sae.decoder_norm == "free":
-            rows = directions * mean_norm(sae.W_dec[~dead])
+            rows = directions * mean_norm(sae.W_dec[~dead], sae.parts)
         sae.W_dec[dead] = rows.to(sae.W_dec.dtype)
         if self.scheme == "loss_squared":
-            rows = directions * self.encoder_scale * mean_norm(sae.W_enc.T[~dead])
+            rows = directions * self.encoder_scale * mean_norm(sae.W_enc.T[~dead], sae.parts)
         if not sae.tied:
             sae.W_enc.T[dead] = rows.to(sae.W_enc.dtype)
         for name, value in sae.fresh_latent().items():

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
@@ -23,6 +22,7 @@ from lightning_sae.checks import require_positive
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.source import source_of
 from lightning_sae.files import write_atomically
+from lightning_sae.split import parts_of
 
 
 class ExportSAE(Callback):
@@ -44,12 +44,10 @@ class ExportSAE(Callback):
         self.folder = None
 
     @override
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._export(trainer, pl_module)
 
     @override
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # With nothing left to train, Lightning calls no `on_train_end`.
         if self.folder is None and trainer.ckpt_path is not None:
@@ -59,6 +57,11 @@ class ExportSAE(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         root = Path(trainer.default_root_dir)
+        if not trainer.is_global_zero:
+            self.folder = root / "sae"
+            if parts_of(trainer).n > 1:  # gives its part of the weights to rank 0
+                pl_module.save_pretrained(self.folder)  # type: ignore[operator]
+            return
         for left_over in root.glob(".sae.*"):
             shutil.rmtree(left_over)
         root.mkdir(parents=True, exist_ok=True)

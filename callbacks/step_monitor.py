@@ -28,11 +28,13 @@ class StepMonitor(Callback):
         if every and (trainer.global_step + 1) % every == 0:
             groups = enumerate(optimizer.param_groups)
             rates = {f"lr_{i}" if i else "lr": group["lr"] for i, group in groups}
-            found = {**rates, "gradient_norm": _gradient_norm(pl_module), **_in_force(pl_module)}
+            found = {**rates, "gradient_norm": _norm(pl_module), **_in_force(pl_module)}
             pl_module.log_dict({f"train/{name}": value for name, value in found.items()})
 
 
-def _gradient_norm(module: nn.Module) -> Tensor:
+def _norm(module: nn.Module) -> Tensor:
+    if isinstance(module, SparseAutoencoder):
+        return module.gradient_norm()
     gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
     return nn.utils.get_total_norm(gradients)
 
@@ -46,5 +48,5 @@ def _in_force(module: LightningModule) -> dict[str, Any]:
         found["coefficient"] = module.weight_of_penalty()
     if "threshold" in module.latent_units:
         threshold: Any = module.threshold
-        found["threshold"] = (threshold.relu() / module.input_scale).mean()
+        found["threshold"] = module.parts.mean((threshold.relu() / module.input_scale).mean())
     return found

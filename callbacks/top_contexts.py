@@ -30,8 +30,9 @@ class TopContexts(Callback):
     - TensorBoard's projector: decoder rows of the most frequent latents, labelled by the tokens on
       which each fires most.
 
-    Needs an `ActivationDataModule` with a tokenizer; with other data nothing is shown. For more
-    text and all latents, use `lightning-sae analyze`.
+    Needs an `ActivationDataModule` with a tokenizer; with other data nothing is shown, nor of a
+    dictionary that is split over devices. For more text and all latents, use `lightning-sae
+    analyze`.
 
     Args:
         n_tokens: Approximate number of held-out tokens to read; at most those of a validation.
@@ -54,6 +55,8 @@ class TopContexts(Callback):
         if not shown or trainer.fast_dev_run or not isinstance(data, ActivationDataModule):  # type: ignore[attr-defined]
             return
         if not isinstance(pl_module, SparseAutoencoder) or data.language_model.tokenizer is None:
+            return
+        if pl_module.parts.n > 1:
             return
         found = read(pl_module, data, min(self.n_tokens, data.n_validation))
         step = trainer.global_step

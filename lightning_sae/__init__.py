@@ -22,6 +22,7 @@ from lightning_sae.data import (
 )
 from lightning_sae.loading import load
 from lightning_sae.side_by_side import SideBySide
+from lightning_sae.split import SplitDictionary
 from lightning_sae.version import __version__
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "RescaledSAE",
     "SideBySide",
     "SparseAutoencoder",
+    "SplitDictionary",
     "TiedSAE",
     "TopKSAE",
     "ToyDataModule",

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import NoneType, UnionType
@@ -253,9 +253,19 @@ def _cause(
     )
 
 
-def require_finite_weights(module: nn.Module, step: int) -> None:
-    """Raise a FloatingPointError if weights are not finite after a step of training."""
+def require_finite_weights(
+    module: nn.Module, step: int, on_any: Callable[[bool], tuple[bool, ...]] | None = None
+) -> None:
+    """Raise a FloatingPointError if weights are not finite after a step of training.
+
+    Args:
+        module: Has the weights.
+        step: Optimizer steps taken.
+        on_any: Whether something holds on any of the devices that share the weights.
+    """
     bad = not_finite(module.state_dict(), dict(module.named_buffers()))
+    if on_any is not None and on_any(bool(bad))[0] and not bad:
+        bad = ["on another device"]
     if bad:
         raise FloatingPointError(
             f"The weights are not finite after optimizer step {step} ({', '.join(bad)}), and are "
@@ -300,15 +310,20 @@ def warn_of_other_activations(saved: dict[str, Any], present: dict[str, Any]) ->
         )
 
 
-def require_matching(sae: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Raise a ValueError if `checkpoint` is of another architecture or shape than `sae`."""
+def require_matching(
+    sae: nn.Module, checkpoint: dict[str, Any], split: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
+    """Raise a ValueError if `checkpoint` is of another architecture or shape than `sae`.
+
+    `split` has the whole shapes of weights that `sae` holds in part.
+    """
     architecture = checkpoint.get("lightning_sae", {}).get("architecture")
     if architecture != type(sae).__name__:
         raise ValueError(
             f"Expected a checkpoint of `{type(sae).__name__}` but it holds `{architecture}`: "
             "build the architecture it was made with, or give another `ckpt_path`."
         )
-    own = {name: _shape(w) for name, w in sae.state_dict().items()}
+    own = {name: _shape(w) for name, w in sae.state_dict().items()} | dict(split or {})
     its = {name: _shape(w) for name, w in checkpoint["state_dict"].items()}
     if own != its:
         names = sorted(n for n in own.keys() | its.keys() if own.get(n) != its.get(n))

@@ -5,6 +5,9 @@ That is the gradient of all batches together for every term that is a mean over 
 not a mean over rows (a selection among all rows, a ratio of sums, the square of a mean) are reduced
 over the ranks through `Ranks`. Batches have the same size on all ranks.
 
+With a split dictionary several ranks hold one copy and have one batch. `Ranks` then speaks of the
+copies, and `Parts` of the ranks that hold one (`lightning_sae.parts`).
+
 The number of batches is also equal. The data modules of this package never end. With other loaders,
 an epoch ends on all ranks when the shortest loader ends; validation loaders must have equal
 lengths.
@@ -16,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sae.files import read_checkpoint, write_atomically
+from lightning_sae.parts import Parts
+from lightning_sae.split import Copies, copies_of
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -43,10 +48,10 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 
 
 class Ranks:
-    """The copies of a module in training, one on each rank.
+    """The copies of a module in training, one on each rank, or with a split dictionary on several.
 
-    All ranks must call these methods in the same order. Outside of training, and on one rank, each
-    method returns its argument.
+    All ranks must call these methods in the same order. Outside of training, and with one copy,
+    each method returns its argument.
 
     Args:
         module: This rank's copy.
@@ -56,10 +61,19 @@ class Ranks:
         self._module = module
 
     @property
+    def _copies(self) -> Copies:
+        trainer = trainer_of(self._module)
+        return Copies(0, 1) if trainer is None or not trainer.training else copies_of(trainer)
+
+    @property
     def n(self) -> int:
         """Number of copies in training."""
-        trainer = trainer_of(self._module)
-        return 1 if trainer is None or not trainer.training else trainer.world_size
+        return self._copies.n
+
+    @property
+    def index(self) -> int:
+        """Which of them this is."""
+        return self._copies.own
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all ranks, without a gradient."""
@@ -74,11 +88,12 @@ class Ranks:
         return self._reduced(value, "sum")
 
     def _reduced(self, value: Tensor, operation: str) -> Tensor:
-        if self.n == 1:
+        copies = self._copies
+        if copies.n == 1:
             return value
         # On a copy, because `reduce` works in place.
         value = value.detach().to(self._module.device, copy=True)
-        return self._module.trainer.strategy.reduce(value, reduce_op=operation)
+        return self._module.trainer.strategy.reduce(value, copies.group, reduce_op=operation)
 
     def mean_with_gradient(self, value: Tensor) -> Tensor:
         """The mean over all ranks, with the gradient of this rank's share.
@@ -88,11 +103,12 @@ class Ranks:
         """
         return value if self.n == 1 else value + (self.mean(value) - value.detach())
 
-    def gathered(self, values: Float[Tensor, " n"]) -> Float[Tensor, "ranks n"]:
-        """The vectors of all ranks, concatenated in order of rank."""
-        if self.n == 1:
+    def gathered(self, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "ranks ..."]:
+        """The tensors of all ranks, in order of rank."""
+        copies = self._copies
+        if copies.n == 1:
             return values.unsqueeze(0)
-        return self._module.trainer.strategy.all_gather(values)
+        return self._module.trainer.strategy.all_gather(values, copies.group)
 
     def shorten_epoch(self) -> bool:
         """Limit all ranks to the number of batches of the shortest loader, where that is known.
@@ -124,6 +140,28 @@ class Ranks:
         is_last = self.sum(torch.tensor(float(progress.is_last_batch)))
         # Lightning reads this to step with accumulated gradients, to validate and to end.
         progress.is_last_batch = bool(is_last > 0)
+
+
+class Devices:
+    """All devices of a run: the parts of each copy, one copy after the other.
+
+    Args:
+        ranks: The copies.
+        parts: The parts of a copy.
+    """
+
+    def __init__(self, ranks: Ranks, parts: Parts) -> None:
+        self._ranks, self._parts = ranks, parts
+        self.n = ranks.n * parts.n
+        self.index = ranks.index * parts.n + parts.index
+
+    def gathered(self, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "devices ..."]:
+        """The tensors of all devices."""
+        return self._ranks.gathered(self._parts.gathered(values)).flatten(0, 1)
+
+    def least(self, value: Tensor) -> Tensor:
+        """The least of all devices, elementwise."""
+        return self._ranks.least(self._parts.least(value))
 
 
 def require_agreement(trainer: Trainer, settings: Mapping[str, Any]) -> None:

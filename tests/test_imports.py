@@ -9,7 +9,8 @@ import pytest
 # From the bottom to the top; a folder imports from its own layer and from those below.
 LAYERS = (
     {"version"},
-    {"files", "checks"},
+    {"files", "checks", "parts"},
+    {"split"},
     {"distributed", "functional"},
     {"metrics", "data", "training"},
     {"architectures"},

@@ -45,6 +45,7 @@ from lightning_sae import (
     MatryoshkaSAE,
     ReLUSAE,
     SideBySide,
+    SplitDictionary,
     TiedSAE,
     TopKSAE,
     ToyDataModule,
@@ -57,6 +58,7 @@ from lightning_sae.callbacks import (
     TargetL0,
 )
 from lightning_sae.functional.penalties import Sqrt
+from lightning_sae.parts import Parts
 from lightning_sae.training.supported import require_supported_features
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
@@ -386,6 +388,59 @@ def test_strategies_that_cut_weights_up_are_refused(
     monkeypatch.setattr(Trainer, "strategy", object.__new__(kind))
     with pytest.raises(ValueError, match=f"trainer.strategy.*{kind.__name__}"):
         require_supported_features(ReLUSAE(16, 32), trainer, "fit")
+
+
+class Pulled(ReLUSAE):
+    """Has a loss of its own, of which nobody knows whether it needs all latents."""
+
+    def objective(self, x):
+        return super().objective(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "flags", "stage", "message"),
+    [
+        (lambda: ReLUSAE(16, 31), {}, "fit", "`d_sae` to be a multiple of the 2 parts.*choose 32"),
+        (lambda: Pulled(16, 32), {}, "fit", "`Pulled` has an `activate`.*`may_be_split = True`"),
+        (
+            lambda: SideBySide([{"name": "a", "sae": ReLUSAE(16, 32)}]),
+            {},
+            "fit",
+            "one SAE with.*`SideBySide`",
+        ),
+        (
+            lambda: ReLUSAE(16, 32, orthogonality_coefficient=1.0),
+            {},
+            "fit",
+            "orthogonality, nor other tables .peaks.recent.",
+        ),
+        (lambda: ReLUSAE(16, 32), {"precision": "16-mixed"}, "fit", "`16-mixed`.*`bf16-mixed`"),
+        (lambda: ReLUSAE(16, 32), {}, "predict", "does not support `predict`"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*precision=.16.* is not supported")
+def test_what_a_split_dictionary_lacks_is_refused(
+    make: Callable[[], Any], flags: Any, stage: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, strategy = trainer_with(), SplitDictionary()
+    strategy.parts = Parts()
+    strategy.parts.n = 2  # devices that are not there
+    monkeypatch.setattr(Trainer, "strategy", strategy)
+    if flags:
+        monkeypatch.setattr(Trainer, "precision", flags["precision"])
+    with pytest.raises(ValueError, match=message):
+        require_supported_features(make(), trainer, stage)
+
+
+def test_a_subclass_that_exchanges_what_it_needs_may_be_split() -> None:
+    class Exchanges(Pulled):
+        may_be_split = True
+
+    class Renamed(Exchanges):
+        pass
+
+    assert Renamed.may_be_split
+    assert not Pulled.may_be_split
 
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])

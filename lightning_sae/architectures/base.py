@@ -41,7 +41,7 @@ from lightning_sae.checks import (
     warn_of_other_activations,
 )
 from lightning_sae.data.source import source_of
-from lightning_sae.distributed import Ranks, require_agreement, take_part, trainer_of
+from lightning_sae.distributed import Devices, Ranks, require_agreement, take_part, trainer_of
 from lightning_sae.files import AtomicCheckpointIO, first_line
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
@@ -50,11 +50,14 @@ from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_row
 from lightning_sae.functional.sparse.memory import keep_freed_blocks
 from lightning_sae.functional.sparse.selection import Rule
 from lightning_sae.metrics import held_out_metrics
+from lightning_sae.parts import ALONE, Parts
+from lightning_sae.split import copies_of, keep_own_part, parts_of
 from lightning_sae.training.lengths import Length, refuse_lengths, require_lengths
 from lightning_sae.training.optimizer import (
     NAMES,
     adam_with_schedule,
     clip_gradients,
+    in_memory_order,
     peak_rate,
     schedule_problems,
     set_peak_rates,
@@ -107,6 +110,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         metrics: The held-out metrics, of raw activations.
         held_out_frequency: Firing frequency of each latent at the last evaluation.
         held_out_count: Number of activations in the current evaluation, over all ranks.
+        parts: The devices that hold the dictionary together, with the strategy `SplitDictionary`.
+            Weights and counts are then those of the own latents.
 
     Raises:
         ValueError: If a size, a rate or a length is out of range.
@@ -123,6 +128,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     metrics: MetricCollection
     held_out_frequency: Float[Tensor, " d_sae"] | None = None
     held_out_count: int = 0
+    parts: Parts = ALONE
+    _axes: dict[str, int] | None = None  # of a part
     _held_out_not_finite: int = 0
 
     # Whether the latents and losses of a row do not depend on other rows of the batch, so that a
@@ -130,6 +137,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     # does not inherit this.
     rows_are_independent = False
     latents_follow_activate = True  # whether training uses the `activate` of a subclass
+    # Whether these three exchange what they need of other latents through `parts`, so that the
+    # dictionary may be split over devices. Not inherited either.
+    may_be_split = True
     tied = False  # whether `W_enc` is a view of `W_dec`
     length_names = NAMES  # of arguments that are lengths, see `lightning_sae.training.lengths`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
@@ -154,6 +164,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             own = {**vars(base), **own}
         if own.keys() & {"activate", "latents", "objective"}:
             cls.rows_are_independent = own.get("rows_are_independent", False)
+            ours = cls.__module__.startswith("lightning_sae.architectures.")
+            cls.may_be_split = own.get("may_be_split", ours)
         if "latents" in own:
             cls.latents_follow_activate = own.get("latents_follow_activate", False)
         says_how_to_train = own.keys() & {"latents", "objective", "latents_follow_activate"}
@@ -276,6 +288,9 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             ValueError: If the last axis of `x` is not `d_in`, or its dtype is not floating-point.
         """
         require_width(x, self.d_in)
+        return self.parts.joined(self._own_latents(x))
+
+    def _own_latents(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_own"]:
         return self.activate(self.pre_activations(self.scaled(x))) / self.input_scale
 
     def decode(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
@@ -285,11 +300,17 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             ValueError: If the last axis of `f` is not `d_sae`.
         """
         require_latents(f, self.d_sae)
+        return self._decode_own(self.parts.own(f))
+
+    def _decode_own(self, f: Float[Tensor, "... d_own"]) -> Float[Tensor, "... d_in"]:
         return self.unscaled(self.reconstruct(f * self.input_scale))
 
     @override
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         """Reconstruct raw activations."""
+        if self.parts.n > 1:  # latents stay where they are
+            require_width(x, self.d_in)
+            return self._decode_own(self._own_latents(x))
         return self.decode(self.encode(x))
 
     # The same on centred and scaled activations.
@@ -312,6 +333,23 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         """The copies of this SAE on all ranks, during training."""
         return Ranks(self)
 
+    @property
+    def devices(self) -> Devices:
+        """All devices of the run, each with some latents of some rows of a batch."""
+        return Devices(self.ranks, self.parts)
+
+    def latent_axes(self) -> dict[str, int]:
+        """The axis of the latents, by name, of each parameter and buffer that has one."""
+        if self._axes is not None:
+            return self._axes
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        matrices = {"W_enc": 1, "W_dec": 0}
+        of_inputs = {*self.input_units, "input_mean"}
+        vectors = [n for n, t in tensors.items() if t.shape == (self.d_sae,) and n not in of_inputs]
+        return {name: axis for name, axis in matrices.items() if name in tensors} | dict.fromkeys(
+            vectors, 0
+        )
+
     def weight_of_penalty(self) -> float:
         """The penalty's current coefficient, after warm-up and `TargetL0`."""
         assert self.coefficient_name is not None
@@ -329,16 +367,16 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         if self.revive == "none":
             return {}
         dead = self.dead.nonzero().squeeze(-1)
-        if len(dead) == 0:
+        if not self._any_part(len(dead) > 0)[0]:
             return {self.revive: x.new_zeros(())}
         seen, residual = self.encoder_input(x).detach(), (x - x_hat).detach()
         pre = seen @ self.W_enc.T[dead].T + self.b_enc[dead]
         if self.revive == "auxk":
-            share = auxk(residual, pre, self.W_dec[dead], self.k_aux, self.ranks.mean)
+            share = auxk(residual, pre, self.W_dec[dead], self.k_aux, self.ranks.mean, self.parts)
             # In the source, both this and the squared error are relative to the variance of x.
             loss = variance(x.detach(), self.ranks.mean) * share
         else:
-            loss = ghost_gradients(residual, pre, self.W_dec[dead], self.ranks.mean)
+            loss = ghost_gradients(residual, pre, self.W_dec[dead], self.ranks.mean, self.parts)
         return {self.revive: self.revive_coefficient * loss}
 
     def fresh_latent(self) -> dict[str, float]:
@@ -351,7 +389,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
 
     def encoder_origin(self) -> Float[Tensor, " d_in"] | None:
         """The point that is subtracted from the encoder's input: `b_dec`, or None."""
-        return self.b_dec if self.apply_b_dec_to_input else None
+        return self.parts.shared(self.b_dec) if self.apply_b_dec_to_input else None
 
     def encoder_input(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         """The encoder's input: `x` minus the encoder's origin, if there is one."""
@@ -360,8 +398,19 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
 
     def reconstruct(self, f: Code | Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
         """The decoder, applied to a code or a matrix of latents."""
-        product = f.decode(self.W_dec) if isinstance(f, Code) else f @ self.W_dec
-        return product + self.b_dec
+        return self.decoded(f, self.W_dec) + self.b_dec
+
+    def decoded(
+        self, f: Code | Float[Tensor, "... d_sae"], W_dec: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, "... d_in"]:
+        """The weighted sum of all latents' decoder rows, on all devices."""
+        product = f.decode(W_dec) if isinstance(f, Code) else f @ W_dec
+        # In the precision of the weights, also under autocast: it is a long sum.
+        return product if self.parts.n == 1 else self.parts.sum(product.to(W_dec.dtype))
+
+    def _any_part(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set on any device that holds a part: all then do the same."""
+        return self.parts.any(*flags, device=self.device)
 
     # Training.
 
@@ -392,6 +441,21 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         own = {"architecture": type(self).__name__, **plain_arguments(self.hparams)}
         run = {"max_steps": self.trainer.max_steps, "data": self.source}
         require_agreement(self.trainer, {**own, **run})
+        self._split_among(parts_of(self.trainer))
+
+    def _split_among(self, parts: Parts) -> None:
+        """Keep the own part of the dictionary, once."""
+        if self.parts.n != parts.n:
+            if self.parts.n > 1:
+                raise ValueError(
+                    "Expected a whole SAE, or one of as many parts as `trainer.strategy` has, but "
+                    f"got part {self.parts.index} of {self.parts.n}: load the exported SAE or a "
+                    "checkpoint, which are whole."
+                )
+            root = self.trainer.strategy.root_device
+            self._axes = keep_own_part(self, parts, root)
+        if parts.n > 1:
+            self.parts = parts
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -515,7 +579,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         Returns:
             `loss`, a scalar; `fired` [d_sae], how often each latent fired in the batch;
             `squared_error` [batch], of each centred and scaled activation. With several ranks these
-            are of this rank alone, while logged values are of all ranks.
+            are of this rank alone, while logged values are of all ranks. With a split dictionary
+            `fired` is of the own latents.
 
         Raises:
             ValueError: If `batch` is not of shape [batch, d_in].
@@ -532,7 +597,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         require_finite(together.loss, together.losses, x, self, step, self.ranks)
         self.count_silence(together.fired, n)
         self.n_trained += n
-        self._log_step(together, together.fired.sum() / n)
+        self._log_step(together, self.parts.sum(together.fired.sum()) / n)
         return {
             "loss": outcome.loss,
             "fired": outcome.fired,
@@ -546,13 +611,16 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         Raises:
             FloatingPointError: If weights are not finite.
         """
-        require_finite_weights(self, self.trainer.global_step)
+        require_finite_weights(self, self.trainer.global_step, self._any_part)
 
     def _evaluate(self, x: Float[Tensor, "batch d_in"]) -> Outcome:
         rows = self.chunk_rows or default_chunk_rows(self.d_sae, x.device.type, dense=True)
         # The revival loss depends on the error of the whole batch.
-        apart = self.rows_are_independent and not (self.revive != "none" and self.dead.any())
-        if self.layout.dense and apart and len(x) > rows:
+        dense, revived = self.layout.dense, self.revive != "none" and bool(self.dead.any())
+        if self.parts.n > 1 and self.rows_are_independent and len(x) > rows:
+            dense, revived = self._any_part(dense, revived)
+        apart = self.rows_are_independent and not revived
+        if dense and apart and len(x) > rows:
             trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
             return in_chunks(self.objective, x, rows, trained)
         return at_once(self.objective, x)
@@ -582,7 +650,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         loss = outcome.loss.detach()
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("l0", l0, prog_bar=True, logger=False)
-        dead = self.dead.float().mean()
+        dead = self.parts.mean(self.dead.float().mean())
         self.log("dead", dead, prog_bar=True, logger=False)
         rows = {f"train/{name}": value for name, value in outcome.losses.items()}
         self.log_dict({**rows, "train/loss": loss, "train/l0": l0, "train/dead": dead})
@@ -632,9 +700,19 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         is only the scaled gradients of fp16, for which Adam is not fused here.
         """
         if gradient_clip_val is None:
-            clip_gradients(optimizer, self.clip_grad_norm, "norm")
-        else:
-            clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            gradient_clip_val, gradient_clip_algorithm = self.clip_grad_norm, "norm"
+        norm = None if self.parts.n == 1 else self.gradient_norm()
+        clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm, norm)
+
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """The joint Euclidean norm of all gradients, over all latents."""
+        gradients = {k: w.grad for k, w in self.named_parameters() if w.grad is not None}
+        if self.parts.n == 1:
+            return nn.utils.get_total_norm(gradients.values())
+        own = [in_memory_order(gradients.pop(k)) for k in self.latent_axes() if k in gradients]
+        squares = nn.utils.get_total_norm(own).square()
+        others = nn.utils.get_total_norm(gradients.values()).to(squares)
+        return (self.parts.sum(squares) + others.square()).sqrt()
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -643,7 +721,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         A callback that needs a gradient after its step has to copy it.
         """
         # Only sparse steps reuse it, and with several ranks DDP's buckets may hold it.
-        if not self.layout.dense and self.trainer.world_size == 1:
+        if not self.layout.dense and copies_of(self.trainer).n == 1:
             self.layout.workspace.recycle(parameter.grad for parameter in self.parameters())
         optimizer.zero_grad()
 
@@ -661,10 +739,13 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         require_one_loader(dataloader_idx)
         require_batch(batch, self.d_in)
         self._held_out_not_finite += int((~torch.isfinite(batch)).any(-1).sum())
-        f = self.encode(batch)
-        self.metrics.update(x=batch, x_hat=self.decode(f), f=f)
+        # A split dictionary may be so large that the latents of a whole batch are not.
+        size = len(batch) if self.parts.n == 1 else max(1, 2**25 // self.d_sae)
+        for rows in batch.split(max(1, size)):
+            f = self.encode(rows)
+            self.metrics.update(x=rows, x_hat=self.decode(f), f=f)
         trainer = trainer_of(self)
-        self.held_out_count += len(batch) * (1 if trainer is None else trainer.world_size)
+        self.held_out_count += len(batch) * (1 if trainer is None else copies_of(trainer).n)
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -739,7 +820,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     ) -> Path:
         """Write the SAE to a new folder as safetensors and JSON.
 
-        Centring and scaling are folded into the weights, which then act on raw activations.
+        Centring and scaling are folded into the weights, which then act on raw activations. With a
+        split dictionary all processes have to call this, and one writes the whole.
 
         Args:
             folder: The folder.
@@ -750,7 +832,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             ValueError: If `folder` exists and is not empty.
         """
         written = portable.save_pretrained(self, Path(folder))
-        if model_card_kwargs is not None:
+        if model_card_kwargs is not None and (written / portable.CONFIG).exists():
             self.generate_model_card(**model_card_kwargs).save(written / "README.md")
         return written
 
@@ -805,16 +887,16 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         checkpoint["lightning_sae"] = {
             "architecture": type(self).__name__,
             "source": self.source,
-            "dense": self.layout.dense,
+            "dense": self._layouts(),
             "n_trained": self.n_trained,
             "is_trained": self.is_trained,  # False if a tuner saves before its trial steps
-            "ranks": 1 if trainer is None else trainer.world_size,
+            "ranks": 1 if trainer is None else copies_of(trainer).n,
         }
         if trainer is not None:
             note_settings(checkpoint, self._settings())
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
-        require_finite_weights(self, 0 if trainer is None else trainer.global_step)
+        require_finite_weights(self, 0 if trainer is None else trainer.global_step, self._any_part)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -823,7 +905,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         Raises:
             ValueError: If it has another architecture or shape, or settings that cannot change.
         """
-        require_matching(self, checkpoint)
+        require_matching(self, checkpoint, self._whole_shapes())
         trainer = trainer_of(self)
         if trainer is not None:
             compare_settings(checkpoint, self._settings(), trainer)
@@ -836,22 +918,43 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         self.is_trained = checkpoint["lightning_sae"].get("is_trained", True)
         self.n_trained = checkpoint["lightning_sae"].get("n_trained", 0)
         # Layouts differ by rounding, so an exact resume needs the same one.
-        self.layout.dense = checkpoint["lightning_sae"]["dense"]
+        dense: bool | list[bool] = checkpoint["lightning_sae"]["dense"]
+        if isinstance(dense, list):
+            dense = dense[self.parts.index if len(dense) == self.parts.n else 0]
+        self.layout.dense = dense
+
+    def _layouts(self) -> bool | list[bool]:
+        """Whether the next batch's code is dense; of a split dictionary, on each device."""
+        if self.parts.n == 1:
+            return self.layout.dense
+        own = torch.tensor(self.layout.dense, device=self.device)
+        return self.parts.gathered(own).tolist()
+
+    def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes, over all parts, of the weights that are split."""
+        if self.parts.n == 1:
+            return {}
+        own = self.state_dict()
+        shapes = {name: list(own[name].shape) for name in self.latent_axes() if name in own}
+        for name, shape in shapes.items():
+            shape[self.latent_axes()[name]] *= self.parts.n
+        return {name: tuple(shape) for name, shape in shapes.items()}
 
     def _settings(self) -> Settings:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         return settings_of(self.trainer, {"model.": self}, {"": callbacks})
 
     def _take_part(self, checkpoint: dict[str, Any]) -> None:
-        saved, present = checkpoint["lightning_sae"].get("ranks", 1), self.trainer.world_size
+        index, present, _ = copies_of(self.trainer)
+        saved = checkpoint["lightning_sae"].get("ranks", 1)
         if saved != present:
             rank_zero_warn(
                 f"The checkpoint is of a run of {saved} ranks and goes on with {present}. Weights, "
                 "moments, schedules and counts are those of the checkpoint, but batches have "
                 f"{present}/{saved} of their size and other text: the resume is not exact."
             )
-        elif self.trainer.global_rank > 0:
-            take_part(Path(self.trainer.ckpt_path), self.trainer.global_rank, checkpoint)  # type: ignore[arg-type]
+        elif index > 0:
+            take_part(Path(self.trainer.ckpt_path), index, checkpoint)  # type: ignore[arg-type]
 
     @override
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

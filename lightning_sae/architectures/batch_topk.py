@@ -94,7 +94,7 @@ class BatchTopKSAE(WithOrthogonality):
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
         """The largest pre-activations of the batch, regardless of the threshold."""
-        f = self.code(x, BatchTopK(self.k, len(x), self.ranks.n, self.ranks.gathered))
+        f = self.code(x, BatchTopK(self.k, len(x), self.ranks.n, self.devices))
         return f.with_values(f.values.relu())
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
@@ -127,10 +127,10 @@ class BatchTopKSAE(WithOrthogonality):
         self.threshold.copy_(torch.where(seen, 2 * mean - behind, self.threshold))
 
     def _smallest(self, f: Code) -> Float[Tensor, ""]:
-        """The smallest active latent of all ranks; infinite without any."""
+        """The smallest active latent on all devices; infinite without any."""
         active = torch.where(f.values > 0, f.values, torch.inf)
         smallest = active.min() if active.numel() else active.new_tensor(torch.inf)
-        return self.ranks.least(smallest).to(self.threshold)
+        return self.devices.least(smallest).to(self.threshold)
 
     @torch.no_grad()
     def calibrate(self, batch: Float[Tensor, "batch d_in"]) -> None:

@@ -114,9 +114,10 @@ class GatedSAE(SparseAutoencoder):
         f = self.magnitudes(gate)
         x_hat = self.reconstruct(f)
         errors = squared_errors(x, x_hat)
+        cost = self.parts.sum(batch_penalty(self.penalty, gate, self._norms()))
         losses = {
             "squared_error": errors.mean(),
-            "l1": self.weight_of_penalty() * batch_penalty(self.penalty, gate, self._norms()),
+            "l1": self.weight_of_penalty() * cost,
             "auxiliary": self.auxiliary_coefficient * self._auxiliary(x, gate),
             **self.revival(x, x_hat),
         }
@@ -130,7 +131,7 @@ class GatedSAE(SparseAutoencoder):
         W_dec, b_dec = self.W_dec, self.b_dec
         if self.auxiliary_decoder == "frozen":
             W_dec, b_dec = W_dec.detach(), b_dec.detach()
-        return squared_errors(x, gate.decode(W_dec) + b_dec).mean()
+        return squared_errors(x, self.decoded(gate, W_dec) + b_dec).mean()
 
     @override
     def fresh_latent(self) -> dict[str, float]:

@@ -132,7 +132,8 @@ class JumpReLUSAE(SparseAutoencoder):
         super()._start_from(batch)
         x = self.scaled(batch)
         pre = self.pre_activations(x[: default_chunk_rows(self.d_sae)]).float()
-        mean, square = (self.ranks.mean(each) for each in (pre.mean(), pre.square().mean()))
+        moments = torch.stack([pre.mean(), pre.square().mean()])
+        mean, square = self.ranks.mean(self.parts.mean(moments)).unbind()
         unit = (square - mean.square()).clamp_min(0).sqrt()
         if unit > 0:
             self.threshold_unit.copy_(unit)
@@ -144,9 +145,9 @@ class JumpReLUSAE(SparseAutoencoder):
             self.threshold.copy_(start.relu().expand_as(self.threshold))
 
     def _exceeded(self, pre: Float[Tensor, "batch d_sae"], times: float) -> Float[Tensor, ""]:
-        """The value that `times` pre-activations of a row exceed on average, over all ranks."""
+        """The value that `times` pre-activations of a row exceed on average, on all devices."""
         most = min(round(times * len(pre) * self.ranks.n), pre.numel())
-        largest = self.ranks.gathered(pre.flatten().topk(most).values).flatten()
+        largest = self.devices.gathered(pre.flatten().topk(most).values).flatten()
         return largest.topk(min(round(times * len(pre) * self.ranks.n), len(largest))).values[-1]
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:
@@ -176,8 +177,8 @@ class JumpReLUSAE(SparseAutoencoder):
         theta: Float[Tensor, " d_sae"],
     ) -> Float[Tensor, ""]:
         if self.penalty is not None:
-            return batch_penalty(self.penalty, f, self.penalty_norms())
-        l0 = v.mean_sum(step(v.values, v.at(theta), self.window()))
+            return self.parts.sum(batch_penalty(self.penalty, f, self.penalty_norms()))
+        l0 = self.parts.sum(v.mean_sum(step(v.values, v.at(theta), self.window())))
         if self.target_l0 is None:
             return l0
         excess = self.ranks.mean_with_gradient(l0) / self.target_l0 - 1
@@ -190,11 +191,11 @@ class JumpReLUSAE(SparseAutoencoder):
         if self.dead_coefficient == 0:
             return {}
         dead = self.dead.nonzero().squeeze(-1)
-        if len(dead) == 0:
+        if not self._any_part(len(dead) > 0)[0]:
             return {"dead": x.new_zeros(())}
         pre = self.encoder_input(x) @ self.W_enc.T[dead].T + self.b_enc[dead]
         missing = (self.theta()[dead] - pre).relu() * self.W_dec[dead].norm(dim=-1)
-        return {"dead": self.dead_coefficient * missing.sum(-1).mean()}
+        return {"dead": self.dead_coefficient * self.parts.sum(missing.sum(-1).mean())}
 
     @override
     def fresh_latent(self) -> dict[str, float]:

@@ -93,7 +93,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             **self.revival(x, x_hats[-1]),
         }
         if self.uses_relu:
-            cost = batch_penalty(self.penalty, f, self.penalty_norms())
+            cost = self.parts.sum(batch_penalty(self.penalty, f, self.penalty_norms()))
             losses["l1"] = self.weight_of_penalty() * cost
         return Step(losses, f, x_hats[-1], errors[-1])
 
@@ -107,11 +107,12 @@ class MatryoshkaSAE(BatchTopKSAE):
     def nested(self, f: Code, widths: Sequence[int]) -> list[Float[Tensor, "batch d_in"]]:
         """The reconstruction from each prefix."""
         bounds = torch.tensor(widths, device=self.device)
-        latents = torch.arange(self.d_sae, device=self.device)
+        latents = self.parts.first(self.d_sae) + torch.arange(f.shape[1], device=self.device)
         ring = torch.bucketize(latents, bounds, right=True).float()  # codes hold floats only
         x_hat, found = self.b_dec, []
         for index in range(len(widths)):
-            x_hat = x_hat + f.where((f.at(ring) == index).expand_as(f.values)).decode(self.W_dec)
+            part = f.where((f.at(ring) == index).expand_as(f.values))
+            x_hat = x_hat + self.decoded(part, self.W_dec)
             found.append(x_hat)
         return found
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lightning_sae.checks import expect, require_new_folder, require_types
 from lightning_sae.files import (
@@ -20,6 +20,7 @@ from lightning_sae.files import (
     write_atomically,
 )
 from lightning_sae.functional.penalties import from_description, plain_arguments
+from lightning_sae.parts import Parts
 from lightning_sae.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
@@ -39,6 +40,10 @@ class Portable(Protocol):
     source: dict[str, Any]
     is_trained: bool
     n_trained: int
+    parts: Parts
+
+    def latent_axes(self) -> dict[str, int]:
+        """The axis of the latents, by name, of the tensors that have one."""
 
     @property
     def W_enc(self) -> Tensor:
@@ -67,8 +72,11 @@ class Portable(Protocol):
 
 def save_pretrained(sae: Portable, folder: Path) -> Path:
     """Write `sae` to a new folder; see `SparseAutoencoder.save_pretrained`."""
+    state = _whole_state(sae)
+    if state is None:
+        return folder
     require_new_folder("folder", folder)
-    weights = {name: w.cpu() for name, w in folded_state(sae).items()}
+    weights = {name: w.cpu() for name, w in state.items()}
     bad = not_finite(weights, dict(sae.named_buffers()))
     if bad:
         raise ValueError(
@@ -81,6 +89,19 @@ def save_pretrained(sae: Portable, folder: Path) -> Path:
     text = json.dumps(content, indent=2, sort_keys=True)
     write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
     return folder
+
+
+def _whole_state(sae: Portable) -> dict[str, Tensor] | None:
+    """The folded weights of all parts; None where another process writes them."""
+    state = folded_state(sae)
+    if sae.parts.n == 1:
+        return state
+    axes, whole = sae.latent_axes(), {}
+    for name, own in sorted(state.items()):  # in the same order on all devices
+        whole[name] = sae.parts.whole(own, axes[name]) if name in axes else own
+    if distributed.get_rank() > 0:
+        return None
+    return {name: w.contiguous() for name, w in whole.items() if w is not None}
 
 
 def _checksums(folder: Path, description: Mapping[str, Any]) -> dict[str, str]:
@@ -147,7 +168,7 @@ def _activates_in_proportion(sae: Portable) -> bool:
         return True
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-4, 2, 256).unsqueeze(-1)
-    pre = (sizes * torch.randn(256, sae.d_sae, generator=generator)).to(sae.device)
+    pre = (sizes * torch.randn(256, sae.W_enc.shape[1], generator=generator)).to(sae.device)
     scaled = sae.activate(pre / sae.input_scale)
     return torch.allclose(sae.activate(pre) / sae.input_scale, scaled, rtol=1e-4, atol=1e-6)
 

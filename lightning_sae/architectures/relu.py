@@ -77,7 +77,7 @@ class ReLUSAE(WithOrthogonality):
     def step(self, x: Float[Tensor, "batch d_in"], f: Code, v: Code | None = None) -> Step:
         """The loss of latents `f`; `v` are their pre-activations, where these differ from `f`."""
         x_hat = self.reconstruct(f)
-        cost = batch_penalty(self.penalty, f, self.penalty_norms())
+        cost = self.parts.sum(batch_penalty(self.penalty, f, self.penalty_norms()))
         errors = squared_errors(x, x_hat)
         losses = {
             "squared_error": errors.mean(),

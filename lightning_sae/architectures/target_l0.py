@@ -12,6 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.checks import expect, refuse_second, require_not_negative, require_positive
+from lightning_sae.parts import Parts
+from lightning_sae.split import copies_of
 
 ARRIVED = 0.8  # share of a run after which L0 should be at its target
 GAIN = 3.0  # the largest increase is used where log L0 should fall by a third or more
@@ -29,12 +31,14 @@ class Steered(Protocol):
             penalty.
         penalty_scale: Share of the penalty during a warm-up; 1 after it.
         penalty_factor: Factor of the penalty's coefficient.
+        parts: The devices that share its latents.
     """
 
     d_sae: int
     coefficient_name: str | None
     penalty_scale: float
     penalty_factor: float
+    parts: Parts
 
 
 def _has_penalty(sae: Steered) -> bool:
@@ -172,10 +176,10 @@ class TargetL0(Callback):
     ) -> None:
         """Count the batch; after the last of a step, set the factor for the next step."""
         sae = cast(Steered, pl_module)
-        fired = cast(dict[str, Tensor], outputs)["fired"].sum()
+        fired = sae.parts.sum(cast(dict[str, Tensor], outputs)["fired"].sum())
         counts = torch.stack([fired, fired.new_tensor(len(batch))])
         # The same on all ranks, so that they come to the same factor.
-        counts = trainer.strategy.reduce(counts, reduce_op="sum")
+        counts = trainer.strategy.reduce(counts, copies_of(trainer).group, reduce_op="sum")
         self._fired, self._seen = self._fired + int(counts[0]), self._seen + int(counts[1])
         if trainer.global_step > self._step:  # else gradients are being accumulated
             self._step = trainer.global_step

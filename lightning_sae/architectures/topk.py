@@ -10,7 +10,7 @@ from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.objective import Step
 from lightning_sae.checks import require_integers, require_k
 from lightning_sae.functional.sparse.code import Code
-from lightning_sae.functional.sparse.selection import TopK, row_top_k
+from lightning_sae.functional.sparse.selection import TopK
 from lightning_sae.functional.squared_error import squared_errors
 
 
@@ -61,14 +61,14 @@ class TopKSAE(SparseAutoencoder):
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """The k largest positive pre-activations of each row."""
         rows = pre.reshape(-1, pre.shape[-1])
-        values, latents = row_top_k(rows, self.k)
+        values, latents = TopK(self.k, self.parts).largest(rows)
         return torch.zeros_like(rows).scatter(-1, latents, values.relu()).view_as(pre)
 
     def latents(self, x: Float[Tensor, "batch d_in"]) -> Code:
         """The same, as a sparse code; the latents of `activate` where a subclass overrides it."""
         if type(self).activate is not TopKSAE.activate:
             return super().latents(x)
-        f = self.code(x, TopK(self.k))
+        f = self.code(x, TopK(self.k, self.parts))
         return f.with_values(f.values.relu())
 
     def objective(self, x: Float[Tensor, "batch d_in"]) -> Step:

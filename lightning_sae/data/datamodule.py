@@ -45,6 +45,7 @@ from lightning_sae.data.source import ActivationSource
 from lightning_sae.data.stream import ActivationFilter, ActivationStream
 from lightning_sae.data.text import Corpus, Text, described, open_text
 from lightning_sae.data.tokens import TokenBlocks
+from lightning_sae.split import copies_of
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -307,7 +308,8 @@ class ActivationDataModule(ActivationSource):
         if self.n_ranks == 1:
             return value
         strategy = self.trainer.strategy  # type: ignore[union-attr]
-        found = strategy.reduce(value.to(strategy.root_device, copy=True), reduce_op=operation)
+        own, group = value.to(strategy.root_device, copy=True), copies_of(self.trainer).group  # type: ignore[arg-type]
+        found = strategy.reduce(own, group, reduce_op=operation)
         return found.cpu()
 
     @property
@@ -316,10 +318,10 @@ class ActivationDataModule(ActivationSource):
         return self._place()[1]
 
     def _place(self) -> tuple[int, int]:
-        """This process's rank, and the number of ranks."""
+        """This process's rank, and the number of ranks; those of a split dictionary are one."""
         if self.trainer is None:
             return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
+        return copies_of(self.trainer)[:2]
 
     # The text.
 

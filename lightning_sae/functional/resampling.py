@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_sae.functional.geometry import unit_rows
+from lightning_sae.parts import ALONE, Parts
 
 
 def resampling_weights(
@@ -65,14 +66,18 @@ def sample_directions(
     return unit_rows(inputs[drawn.to(inputs.device)].float())
 
 
-def mean_norm(rows: Float[Tensor, "rows d"]) -> Float[Tensor, ""]:
-    """Mean Euclidean norm of the rows; 1, the norm all latents start with, if there are none.
+def mean_norm(rows: Float[Tensor, "rows d"], parts: Parts = ALONE) -> Float[Tensor, ""]:
+    """Mean Euclidean norm of the rows, on all devices; 1, that of new latents, if there are none.
 
     Example:
         >>> mean_norm(torch.tensor([[3.0, 4.0], [1.0, 0.0]])), mean_norm(torch.zeros(0, 2))
         (tensor(3.), tensor(1.))
     """
-    return torch.linalg.vector_norm(rows, dim=-1).mean() if len(rows) else rows.new_ones(())
+    norms = torch.linalg.vector_norm(rows, dim=-1)
+    if parts.n > 1:
+        total, count = parts.sum(torch.stack([norms.sum(), norms.new_tensor(len(rows))])).unbind()
+        return torch.where(count > 0, total / count, 1.0)
+    return norms.mean() if len(rows) else rows.new_ones(())
 
 
 def dead_latents(

@@ -3,7 +3,8 @@
 Both let dead latents reconstruct the alive latents' error, which is detached, without a decoder
 bias. Both are relative to the error of the whole batch. With several ranks, each with a part of the
 batch, `mean_of_ranks` computes the mean of a tensor over ranks, and the loss is the mean of the
-returned values.
+returned values. With a split dictionary, each device gives its own dead latents, possibly none, and
+all get the same value.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lightning_sae.functional.sparse.selection import chosen_among
+from lightning_sae.parts import ALONE, Parts
 
 Mean = Callable[[Tensor], Tensor]
 
@@ -35,6 +39,7 @@ def auxk(
     W_dec: Float[Tensor, "dead d_in"],
     k: int,
     mean_of_ranks: Mean = _alone,
+    parts: Parts = ALONE,
 ) -> Float[Tensor, ""]:
     r"""Share of the error's variance unexplained by the k strongest dead latents of each row.
 
@@ -60,18 +65,22 @@ def auxk(
         W_dec: Their decoder rows.
         k: Dead latents used per row; all if there are fewer.
         mean_of_ranks: See the top of the file.
+        parts: The devices that each have some of the dead latents.
 
     Returns:
         A dimensionless scalar; 0 for a residual that does not vary, such as a single row.
     """
     values, latents = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
+    kept = chosen_among(values.detach(), k, parts)
     # Straight through: the value has a floor, the gradient is that of the pre-activation.
     floor = -residual.norm(dim=-1, keepdim=True)
     values = values + (values.maximum(floor) - values).detach()
+    if parts.n > 1:
+        values = values * kept
     chosen = torch.zeros_like(pre).scatter(-1, latents, values)
     centred = residual - mean_of_ranks(residual.mean(0))
     spread, size = mean_of_ranks(torch.stack([centred.pow(2).sum(), residual.pow(2).sum()]))
-    error = (residual - chosen @ W_dec).pow(2).sum()
+    error = (residual - parts.sum(chosen @ W_dec)).pow(2).sum()
     limits = torch.finfo(spread.dtype)
     varies = spread > limits.eps * size
     return torch.where(varies, error / spread.clamp_min(limits.tiny), 0.0)
@@ -82,6 +91,7 @@ def ghost_gradients(
     pre: Float[Tensor, "batch dead"],
     W_dec: Float[Tensor, "dead d_in"],
     mean_of_ranks: Mean = _alone,
+    parts: Parts = ALONE,
 ) -> Float[Tensor, ""]:
     r"""Squared error of a reconstructed residual, scaled to the size of the squared error itself.
 
@@ -96,12 +106,15 @@ def ghost_gradients(
         pre: Pre-activations v of the dead latents.
         W_dec: Their decoder rows.
         mean_of_ranks: See the top of the file.
+        parts: The devices that each have some of the dead latents.
 
     Returns:
         In the units of a squared error summed over d_in, averaged over the batch.
     """
-    largest = pre.detach().amax(-1, keepdim=True)  # cancels in s g, and keeps exp finite
-    ghost = (pre - largest).exp() @ W_dec
+    # The largest pre-activation cancels in s g, and keeps exp finite.
+    least = pre.new_full((len(pre), 1), torch.finfo(pre.dtype).min)  # for no dead latents
+    largest = parts.most(pre.detach().amax(-1, keepdim=True) if pre.shape[1] else least)
+    ghost = parts.sum((pre - largest).exp() @ W_dec)
     lengths = ghost.detach().norm(dim=-1, keepdim=True)
     scale = (residual.norm(dim=-1, keepdim=True) / (2 * lengths)).where(lengths > 0, 0.0)
     loss = (residual - scale * ghost).pow(2).sum(-1).mean()

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -152,16 +153,22 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_norm(optimizer: Optimizer, max_norm: float) -> None:
+def clip_norm(optimizer: Optimizer, max_norm: float, norm: Float[Tensor, ""] | None = None) -> None:
     """Scale all gradients so that their joint Euclidean norm is at most `max_norm`.
 
     A fused optimizer does it in its next step, which saves a pass over the gradients.
+
+    Args:
+        optimizer: Holds the weights.
+        max_norm: The largest norm.
+        norm: The joint norm, where some of the gradients are on other devices.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     gradients = [in_memory_order(weight.grad) for weight in weights if weight.grad is not None]
     if not gradients:
         return
-    excess = (nn.utils.get_total_norm(gradients) / max_norm).clamp_min(1.0)
+    norm = nn.utils.get_total_norm(gradients) if norm is None else norm
+    excess = (norm / max_norm).clamp_min(1.0)
     if isinstance(optimizer, MemoryOrderAdam) and optimizer.defaults["fused"]:
         # Comparing is free on a CPU, but a GPU would have to synchronise.
         # The kernels need float32, whatever the dtype of the weights.
@@ -170,10 +177,15 @@ def clip_norm(optimizer: Optimizer, max_norm: float) -> None:
         torch._foreach_div_(gradients, excess)
 
 
-def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
+def clip_gradients(
+    optimizer: Optimizer,
+    value: float | None,
+    algorithm: str | None,
+    norm: Float[Tensor, ""] | None = None,
+) -> None:
     """Clip all gradients by their joint norm or, with the algorithm `value`, each entry.
 
-    A value of 0 or None does not clip.
+    A value of 0 or None does not clip. For `norm` see `clip_norm`.
     """
     if not value:
         return
@@ -181,7 +193,7 @@ def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | N
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         nn.utils.clip_grad_value_(weights, value)
     else:
-        clip_norm(optimizer, value)
+        clip_norm(optimizer, value, norm)
 
 
 class AfterOptimizerSteps(Callback):

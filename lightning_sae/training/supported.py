@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,7 +19,10 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.compile import to_uncompiled
+from torch import nn
 from torch.optim import LBFGS
+
+from lightning_sae.split import HasLatents, parts_of
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -46,6 +49,8 @@ def require_supported_features(module: LightningModule, trainer: Trainer, stage:
     _require_not_compiled(module)
     _require_own_parameters(module)
     _require_strategy(trainer)
+    if parts_of(trainer).n > 1:
+        _require_splittable(module, trainer, parts_of(trainer).n, stage)
     if stage != "fit":
         return
     _require_precision(module, trainer)
@@ -107,9 +112,49 @@ def _require_strategy(trainer: Trainer) -> None:
     is_sharded = isinstance(strategy, DeepSpeedStrategy)  # which derives from DDP
     if is_sharded or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise ValueError(
-            "Expected argument `trainer.strategy` to be `auto` or `ddp` but got "
-            f"{type(strategy).__name__}: each rank needs the whole dictionary, to select latents "
-            "and to keep decoder rows at norm 1. Choose one of these."
+            "Expected argument `trainer.strategy` to be `auto`, `ddp` or `SplitDictionary` but got "
+            f"{type(strategy).__name__}: latents are selected among all, and decoder rows kept at "
+            "norm 1, for which weights must not be cut up otherwise. Choose one of these."
+        )
+
+
+def _require_splittable(module: Any, trainer: Trainer, n_parts: int, stage: str) -> None:
+    """Refuse what a dictionary in several parts does not support, each with the reason."""
+    if not isinstance(module, HasLatents):
+        raise ValueError(
+            f"Expected one SAE with `trainer.strategy=SplitDictionary` but got a "
+            f"`{type(module).__name__}`: train each large dictionary in a run of its own."
+        )
+    if not module.may_be_split:
+        raise ValueError(
+            f"`{type(module).__name__}` has an `activate`, `latents` or `objective` of its own, "
+            "which may need latents that are on other devices: exchange what is needed through "
+            "`self.parts`, and set `may_be_split = True` in the class, or choose another strategy."
+        )
+    axes, d_sae, weights = module.latent_axes(), module.d_sae, cast(nn.Module, module)
+    if d_sae % n_parts:
+        raise ValueError(
+            f"Expected argument `d_sae` to be a multiple of the {n_parts} parts of the dictionary "
+            f"but got {d_sae}: choose {d_sae + -d_sae % n_parts}, or other `parts`."
+        )
+    tensors = [*weights.named_buffers(), *weights.named_parameters()]
+    tables = sorted({name for name, tensor in tensors if tensor.dim() > 1} - axes.keys())
+    if tables:
+        raise ValueError(
+            "A dictionary in several parts does not support the auxiliary loss of orthogonality, "
+            f"nor other tables ({', '.join(tables)}), which would be whole on each device: set "
+            "`orthogonality_coefficient` to 0, or use `ddp`."
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError(
+            "Expected argument `trainer.precision` not to be `16-mixed` for a dictionary in parts, "
+            "where gradients may overflow on one device alone, which alone would skip its step: "
+            "use `bf16-mixed`."
+        )
+    if stage == "predict":
+        raise ValueError(
+            "A dictionary in several parts does not support `predict`, where each would hold "
+            "all latents: use the exported SAE on one device or with `ddp`."
         )
 
 

@@ -179,9 +179,10 @@ def train(case: Case, batches: Tensor, **flags: Any) -> dict[str, Any]:
     }
     trainer = Trainer(callbacks=callbacks, **settings)
     trainer.fit(sae, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    moments = trainer.optimizers[0].state_dict()["state"]
+    # As a checkpoint has them, whole where a dictionary is split.
+    moments: Any = trainer.strategy.optimizer_state(trainer.optimizers[0])["state"]
     result = {
-        "state": dict(sae.state_dict()),
+        "state": trainer.strategy.lightning_module_state_dict(),
         "moments": {f"{i}.{name}": v for i, m in moments.items() for name, v in m.items()},
         "logged": logged.rows,
         "penalty_factor": sae.penalty_factor,

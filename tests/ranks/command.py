@@ -13,7 +13,7 @@ CONFIG = """
 trainer:
   default_root_dir: {root}
   accelerator: cpu
-  strategy: ddp
+  strategy: {strategy}
   devices: {devices}
   max_steps: {steps}
   val_check_interval: 4
@@ -60,10 +60,13 @@ class KillRank(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_config(root: Path, *, more: str = "", devices: int = 2, steps: int = STEPS) -> Path:
+def write_config(
+    root: Path, *, more: str = "", devices: int = 2, steps: int = STEPS, strategy: str = "ddp"
+) -> Path:
     """A configuration of a run in `root`, beside it, on `text.txt` beside it too."""
     path, text = root.with_suffix(".yaml"), root.parent / "text.txt"
-    path.write_text(CONFIG.format(root=root, more=more, devices=devices, steps=steps, text=text))
+    given = {"more": more, "devices": devices, "steps": steps, "strategy": strategy}
+    path.write_text(CONFIG.format(root=root, text=text, **given))
     return path
 
 

@@ -11,6 +11,7 @@ import torch
 from tests.ranks.cases import to_analyze
 from tests.ranks.command import kill, write_config
 from tests.ranks.launching import finish, said, start
+from tests.ranks.split_cases import toy_run
 
 MARK = "<|endoftext|>"
 
@@ -63,3 +64,28 @@ def of_ranks(folder: Path, killed: list[int]) -> OfRanks:
     statuses = finish(start(folder, [command, command]))
     assert statuses == [0, 0], said(folder, 0) + said(folder, 1)
     return OfRanks(folder, [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)])
+
+
+class OfParts(NamedTuple):
+    """What the ranks of a split dictionary left: two that hold it together, and then four."""
+
+    folder: Path
+    two: list[dict[str, Any]]
+    four: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def of_parts(folder: Path) -> OfParts:
+    """What they found."""
+    at = folder / "split"
+    at.mkdir()
+    shutil.copy(folder / "text.txt", at)
+    toy_run(at / "toy" / "one", 4)
+    write_config(at / "two", strategy="{class_path: lightning_sae.SplitDictionary}")
+    statuses = finish(start(at, [["-m", "tests.ranks.split_worker", str(at)]]))
+    assert statuses == [0], said(at, 0)
+    two, four = (
+        [torch.load(at / f"of_{name}-{rank}.pt") for rank in range(n)]
+        for name, n in (("two", 2), ("four", 4))
+    )
+    return OfParts(at, two, four)

@@ -35,6 +35,7 @@ from lightning_sae.data.scaling import Scaling, estimate_scaling, require_usable
 from lightning_sae.data.several_hooks import checked_names
 from lightning_sae.data.source import ActivationSource
 from lightning_sae.data.text import Text
+from lightning_sae.split import copies_of
 
 log = logging.getLogger("lightning.pytorch")
 
@@ -235,10 +236,10 @@ class CachedDataModule(ActivationSource):
         }
 
     def place(self) -> tuple[int, int]:
-        """This process's rank, and the number of ranks."""
+        """This process's rank, and the number of ranks; those of a split dictionary are one."""
         if self.trainer is None:
             return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
+        return copies_of(self.trainer)[:2]
 
     # What the rows are.
 

@@ -31,6 +31,7 @@ from lightning_sae.data.toy.stream import (
 )
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern
+from lightning_sae.split import copies_of
 
 
 class ToySample(NamedTuple):
@@ -212,7 +213,7 @@ class ToyDataModule(ActivationSource):
         return self.sample(n, generator).x
 
     def _blocks(self, stream: str) -> Blocks:
-        rank = 0 if self.trainer is None else self.trainer.global_rank
+        rank = 0 if self.trainer is None else copies_of(self.trainer).own
         return Blocks(self._draw, self.d_in, self.batch_size, self.seed, stream, rank)
 
     @override

@@ -6,16 +6,32 @@ training whatever the precision of the products.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Chunks = Iterable[tuple[int, Tensor]]
 """Row that a chunk starts at, and its pre-activations [rows, d_sae], valid until the next one."""
+
+
+FEW = 256
+"""Entries of a row that each device shows the others without a thought."""
+
+
+@runtime_checkable
+class Among(Protocol):
+    """Devices that share a batch; see `lightning_sae.parts` and `lightning_sae.distributed`."""
+
+    n: int
+    index: int
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The tensors of all devices, in their order, along a new first axis."""
 
 
 @runtime_checkable
@@ -56,6 +72,11 @@ class Above:
 class TopK:
     """The k largest entries of each row; among equal entries, only as many as fit.
 
+    Args:
+        k: Entries per row.
+        among: Devices that each have some of the latents of each row; the largest entries over all
+            of them are selected.
+
     Example:
         >>> TopK(2).mask(torch.tensor([[3.0, 1.0, 2.0], [0.0, -1.0, -2.0]]))
         tensor([[ True, False,  True],
@@ -63,23 +84,43 @@ class TopK:
     """
 
     k: int
+    among: Among | None = None
+
+    def largest(
+        self, pre: Float[Tensor, "rows d_sae"]
+    ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+        """Values and latents of the largest entries of each row, in no order.
+
+        Of several devices, those of this one. There are then k, or all, on each: values of those
+        that are not selected are minus infinity.
+        """
+        values, latents = row_top_k(pre, min(self.k, pre.shape[-1]))
+        if self._is_divided:
+            values = values.where(chosen_among(values, self.k, self.among), -math.inf)
+        return values, latents
+
+    @property
+    def _is_divided(self) -> bool:
+        return self.among is not None and self.among.n > 1
 
     def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
         """Active entries of a whole batch."""
-        latents = self._latents(pre)[1]
-        return torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, latents, value=True)
+        values, latents = self.largest(pre)
+        active: Any = values > -math.inf if self._is_divided else True
+        return torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, latents, active)
 
     def select(self, chunks: Chunks) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
         """Flat indices and values of the active entries of all chunks."""
         return _joined(self._picked(row, pre) for row, pre in chunks)
 
     def _picked(self, row: int, pre: Tensor) -> tuple[Tensor, Tensor]:
-        values, latents = self._latents(pre)
+        values, latents = self.largest(pre)
         rows = torch.arange(row, row + len(pre), device=pre.device).unsqueeze(-1)
-        return (rows * pre.shape[-1] + latents).view(-1), values.view(-1)
-
-    def _latents(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        return row_top_k(pre, min(self.k, pre.shape[-1]))
+        indices, values = (rows * pre.shape[-1] + latents).view(-1), values.view(-1)
+        if not self._is_divided:
+            return indices, values
+        active = values > -math.inf
+        return indices[active], values[active]
 
 
 @dataclass(frozen=True)
@@ -89,17 +130,17 @@ class BatchTopK:
     In chunks, the entries kept so far bound the final threshold from below: those under the bound
     are dropped at once, so one pass is enough and the result is exact.
 
-    The batch may be split over several ranks: the largest entries over all ranks are selected. Each
-    rank sends its largest entries to the others, twice as many as a rank has on average. With two
-    ranks this is always exact; with more, unless one rank has over twice its share of the largest
-    entries, which does not happen with a shuffled stream. All entries that equal the smallest
-    selected one are then selected.
+    The batch may lie on several devices: on some ranks, each with some of its rows, and in some
+    parts, each with some of the latents of a rank's rows. The largest entries over all devices are
+    selected, see `chosen_among`. This is exact however they fall on the latents. With more than two
+    ranks, each keeps twice as many candidates as a rank has on average; it is then exact unless the
+    rows of one rank have more, which does not happen with a shuffled stream.
 
     Args:
         k: Entries per row on average; k * batch is rounded.
-        n_rows: Rows of the batch, or of this rank's part of it.
+        n_rows: Rows of the batch, or of a rank's part of it.
         n_ranks: Number of ranks, each with `n_rows` rows.
-        gathered: Gathers the vectors [n] of all ranks as [n_ranks, n].
+        among: All devices that share the batch.
 
     Example:
         >>> BatchTopK(1, n_rows=2).mask(torch.tensor([[3.0, 2.0, 1.0], [0.0, 1.5, -1.0]]))
@@ -110,23 +151,23 @@ class BatchTopK:
     k: float
     n_rows: int
     n_ranks: int = 1
-    gathered: Callable[[Tensor], Tensor] | None = None
+    among: Among | None = None
 
     @property
     def total(self) -> int:
-        """Number of selected entries of the whole batch, over all ranks."""
+        """Number of selected entries of the whole batch, over all devices."""
         return max(1, round(self.k * self.n_rows * self.n_ranks))
 
     @property
     def wanted(self) -> int:
-        """Number of this rank's candidate entries."""
+        """Number of this device's candidate entries."""
         return min(self.total, 2 * math.ceil(self.total / self.n_ranks))
 
     def mask(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
         """Active entries of a whole batch."""
         flat = pre.flatten()
         largest = _largest(flat, self.wanted)
-        if self.n_ranks > 1:
+        if self._is_divided:
             largest = largest[self._chosen(flat[largest])]
         return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, largest, 1).view_as(pre)
 
@@ -145,20 +186,18 @@ class BatchTopK:
                 bound = values.min()
             found = [(indices, values)]
         indices, values = found[0]
-        if self.n_ranks > 1:
+        if self._is_divided:
             chosen = self._chosen(values)
             indices, values = indices[chosen], values[chosen]
         return indices, values
 
+    @property
+    def _is_divided(self) -> bool:
+        return self.among is not None and self.among.n > 1
+
     def _chosen(self, values: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
-        """Which of this rank's largest entries are among the largest of all ranks."""
-        assert self.gathered is not None
-        # All ranks must send equally many: pad with values that are never selected.
-        shown = values.new_full((self.wanted,), -math.inf)
-        shown[: len(values)] = values
-        of_all = self.gathered(shown).flatten()
-        least = of_all.topk(min(self.total, len(of_all)), sorted=False).values.min()
-        return values >= least
+        assert self.among is not None
+        return chosen_among(values.unsqueeze(0), self.total, self.among).squeeze(0)
 
     def _guess(self, pre: Float[Tensor, "rows d_sae"]) -> Float[Tensor, ""]:
         """A threshold, estimated on a few rows, that keeps slightly more entries than needed."""
@@ -167,6 +206,40 @@ class BatchTopK:
         sample = pre[:: max(1, len(pre) // 32)].flatten()
         count = math.ceil(1.25 * self.wanted * len(sample) / pre.numel()) + 32
         return sample.topk(min(count, len(sample)), sorted=False).values.min()
+
+
+def chosen_among(
+    values: Float[Tensor, "rows n"], k: int, among: Among | None
+) -> Bool[Tensor, "rows n"]:
+    """Which of this device's entries are among the k largest of their row over all devices.
+
+    Each device shows the others its largest entries of each row: all that might be chosen if these
+    are few, otherwise twice as many as are chosen on average, and twice as many again as long as
+    all that a device has shown are chosen. So the result is exact. Among equal entries only as many
+    as fit are chosen.
+
+    Args:
+        values: The k largest entries of each row on this device, or all if there are fewer. Each
+            device has equally many rows.
+        k: Entries per row.
+        among: The devices; None or one device has all entries.
+    """
+    if among is None or among.n == 1:
+        return torch.ones_like(values, dtype=torch.bool)
+    ordered, order = values.sort(dim=-1, descending=True)
+    size = k if k <= FEW else min(k, 2 * math.ceil(k / among.n))
+    while True:
+        # All devices must show equally many: pad with values that are chosen last.
+        shown = F.pad(ordered[:, :size], (0, max(0, size - ordered.shape[1])), value=-math.inf)
+        of_all = among.gathered(shown).movedim(0, 1)
+        best = of_all.flatten(1).topk(min(k, among.n * size), sorted=False).indices
+        flat = torch.zeros_like(of_all, dtype=torch.bool).flatten(1).scatter_(1, best, value=True)
+        chosen = flat.view_as(of_all)
+        if size == k or not chosen[..., -1].any():
+            break
+        size = min(k, 2 * size)
+    own = chosen[:, among.index, : ordered.shape[1]]
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order[:, : own.shape[1]], own)
 
 
 def row_top_k(

@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,12 +225,19 @@ def test_held_out_samples_are_the_same_each_time_and_others_than_training() -> N
     assert torch.equal(torch.cat(list(data.predict_dataloader())), test)
 
 
+class OneOfTwo(Trainer):
+    """As much of a rank's trainer as the data looks at."""
+
+    global_rank, world_size, strategy = 0, 2, None  # type: ignore[assignment]
+
+    def __init__(self, rank: int) -> None:
+        self.global_rank, self.overfit_batches = rank, 0
+
+
 def test_ranks_have_different_samples_and_equally_many_batches() -> None:
     def of_rank(rank: int) -> tuple[Tensor, Tensor]:
         data = ToyDataModule(**FEW, noise=0.1, n_validation=40)
-        data.trainer = SimpleNamespace(  # type: ignore[assignment]
-            global_rank=rank, world_size=2, overfit_batches=0
-        )
+        data.trainer = OneOfTwo(rank)
         stream, held_out = iter(data.train_dataloader()), data.val_dataloader()
         assert len(held_out) == 3
         return torch.cat([next(stream) for _ in range(12)]), torch.cat(list(held_out))

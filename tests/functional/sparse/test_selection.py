@@ -1,19 +1,25 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
+from typing import Any, TypeVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_sae.functional.sparse import selection
 from lightning_sae.functional.sparse.selection import (
     Above,
     BatchTopK,
     Rule,
     TopK,
+    chosen_among,
     row_top_k,
     true_places,
 )
+
+T = TypeVar("T")
 
 
 def chunks(pre: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
@@ -148,41 +154,100 @@ def test_a_batch_of_one_row_is_that_rows_top_k() -> None:
     assert selected(BatchTopK(3, 1), pre, 8)[0] == selected(TopK(3), pre, 8)[0]
 
 
-@pytest.mark.parametrize("n_ranks", [2, 3])
+class Device:
+    """One of several devices, each a thread here."""
+
+    def __init__(self, index: int, shown: list[Tensor | None], barrier: Barrier) -> None:
+        self.index, self.n = index, len(shown)
+        self._shown, self._barrier = shown, barrier
+        self.sizes: list[tuple[int, ...]] = []
+
+    def gathered(self, values: Tensor) -> Tensor:
+        self.sizes.append(tuple(values.shape))
+        self._shown[self.index] = values
+        self._barrier.wait()
+        found = torch.stack([each for each in self._shown if each is not None])
+        self._barrier.wait()
+        return found
+
+
+def on_devices(n: int, do: Callable[[Device], T]) -> list[T]:
+    """What each of n devices finds."""
+    shown: list[Tensor | None] = [None] * n
+    barrier = Barrier(n, timeout=20)
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(do, [Device(i, shown, barrier) for i in range(n)]))
+
+
+@pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("k", [0.05, 0.5, 3, 7.4, 12, 20])
-def test_ranks_choose_together_what_one_would_from_all_their_rows(k: float, n_ranks: int) -> None:
+def test_ranks_choose_together_what_one_would_from_all_their_rows(k: float, n: int) -> None:
     """Also where the rows of one rank are larger than those of another."""
     for growth in (0.0, 0.002):
-        pre = pre_activations(36 * n_ranks, 12)
+        pre = pre_activations(36 * n, 12)
         pre += growth * torch.arange(len(pre)).unsqueeze(1)
-        parts = pre.split(36)
-        expected = BatchTopK(k, len(pre)).mask(pre)
-        rule = BatchTopK(k, 36, n_ranks, partial(shown, parts, k))
-        assert torch.equal(torch.cat([rule.mask(part) for part in parts]), expected)
-        chosen = [selected(rule, part, 10)[0] for part in parts]
-        assert chosen == [part.nonzero().tolist() for part in expected.split(36)]
+        parts, expected = pre.split(36), BatchTopK(k, len(pre)).mask(pre)
+
+        def choose(own: Device) -> tuple[Tensor, Any]:
+            rule, part = BatchTopK(k, 36, n, own), parts[own.index]  # noqa: B023
+            return rule.mask(part), selected(rule, part, 10)[0]
+
+        masks, entries = zip(*on_devices(n, choose), strict=True)
+        assert torch.equal(torch.cat(masks), expected)
+        assert list(entries) == [part.nonzero().tolist() for part in expected.split(36)]
 
 
-def shown(parts: tuple[Tensor, ...], k: float, own: Tensor) -> Tensor:
-    """What each rank shows to the others, [n_ranks, n], known beforehand."""
-    wanted = BatchTopK(k, len(parts[0]), len(parts)).wanted
-    largest = [part.flatten().topk(min(wanted, part.numel())).values for part in parts]
-    of_all = torch.stack([F.pad(x, (0, wanted - len(x)), value=-torch.inf) for x in largest])
-    assert any(torch.equal(own.sort().values, each.sort().values) for each in of_all)
-    return of_all
+@pytest.mark.parametrize("few", [0, 256])
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("make", [partial(TopK, 5), partial(TopK, 20), partial(BatchTopK, 2.5, 36)])
+def test_parts_choose_together_what_one_would_from_all_their_latents(
+    make: Any, n: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the latents of one are larger, and where many entries are equal."""
+    monkeypatch.setattr(selection, "FEW", few)
+    for growth in (0.0, 0.3301):
+        pre = pre_activations(36, 24) + growth * torch.arange(24)
+        parts, expected = pre.split(24 // n, 1), make().mask(pre)
+
+        def choose(own: Device) -> tuple[Tensor, Any]:
+            rule, part = make(among=own), parts[own.index]  # noqa: B023
+            return rule.mask(part), selected(rule, part, 10)[0]
+
+        masks, entries = zip(*on_devices(n, choose), strict=True)
+        assert torch.equal(torch.cat(masks, 1), expected)
+        assert list(entries) == [part.nonzero().tolist() for part in expected.split(24 // n, 1)]
+    equal = torch.full((36, 24 // n), 0.25)
+    chosen = on_devices(n, lambda own: make(among=own).mask(equal).sum())
+    assert sum(chosen) == make().mask(torch.full((36, 24), 0.25)).sum()
 
 
-def test_each_rank_shows_as_many_entries_however_few_it_has() -> None:
-    seen = []
+def test_each_device_shows_as_many_entries_however_few_it_has() -> None:
+    """The first of two has none, and the other two of which both are among the best six."""
+    values = torch.tensor([[3.0, 1.0], [0.0, -5.0]])
 
-    def gathered(values: Tensor) -> Tensor:
-        seen.append(len(values))
-        return values.expand(2, -1)
+    def choose(own: Device) -> tuple[list[tuple[int, ...]], list[list[bool]]]:
+        chosen = chosen_among(values[:, : 2 * own.index], 6, own)
+        return own.sizes, chosen.tolist()
 
-    rule = BatchTopK(20, 3, 2, gathered)
-    assert rule.mask(pre_activations(3, 12)).all()
-    assert len(selected(rule, pre_activations(3, 12), 2)[0]) == 36
-    assert seen == [rule.wanted] * 2
+    first, second = on_devices(2, choose)
+    assert first == ([(2, 6)], [[], []])
+    assert second == ([(2, 6)], [[True, True], [True, True]])
+
+
+def test_what_a_device_shows_grows_with_its_share_of_the_chosen() -> None:
+    """Of 400 entries among 4 devices each shows 200; where one has them all, 400."""
+    alike = torch.rand(4, 1, 400).sort(descending=True).values
+    unlike = alike + torch.tensor([10.0, 0.0, 0.0, 0.0]).view(4, 1, 1)
+    for values, sizes in ((alike, [(1, 200)]), (unlike, [(1, 200), (1, 400)])):
+
+        def choose(own: Device) -> tuple[list[tuple[int, ...]], Tensor]:
+            chosen = chosen_among(values[own.index], 400, own)  # noqa: B023
+            return own.sizes, values[own.index][chosen]  # noqa: B023
+
+        seen, kept = zip(*on_devices(4, choose), strict=True)
+        assert list(seen) == [sizes] * 4
+        together = torch.cat(kept).sort(descending=True).values
+        assert torch.equal(together, values.flatten().topk(400).values)
 
 
 @pytest.mark.parametrize("rows", [64, 128])

@@ -1,0 +1,178 @@
+"""The parts of a dictionary whose latents are split over several devices.
+
+Each device has the encoder columns, decoder rows, biases, thresholds, moments and counts of its own
+latents, and computes with them as if they were all. What needs all latents is exchanged:
+
+- a reconstruction is the sum of the parts' reconstructions (`Parts.sum`). Each part's gradient is
+  that of the sum, so nothing is sent back;
+- `b_dec` is the same on all devices. As the decoder's bias it gets the same gradient everywhere. As
+  the encoder's origin it gets a gradient from each part's latents, and these are added
+  (`Parts.shared`).
+
+These are the two conjugate operators of Shoeybi et al., Megatron-LM (2019), section 3.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, distributed
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class Parts:
+    """The devices that hold a dictionary together, as seen from one of them.
+
+    All of them must call these methods in the same order. With one part, which is then the whole,
+    each method returns its argument.
+
+    Args:
+        group: The process group of these devices; None for one part.
+
+    Attributes:
+        n: Number of parts.
+        index: The part that this device holds. Part i of n has the i-th n-th of the latents.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.n = 1 if group is None else distributed.get_world_size(group)
+        self.index = 0 if group is None else distributed.get_rank(group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Parts":
+        return self  # a process group cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.n > 1:
+            raise ValueError(
+                f"Expected a whole SAE to pickle but got part {self.index} of {self.n}: have all "
+                "processes call `save_pretrained`, and load what it writes."
+            )
+        return vars(self)
+
+    # With gradients.
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all parts; its gradient is that of each summand."""
+        return value if self.n == 1 else _Sum.apply(value, self.group)
+
+    def shared(self, value: Tensor) -> Tensor:
+        """A value that all parts have, for use by each part; its gradients are added."""
+        return value if self.n == 1 else _Shared.apply(value, self.group)
+
+    # Without.
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all parts, which are equally large."""
+        return value if self.n == 1 else self._reduced(value, distributed.ReduceOp.SUM) / self.n
+
+    def most(self, value: Tensor) -> Tensor:
+        """The largest of all parts, elementwise."""
+        return value if self.n == 1 else self._reduced(value, distributed.ReduceOp.MAX)
+
+    def least(self, value: Tensor) -> Tensor:
+        """The smallest of all parts, elementwise."""
+        return value if self.n == 1 else self._reduced(value, distributed.ReduceOp.MIN)
+
+    def any(self, *flags: bool, device: torch.device) -> tuple[bool, ...]:
+        """Whether each flag is set on any part."""
+        if self.n == 1:
+            return flags
+        found = self.most(torch.tensor(flags, dtype=torch.int32, device=device))
+        return tuple(bool(flag) for flag in found)
+
+    def gathered(self, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "parts ..."]:
+        """The tensors of all parts, in their order."""
+        if self.n == 1:
+            return values.unsqueeze(0)
+        return torch.stack(self._of_each(values))
+
+    def joined(self, f: Shaped[Tensor, "... own"]) -> Shaped[Tensor, "... d_sae"]:
+        """The values of all latents from those of each part."""
+        return f if self.n == 1 else torch.cat(self._of_each(f), dim=-1)
+
+    def _of_each(self, value: Tensor) -> list[Tensor]:
+        value = value.detach().contiguous()
+        found = [torch.empty_like(value) for _ in range(self.n)]
+        distributed.all_gather(found, value, group=self.group)
+        return found
+
+    def own(self, f: Shaped[Tensor, "... d_sae"]) -> Shaped[Tensor, "... own"]:
+        """The values of the own latents from those of all."""
+        return f if self.n == 1 else self.cut(f, -1)
+
+    def as_first(self, value: Tensor) -> Tensor:
+        """The tensor that the first part has."""
+        if self.n == 1:
+            return value
+        value = value.contiguous() if self.index == 0 else torch.empty_like(value.contiguous())
+        distributed.broadcast(value, group_src=0, group=self.group)
+        return value
+
+    def _reduced(self, value: Tensor, operation: Any) -> Tensor:
+        value = value.detach().clone()
+        distributed.all_reduce(value, op=operation, group=self.group)
+        return value
+
+    # Tensors of the whole and of a part.
+
+    def first(self, n_latents: int) -> int:
+        """Index of the first own latent, of `n_latents` in all."""
+        return self.index * (n_latents // self.n)
+
+    def cut(self, whole: Tensor, axis: int) -> Tensor:
+        """The own part of a tensor of all latents, a view."""
+        size = whole.shape[axis] // self.n
+        return whole.narrow(axis, self.index * size, size)
+
+    def whole(self, own: Tensor, axis: int) -> Tensor | None:
+        """The tensor of all latents, in the memory of the first part's CPU; None on the others.
+
+        It is sent part by part, so that the device of the first never holds more than two parts.
+        """
+        own = own.detach()
+        if self.n == 1:
+            return own
+        ordered = own.movedim(axis, 0).contiguous()
+        if self.index > 0:
+            distributed.send(ordered, group_dst=0, group=self.group)
+            return None
+        found = torch.empty(self.n, *ordered.shape, dtype=ordered.dtype)
+        found[0].copy_(ordered)
+        for index in range(1, self.n):
+            received = torch.empty_like(ordered)
+            distributed.recv(received, group_src=index, group=self.group)
+            found[index].copy_(received)
+        return found.flatten(0, 1).movedim(0, axis)
+
+
+ALONE = Parts()
+"""A dictionary in one part."""
+
+
+class _Sum(Function):
+    @staticmethod
+    def forward(_ctx: Any, value: Tensor, group: Any) -> Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(_ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
+        return dtotal, None
+
+
+class _Shared(Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor, None]:
+        total = dvalue.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=ctx.group)
+        return total, None

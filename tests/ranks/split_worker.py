@@ -1,0 +1,126 @@
+"""Ranks of a split dictionary, two and then four: `python -m tests.ranks.split_worker FOLDER`.
+
+One process imports what is needed, which is what takes long, and becomes as many.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_sae import SplitDictionary
+from lightning_sae.cli import main as lightning_sae
+from tests.ranks.cases import BATCH, CASES, activations, train
+from tests.ranks.split_cases import (
+    IN_FOUR,
+    IN_GRID,
+    SENT,
+    SPLIT,
+    Spoils,
+    ends_with,
+    refused,
+    sent_by,
+    toy_run,
+)
+
+
+def of_two(rank: int, folder: Path) -> dict[str, Any]:
+    """What a rank finds that holds a half of a dictionary."""
+    found: dict[str, Any] = {
+        "cases": {
+            name: train(case, activations(), strategy=SplitDictionary(), devices=2)
+            for name, case in SPLIT.items()
+        },
+        "sent": {name: sent_by(case) for name, case in SENT.items()},
+        "refused": [refused(partial(ends_with, parts)) for parts in (3, 1 + rank)],
+        "not_finite": refused(partial(ends_with, 2, Spoils(rank=1))),
+    }
+    found |= stopped_and_whole(rank, folder / "toy")
+    last = folder / "two" / "checkpoints" / "last.ckpt"
+    lightning_sae(["fit", "--config", str(folder / "two.yaml")])
+    lightning_sae(["test", "--config", str(folder / "two.yaml"), "--ckpt_path", str(last)])
+    return found
+
+
+def stopped_and_whole(rank: int, folder: Path) -> dict[str, Any]:
+    """Weights of runs that were stopped, were begun by one rank, and were not stopped."""
+    of_two: dict[str, Any] = {"parts": 2, "devices": 2}
+    toy_run(folder / "stopped", 4, **of_two)
+    if rank == 0:
+        shutil.copytree(folder / "stopped", folder / "for-one")
+    torch.distributed.barrier()
+    resumed, of_one, whole = (
+        toy_run(folder / name, 8, **of_two) for name in ("stopped", "one", "whole")
+    )
+    sae, trainer = whole.pop("sae"), whole.pop("trainer")
+    sae.layout.dense = rank == 1
+    trainer.save_checkpoint(folder / "layouts" / "checkpoints" / "last.ckpt")
+    continued = toy_run(folder / "layouts", 8, **of_two)["sae"]
+    sae.save_pretrained(folder / "exported")
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        f = sae.encode(x)
+        used = {"x": x, "f": f, "x_hat": sae(x), "decoded": sae.decode(f)}
+    return {
+        "resumed": resumed["state"],
+        "of_one": of_one["state"],
+        "whole": whole,
+        "used": used,
+        "dense": continued.layout.dense,
+        "sizes": {name: tuple(weight.shape) for name, weight in sae.named_parameters()},
+    }
+
+
+def of_four(rank: int, folder: Path) -> dict[str, Any]:
+    """What a rank finds that holds a half of one of two copies, and then a quarter of one."""
+    half = BATCH // 2
+    own = activations()[:, rank // 2 * half : (rank // 2 + 1) * half]
+    found: dict[str, Any] = {
+        name: train(CASES[name], own, strategy=SplitDictionary(2), devices=4) for name in IN_GRID
+    }
+    for name in IN_FOUR:
+        strategy = SplitDictionary()
+        found[name] = train(CASES[name], activations(), strategy=strategy, devices=4)
+    toy_run(folder / "grid" / "stopped", 4, parts=2, devices=4)
+    found["resumed"] = toy_run(folder / "grid" / "stopped", 8, parts=2, devices=4)["state"]
+    found["whole"] = toy_run(folder / "grid" / "whole", 8, parts=2, devices=4)["state"]
+    return found
+
+
+def become(n: int, work: Callable[[int, Path], dict[str, Any]], folder: Path) -> bool:
+    """Do the work in n processes, and return whether all ended well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    os.environ["WORLD_SIZE"] = str(n)
+    processes: set[int] = set()
+    for rank in range(n):
+        process = os.fork()
+        if process == 0:
+            os.environ["LOCAL_RANK"] = str(rank)
+            torch.save(work(rank, folder), folder / f"{work.__name__}-{rank}.pt")
+            sys.exit()
+        processes.add(process)
+    while processes:
+        process, status = os.wait()
+        processes.remove(process)
+        if status:  # the others may wait for it for ever
+            for other in processes:
+                os.kill(other, signal.SIGKILL)
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    place = Path(sys.argv[1])
+    sys.exit(not (become(2, of_two, place) and become(4, of_four, place)))
