@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sae.studies.replication.snapshots import (
+from lightning_sae.studies.shared.snapshots import (
     FrequencySnapshots,
     Snapshots,
     read_snapshots,
