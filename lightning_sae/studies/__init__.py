@@ -10,6 +10,7 @@ from lightning_sae.studies.gated.study import gated
 from lightning_sae.studies.ground_truth.study import ground_truth
 from lightning_sae.studies.low_activations.study import low_activations
 from lightning_sae.studies.penalties.study import penalties
+from lightning_sae.studies.rare_latents.study import rare_latents
 from lightning_sae.studies.replication.study import replication
 from lightning_sae.studies.suppression.study import suppression
 
@@ -20,6 +21,7 @@ STUDIES: dict[str, Any] = {
     "penalties": penalties,
     "low-activations": low_activations,
     "replication": replication,
+    "rare-latents": rare_latents,
     "suppression": suppression,
 }
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from lightning_sae.studies.shared.frontier import Curve, common_levels
-from lightning_sae.studies.shared.page import Compared, Page, Section, Table
-from lightning_sae.studies.shared.rows import with_spread
+from lightning_sae.studies.shared.page import Compared, Page, Section, Table, figures_table
+from lightning_sae.studies.shared.rows import Row, select, with_spread
 from lightning_sae.studies.shared.sweep import (
     BIAS,
     METHOD,
@@ -71,8 +71,14 @@ def _l0_at(of_seeds: Sequence[Curve | None], level: float) -> str:
     return with_spread(known, ".1f") if len(known) == len(logs) else "none"
 
 
-def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
-    """The study's page."""
+def report(swept: Swept, answers: Mapping[str, Answers], as_gated: Sequence[Row] = ()) -> Page:
+    """The study's page.
+
+    Args:
+        swept: All SAEs.
+        answers: Comparisons with the baseline, by family.
+        as_gated: Figures of rescaled and shifted SAEs as gated ones.
+    """
     levels = equal_loss(swept)
     tables = [_against(swept, answers), *([] if levels is None else [levels])]
     text = [in_words(family.label, answers[family.name]) for family in swept.families[1:]]
@@ -90,6 +96,7 @@ def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
         [
             Section("At equal loss recovered", text, tables, {picture: caption}),
             swept.section(FIGURES),
+            *([_the_same(swept, as_gated)] if as_gated else []),
             swept.tuned.section(swept.labels),
         ],
         comparison(answers),
@@ -97,6 +104,28 @@ def report(swept: Swept, answers: Mapping[str, Answers]) -> Page:
         "(2024), and its discussion",
         caution=swept.caution(),
     )
+
+
+def _the_same(swept: Swept, rows: Sequence[Row]) -> Section:
+    """Rescaled and shifted SAEs as gated ones."""
+    groups = {
+        f"{swept.labels[name]}, {c:g}": select(rows, family=name, coefficient=c)
+        for name, c in dict.fromkeys((row["family"], row["coefficient"]) for row in rows)
+    }
+    columns = {
+        "l0": ("L0", ".1f"),
+        "negative": ("negative firings", ".5f"),
+        "fvu": ("FVU", ".4f"),
+        "fvu_as_gated": ("FVU as gated", ".4f"),
+    }
+    note = "With b_mag + exp(r) b_enc as the gated SAE's b_mag, which has a ReLU in addition."
+    worst = max(abs(row["fvu_as_gated"] - row["fvu"]) for row in rows)
+    text = (
+        "A rescaled and shifted ReLU is a gated SAE with other parameters, but for the ReLU of its "
+        f"magnitudes. Written as one, the FVU of {len(rows)} trained SAEs changes by at most "
+        f"{worst:.5f}; {mean(row['negative'] for row in rows):.4%} of firings are negative."
+    )
+    return Section("The same function", [text], [figures_table(groups, columns, note)])
 
 
 EQUAL_LOSS = (

@@ -29,9 +29,9 @@ from lightning_sae.studies.replication.settings import (
     RARE,
     RAREST,
 )
-from lightning_sae.studies.replication.snapshots import Snapshots, frequencies_path, read_snapshots
 from lightning_sae.studies.shared.evaluation import evaluate, scalars
 from lightning_sae.studies.shared.setting import Setting
+from lightning_sae.studies.shared.snapshots import Snapshots, frequencies_path, read_snapshots
 
 
 def snapshots_of(folder: Path, name: str) -> Snapshots:

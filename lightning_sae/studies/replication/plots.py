@@ -22,9 +22,9 @@ from lightning_sae.studies.replication.settings import (
     Results,
     members,
 )
-from lightning_sae.studies.replication.snapshots import Snapshots
 from lightning_sae.studies.shared.plots import COLORS, curves, panels, save
 from lightning_sae.studies.shared.rows import spread
+from lightning_sae.studies.shared.snapshots import Snapshots
 
 N_BINS = 40
 

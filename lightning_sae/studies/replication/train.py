@@ -21,9 +21,9 @@ from lightning_sae.studies.replication.settings import (
     RESAMPLE_UNTIL,
     WINDOW,
 )
-from lightning_sae.studies.replication.snapshots import FrequencySnapshots, frequencies_path
 from lightning_sae.studies.shared.families import CALLBACKS, Family
 from lightning_sae.studies.shared.setting import Setting
+from lightning_sae.studies.shared.snapshots import FrequencySnapshots, frequencies_path
 from lightning_sae.studies.shared.training import train_together
 
 

@@ -16,8 +16,8 @@ from lightning_sae.studies.shared.folder import open_folder
 class Setting:
     """A language model, its text, and how long SAEs are trained on it.
 
-    Activations are centred and scaled to mean norm sqrt(d_in), so that coefficients mean the same
-    for every model.
+    Activations are scaled to mean norm sqrt(d_in), so that coefficients mean the same for every
+    model, and centred.
 
     Args:
         model: Folder or hub name of the language model, or `embedded`.
@@ -35,6 +35,7 @@ class Setting:
         lr: Learning rate.
         held_out_tokens: Held-out tokens that every SAE is evaluated on.
         seeds: Repetitions, with seeds from 0 on, of the initial weights and the order of the text.
+        center: Whether the mean activation is subtracted from all activations.
         device: `auto`, `cpu` or `cuda`.
         output: A new or empty folder, or that of this study with the same settings, which then
             resumes.
@@ -62,6 +63,7 @@ class Setting:
         lr: float = 1e-3,
         held_out_tokens: int = 65536,
         seeds: int = 2,
+        center: bool = True,
         device: str = "auto",
     ) -> None:
         require_positive(d_sae=d_sae, steps=steps, lr=lr, seeds=seeds)
@@ -74,6 +76,7 @@ class Setting:
         self.batch_size, self.buffer_size = batch_size, buffer_size
         self.d_sae, self.steps, self.lr = d_sae, steps, lr
         self.held_out_tokens, self.seeds, self.device = held_out_tokens, seeds, device
+        self.center = center
         self.folder = Path(output)
 
     def plain(self) -> dict[str, Any]:
@@ -104,7 +107,7 @@ class Setting:
             context_length=self.context_length,
             batch_size=self.batch_size,
             buffer_size=self.buffer_size,
-            center=True,
+            center=self.center,
             scale=True,
             seed=seed,
         )

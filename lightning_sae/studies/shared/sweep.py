@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 
+from lightning_sae.data.datamodule import HeldOutBatches
 from lightning_sae.studies.shared.evaluation import evaluate, scalars
 from lightning_sae.studies.shared.families import Family, choose
 from lightning_sae.studies.shared.frontier import Curve
@@ -45,6 +46,7 @@ class Swept:
             `seed`.
         folder: The study's.
         settings: The study's, as plain values.
+        setting: Model, text and length.
     """
 
     families: Sequence[Family]
@@ -53,6 +55,17 @@ class Swept:
     rows: Sequence[Row]
     folder: Path = Path()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    setting: Setting | None = None
+
+    def held_out(self) -> HeldOutBatches:
+        """Raw activations on which all SAEs are evaluated."""
+        assert self.setting is not None
+        return HeldOutBatches(self.setting.held_out(), self.setting.held_out_tokens)
+
+    @staticmethod
+    def name(row: Row) -> str:
+        """The name of a row's SAE, which is that of its folder."""
+        return f"{row['family']}-{row['coefficient']}"
 
     @property
     def labels(self) -> dict[str, str]:
@@ -194,6 +207,7 @@ def train_families(
     batch_size: int = 1024,
     held_out_tokens: int = 32768,
     hook_name: str = "blocks.1.hook_resid_post",
+    settings: Mapping[str, Any] | None = None,
     **common: Any,
 ) -> Swept:
     """Choose learning rates, then train and evaluate families with all seeds.
@@ -213,6 +227,7 @@ def train_families(
         batch_size: Activations in a step.
         held_out_tokens: Held-out tokens that every SAE is evaluated on.
         hook_name: TransformerLens name of the hook.
+        settings: Those of the study itself, as plain values.
         common: Arguments common to all studies of a language model; see `Setting`.
 
     Raises:
@@ -231,6 +246,7 @@ def train_families(
         **common,
     )
     settings = {
+        **(settings or {}),
         "coefficients": {family.name: list(family.coefficients) for family in chosen},
         "lr": [*learning_rates],  # overrides that of `Setting`
         "tuning_steps": tuning_steps,
@@ -239,7 +255,7 @@ def train_families(
     tuned = tune(setting, chosen, learning_rates, tuning_steps)
     rows = [row for s in range(setting.seeds) for row in sweep(setting, chosen, tuned.chosen, s)]
     shown = {**setting.plain(), **settings, "seeds": setting.seeds}
-    return Swept(chosen, setting.seeds, tuned, rows, folder, shown)
+    return Swept(chosen, setting.seeds, tuned, rows, folder, shown, setting)
 
 
 def sweep(

@@ -337,13 +337,17 @@ def test_a_sparse_sae_is_held_against_denser_ones_of_its_family_at_its_l0() -> N
 
 def test_levels_are_read_off_the_sweep_and_off_the_lowest_curve_under_a_threshold() -> None:
     slopes = (1.0, 1.0, 1.0, 0.2)  # a threshold costs .2 nats for each halving
-    points = [*straight("sparse", 16.0, 3.5, slopes), *straight("dense", 64.0, 3.0, slopes)]
-    rows = at_levels(points, {"sparse": "L1", "dense": "L1"})
-    assert [row["l0"] for row in rows] == [16.0, 32.0, 64.0]  # the sweep has no others
-    assert [row["ce"] for row in rows] == pytest.approx([3.5, 3.25, 3.0])
-    removed = [row["ce_removed"] for row in rows]
-    # At 16 only the sparse one itself is measured: the dense one comes down to 64 / 2^1.5 = 22.6.
-    assert removed == pytest.approx([3.5, 3.2, 3.0])
+    points = [
+        *straight("sparse", 8.0, 3.7, slopes),
+        *straight("middle", 32.0, 3.4, slopes),
+        *straight("dense", 64.0, 3.0, slopes),
+    ]
+    rows = at_levels(points, dict.fromkeys(("sparse", "middle", "dense"), "L1"))
+    assert [row["l0"] for row in rows] == [8.0, 16.0, 32.0, 64.0]  # the sweep has no others
+    assert [row["ce"] for row in rows] == pytest.approx([3.7, 3.55, 3.4, 3.0])
+    # At 32 the dense one is better; at 16 only the middle one is measured, which
+    # comes down to 32 / 2^1.5 = 11.3.
+    assert [row["ce_removed"] for row in rows] == pytest.approx([3.7, 3.6, 3.2, 3.0])
 
 
 def test_the_nearest_denser_sae_is_taken_and_its_gains_are_counted() -> None:

@@ -23,7 +23,7 @@ from lightning_sae.studies.replication.settings import (
     PRUNED,
     REINITIALIZE,
 )
-from lightning_sae.studies.replication.snapshots import read_snapshots
+from lightning_sae.studies.shared.snapshots import read_snapshots
 
 SEEDS, STEPS = 2, 20
 # So large a coefficient that some latents die in so few steps.

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_sae.studies.replication.snapshots import (
+from torch import Tensor
+
+from lightning_sae.studies.shared.snapshots import (
     FrequencySnapshots,
     Snapshots,
     read_snapshots,
 )
-from torch import Tensor
 
 D_SAE, BATCH = 5, 10
 
