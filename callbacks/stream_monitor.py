@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_sae.data.source import ActivationSource, source_of
+from lightning_sae.data.source import ActivationSource, activations_in, source_of
 from lightning_sae.split import copies_of
 
 
@@ -39,8 +39,7 @@ class StreamMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        rows = next(iter(batch.values())) if isinstance(batch, dict) else batch  # by hook
-        self._activations += len(rows) * copies_of(trainer).n
+        self._activations += activations_in(batch) * copies_of(trainer).n
         self._in_steps += time.perf_counter() - self._step_began
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:

@@ -27,6 +27,7 @@ from lightning_sae.checks import (
     warn_of_other_activations,
 )
 from lightning_sae.data import ActivationDataModule
+from lightning_sae.data.language_model import LanguageModel
 from lightning_sae.functional.peaks import two_peaks
 from lightning_sae.loading import load
 
@@ -101,12 +102,7 @@ def analyze(
     data = data_of(
         trained, {k: v for k, v in given.items() if v is not None}, text_column, streaming
     )
-    if data.d_in != trained.d_in:
-        raise ValueError(
-            f"Expected activations of width {trained.d_in}, for which the SAE was made, but "
-            f"`{data.hook_name}` gives {data.d_in}: choose the model and hook of the SAE."
-        )
-    warn_of_other_activations(trained.source, data.source)
+    _require_fit(trained, data)
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -116,13 +112,7 @@ def analyze(
         enable_model_summary=False,
     )
     started = time.perf_counter()
-    reader = FiringReader(trained, data, tokens)
-    trainer.predict(reader, return_predictions=False)
-    chosen = trainer.strategy.broadcast(reader.contexts.chosen())
-    read = trainer.strategy.broadcast(reader.text())
-    largest = trainer.strategy.broadcast(reader.strengths.largest)
-    contexts = ContextReader(trained, data, read, chosen, largest)
-    trainer.predict(contexts, return_predictions=False)
+    reader, contexts = _read(trainer, trained, data, tokens)
     if trainer.is_global_zero:
         _write(folder, trained, data, reader, contexts, seed, time.perf_counter() - started)
         store = FeatureStore(folder)
@@ -131,6 +121,28 @@ def analyze(
             write_page(store, latents, folder / "latents.html")
     trainer.strategy.barrier()  # a rank that exits early would stop the others
     return folder
+
+
+def _require_fit(sae: SparseAutoencoder, data: ActivationDataModule) -> None:
+    """Raise a ValueError if activations have another width, warn if they are of another kind."""
+    if data.d_in != sae.d_in:
+        raise ValueError(
+            f"Expected activations of width {sae.d_in}, for which the SAE was made, but "
+            f"`{data.hook_name}` gives {data.d_in}: choose the model and hook of the SAE."
+        )
+    warn_of_other_activations(sae.source, data.source)
+
+
+def _read(
+    trainer: Trainer, sae: SparseAutoencoder, data: ActivationDataModule, tokens: int
+) -> tuple[FiringReader, ContextReader]:
+    """Read the text on all ranks, then the contexts that were chosen from it."""
+    reader, broadcast = FiringReader(sae, data, tokens), trainer.strategy.broadcast
+    trainer.predict(reader, return_predictions=False)
+    chosen, text = broadcast(reader.contexts.chosen()), broadcast(reader.text())
+    contexts = ContextReader(sae, data, text, chosen, broadcast(reader.strengths.largest))
+    trainer.predict(contexts, return_predictions=False)
+    return reader, contexts
 
 
 def data_of(
@@ -181,7 +193,34 @@ def _write(
 ) -> None:
     sae, model, strengths = sae.cpu(), data.language_model, reader.strengths
     histogram = strengths.histogram(HISTOGRAM_BINS)
-    peaks = two_peaks(histogram)
+    table = _table(sae, model, reader, histogram)
+    arrays = {"histogram": histogram, **_partners(sae, reader)}
+    unembedding = unembedding_of(model)
+    if unembedding is not None:
+        through = unembedding.to_residual
+        through = None if through is None else through.cpu()
+        arrays |= weights.logit_weights(sae.W_dec.detach(), through, unembedding.matrix.cpu(), 10)
+    own = _contexts(sae, contexts)
+    results = {
+        "source": data.source,
+        "sae": {"architecture": type(sae).__name__, "d_in": sae.d_in, "d_sae": sae.d_sae},
+        "tokens": strengths.n_tokens,
+        "left_out": reader.left_out,
+        "seconds": seconds,
+        "context": {"before": BEFORE, "after": AFTER},
+        "logits": None if unembedding is None else unembedding.note,
+        **_population(sae, table, seed),
+        "rare_latents": _rare_latents(sae, table["rare"], data, strengths.n_tokens),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_store(folder, table, arrays, own, _texts(model.tokenizer, own, arrays), results)
+
+
+def _table(
+    sae: SparseAutoencoder, model: LanguageModel, reader: FiringReader, histogram: Tensor
+) -> dict[str, Tensor]:
+    """The columns of `latents.parquet`, one value per latent."""
+    strengths, peaks = reader.strengths, two_peaks(histogram)
     table: dict[str, Tensor] = {
         "frequency": strengths.frequency(),
         "firings": strengths.count,
@@ -197,33 +236,19 @@ def _write(
     matrix = null_space_matrix(model)
     if matrix is not None:
         table["null_space"] = weights.null_space_share(sae.W_dec.detach(), matrix.cpu())
-    arrays = {"histogram": histogram, **_partners(sae, reader)}
-    unembedding = unembedding_of(model)
-    if unembedding is not None:
-        through = unembedding.to_residual
-        through = None if through is None else through.cpu()
-        arrays |= weights.logit_weights(sae.W_dec.detach(), through, unembedding.matrix.cpu(), 10)
+    return table
+
+
+def _contexts(sae: SparseAutoencoder, contexts: ContextReader) -> dict[str, Tensor]:
+    """The contexts of all latents, sorted by latent; `starts` is where each latent's begin."""
     latents = torch.arange(sae.d_sae + 1)
-    own = {
+    return {
         "tokens": contexts.tokens,
         "shares": contexts.shares,
         "interval": contexts.chosen["interval"].int(),
         "starts": torch.searchsorted(contexts.chosen["latent"], latents),
         "at": torch.tensor(BEFORE),
     }
-    results = {
-        "source": data.source,
-        "sae": {"architecture": type(sae).__name__, "d_in": sae.d_in, "d_sae": sae.d_sae},
-        "tokens": strengths.n_tokens,
-        "left_out": reader.left_out,
-        "seconds": seconds,
-        "context": {"before": BEFORE, "after": AFTER},
-        "logits": None if unembedding is None else unembedding.note,
-        **_population(sae, table, seed),
-        "rare_latents": _rare_latents(sae, table["rare"], data, strengths.n_tokens),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_store(folder, table, arrays, own, _texts(model.tokenizer, own, arrays), results)
 
 
 def _partners(sae: SparseAutoencoder, reader: FiringReader) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.callbacks import DecoderNormProjection
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.loaders import Rows
+from lightning_sae.data.source import activations_in
 from lightning_sae.version import __version__
 
 WARM_UP = 5
@@ -152,7 +153,7 @@ def read_stream(data: Any, n: int) -> tuple[list[Rows], float]:
     loader = iter(data.train_dataloader())
     kept = [_copy(batch) for batch in islice(loader, 4)]
     started = time.perf_counter()
-    count = sum(n_rows(batch) for batch in islice(loader, n))
+    count = sum(activations_in(batch) for batch in islice(loader, n))
     rate = count / (time.perf_counter() - started)
     data.teardown("fit")
     return kept, rate
@@ -162,11 +163,6 @@ def _copy(batch: Rows) -> Rows:
     if isinstance(batch, dict):
         return {name: rows.clone() for name, rows in batch.items()}
     return batch.clone()
-
-
-def n_rows(batch: Rows) -> int:
-    """Activations in a batch, at each hook."""
-    return len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
 
 
 @torch.no_grad()

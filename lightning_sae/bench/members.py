@@ -16,7 +16,6 @@ from lightning_sae.bench.fits import (
     hold_still,
     language_model_seconds,
     machine,
-    n_rows,
     norm_callbacks,
     now,
     read_stream,
@@ -27,6 +26,7 @@ from lightning_sae.bench.fits import (
 )
 from lightning_sae.bench.report import MembersReport
 from lightning_sae.data import ActivationSource
+from lightning_sae.data.source import activations_in
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.member import Member
 
@@ -57,7 +57,7 @@ def measure_members(
     run = StepClock(device.type)
     tell("both together")
     fit(trainer, model, cycle + WARM_UP, datamodule=data, callbacks=[run])
-    n, together = n_rows(batches[0]), run.seconds_per_batch()
+    n, together = activations_in(batches[0]), run.seconds_per_batch()
     return MembersReport(
         {
             "members": [one | {"l0": l0} for one, l0 in zip(members, l0s, strict=True)],

@@ -90,3 +90,8 @@ def source_of(trainer: Trainer) -> ActivationSource | None:
     """The data of a run, if it is an `ActivationSource`."""
     data = getattr(trainer, "datamodule", None)  # missing if the run has no data module
     return data if isinstance(data, ActivationSource) else None
+
+
+def activations_in(batch: Any) -> int:
+    """Number of activations in a batch; several hooks have equally many."""
+    return len(next(iter(batch.values())) if isinstance(batch, dict) else batch)

@@ -169,6 +169,7 @@ def share_open(fit, auxiliary_coefficient: float) -> float:
     return (sae.pre_activations(x[-1]) > 0).double().mean().item()
 
 
+@pytest.mark.usefixtures("unchecked")  # many steps, whose annotations other tests execute
 def test_without_the_last_term_the_gate_shuts_and_with_it_it_does_not(fit):
     assert share_open(fit, auxiliary_coefficient=0.0) < 0.01
     assert share_open(fit, auxiliary_coefficient=1.0) > 0.1

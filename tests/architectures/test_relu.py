@@ -90,7 +90,7 @@ def train_on_one_feature(g: float, p: float, l1_coefficient: float) -> float:
     feature, for one that starts in the other never fires; else it has to find the direction.
     """
     direction = torch.nn.functional.normalize(torch.randn(4), dim=0)
-    sae = ReLUSAE(4, 1, l1_coefficient, lr=0.01, b_dec_init="zero", lr_decay_steps=300)
+    sae = ReLUSAE(4, 1, l1_coefficient, lr=0.03, b_dec_init="zero", lr_decay_steps=100)
     sae.b_dec.requires_grad_(False)
     with torch.no_grad():
         side = torch.sign(sae.W_dec @ direction).item()
@@ -98,7 +98,7 @@ def train_on_one_feature(g: float, p: float, l1_coefficient: float) -> float:
         sae.W_enc.mul_(side)
     with quiet():
         trainer = Trainer(
-            max_steps=900,
+            max_steps=300,
             callbacks=[DecoderNormProjection()],
             accelerator="cpu",
             barebones=True,

@@ -71,10 +71,12 @@ def test_without_the_shift_a_latent_is_scaled_alone(fit):
     assert sae.r_mag.any()
 
 
+@pytest.mark.usefixtures("unchecked")  # many steps, whose annotations other tests execute
 def test_the_scale_undoes_shrinkage(fit):
     """One binary feature of strength 2: a ReLU SAE learns 2 - lambda/2 (see `test_relu`)."""
-    x = 2.0 * (torch.rand(1500, 64, 1) < 0.4) * torch.tensor([0.6, 0.8])
-    sae = RescaleAndShiftSAE(2, 1, l1_coefficient=1.0, lr=0.01, b_dec_init="zero")
+    x = 2.0 * (torch.rand(200, 64, 1) < 0.4) * torch.tensor([0.6, 0.8])
+    schedule = {"lr": 0.05, "lr_decay_steps": 80}
+    sae = RescaleAndShiftSAE(2, 1, l1_coefficient=1.0, b_dec_init="zero", **schedule)
     with torch.no_grad():
         sae.W_dec.copy_(torch.tensor([[0.6, 0.8]]))
         sae.W_enc.copy_(sae.W_dec.T)

@@ -114,6 +114,7 @@ def test_with_the_encoder_trained_other_latents_fire(method, fit):
     assert not torch.equal(sae.encode(X) != 0, original.encode(X) > 0)
 
 
+@pytest.mark.usefixtures("unchecked")  # many steps, whose annotations other tests execute
 def test_the_scale_of_a_suppressed_feature_undoes_the_penalty(fit):
     """A feature of strength 2 learnt as 2 - lambda/2 = 1.5 is scaled by 2/1.5."""
     direction = torch.tensor([[0.6, 0.8]])
@@ -123,7 +124,7 @@ def test_the_scale_of_a_suppressed_feature_undoes_the_penalty(fit):
         suppressed.W_enc.copy_(direction.T)
         suppressed.b_enc.fill_(-0.5)
     suppressed.is_trained = True
-    x = 2.0 * (torch.rand(800, 64, 1) < 0.4) * direction
+    x = 2.0 * (torch.rand(150, 64, 1) < 0.4) * direction
     sae = RescaledSAE.of(suppressed, "scale", lr=0.01)
     fit(sae, x)
     assert sae.scale.item() == pytest.approx(2 / 1.5, rel=1e-3)

@@ -399,6 +399,7 @@ def test_ranks_share_counts_and_directions(rank, scheme):
     torch.testing.assert_close(after["W_dec"][dead], sent)
 
 
+@pytest.mark.usefixtures("unchecked")  # many steps, whose annotations other tests execute
 def test_by_loss_squared_dead_latents_of_a_real_run_find_features():
     """A learning rate that is too high kills latents; without resampling 45 of 48 are found."""
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """What tests of other libraries' formats share; the package is imported inside fixtures only."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,3 +83,37 @@ def assert_same() -> Callable[..., None]:
         assert 0 < (expected[0] != 0).float().mean() < 1
 
     return assert_same
+
+
+@pytest.fixture
+def there_and_back(
+    x: Tensor, assert_same: Callable[..., None], tmp_path: Path
+) -> Callable[..., tuple[Path, Any]]:
+    """Exports an SAE and loads the folder; both compute what the SAE does.
+
+    Returns the folder and the loaded SAE.
+    """
+    import lightning_sae
+    from lightning_sae.interop import export
+
+    def there_and_back(
+        sae: Any, format: str, forward: Callable[..., tuple[Tensor, Tensor]], name: str = "out"
+    ) -> tuple[Path, Any]:
+        folder = export(sae, tmp_path / name, format)
+        expected = (sae.encode(x), sae(x))
+        assert_same(forward(folder, x), expected)
+        back = lightning_sae.load(folder)
+        assert_same((back.encode(x), back(x)), expected)
+        return folder, back
+
+    return there_and_back
+
+
+def own_source(sae: Any) -> dict[str, Any]:
+    """What an SAE says of its activations, without how it was imported."""
+    return {name: value for name, value in sae.source.items() if name != "imported"}
+
+
+def stated() -> dict[str, Any]:
+    """The entries of `SOURCE` that are not None."""
+    return {name: value for name, value in SOURCE.items() if value is not None}

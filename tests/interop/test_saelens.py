@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lightning_sae
 from lightning_sae.interop import export
-from tests.interop.conftest import KINDS, SOURCE
+from tests.interop.conftest import KINDS, own_source, stated
 
 D_IN, D_SAE = 6, 20
 
@@ -49,19 +49,11 @@ def test_what_is_written_computes_the_same_there_and_back(
     name: str,
     scaled: bool,
     sae_of: Callable[..., Any],
-    x: Tensor,
-    assert_same: Callable[..., None],
-    tmp_path: Path,
+    there_and_back: Callable[..., tuple[Path, Any]],
 ) -> None:
     sae = sae_of(name, scaled)
-    folder = export(sae, tmp_path / "out", "saelens")
-    expected = (sae.encode(x), sae(x))
-    assert_same(forward(folder, x), expected)
-    back = lightning_sae.load(folder)
-    assert_same((back.encode(x), back(x)), expected)
-    assert {k: v for k, v in back.source.items() if k != "imported"} == {
-        k: v for k, v in SOURCE.items() if v is not None
-    }
+    _, back = there_and_back(sae, "saelens", forward)
+    assert own_source(back) == stated()
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "topk"])

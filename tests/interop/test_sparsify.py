@@ -33,16 +33,10 @@ def test_what_is_written_computes_the_same_there_and_back(
     scaled: bool,
     subtracts: bool,
     sae_of: Callable[..., Any],
-    x: Tensor,
-    assert_same: Callable[..., None],
-    tmp_path: Path,
+    there_and_back: Callable[..., tuple[Path, Any]],
 ) -> None:
     sae = sae_of("topk", scaled, apply_b_dec_to_input=subtracts)
-    folder = export(sae, tmp_path / "layers.3", "sparsify")
-    expected = (sae.encode(x), sae(x))
-    assert_same(forward(folder, x), expected)
-    back = lightning_sae.load(folder)
-    assert_same((back.encode(x), back(x)), expected)
+    folder, back = there_and_back(sae, "sparsify", forward, "layers.3")
     assert back.source["hook_name"] == sae.source["hook_name"]
     folded = json.loads((folder / "cfg.json").read_text())["lightning_sae"]["folded"]
     assert len(folded) == scaled + (not subtracts)
