@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
 from lightning_sae.data.source import activations_in
+from lightning_sae.split import copies_of
 
 N_LINES = 10  # number of lines in a run whose output is not a terminal
 HELD_OUT = ("l0", "fvu", "loss_recovered_zero", "ce_clean", "ce_spliced")
@@ -60,7 +61,7 @@ class SAEProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._activations += activations_in(batch) * trainer.world_size
+        self._activations += activations_in(batch) * copies_of(trainer).n
         due = self.writes_lines and self._is_due(trainer.global_step, trainer.max_steps)
         if due or (self.refresh_rate and (batch_idx + 1) % self.refresh_rate == 0):
             now = time.perf_counter()
