@@ -323,7 +323,8 @@ def require_matching(
             f"Expected a checkpoint of `{type(sae).__name__}` but it holds `{architecture}`: "
             "build the architecture it was made with, or give another `ckpt_path`."
         )
-    own = {name: _shape(w) for name, w in sae.state_dict().items()} | dict(split or {})
+    whole = split or {}
+    own = {name: _shape(w, whole.get(name)) for name, w in sae.state_dict().items()}
     its = {name: _shape(w) for name, w in checkpoint["state_dict"].items()}
     if own != its:
         names = sorted(n for n in own.keys() | its.keys() if own.get(n) != its.get(n))
@@ -334,10 +335,10 @@ def require_matching(
         )
 
 
-def _shape(weight: Tensor) -> str:
-    """A weight's shape, and its dtype if it is not a floating-point one."""
+def _shape(weight: Tensor, whole: tuple[int, ...] | None = None) -> str:
+    """A weight's shape, or that of the `whole` of it, and a dtype that is not floating-point."""
     named = "" if weight.is_floating_point() else f" of {weight.dtype}"
-    return f"{tuple(weight.shape)}{named}"
+    return f"{tuple(whole or weight.shape)}{named}"
 
 
 def refuse_second(trainer: Trainer, callback: Callback) -> None:
