@@ -167,7 +167,7 @@ def test_a_checkpoint_of_weights_alone_says_how_to_go_on_from_it(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["hyper_parameters"].update(d_sae=10**9), "d_sae, d_in"),
+        (lambda c: c["hyper_parameters"].update(d_sae=10**7), "d_sae, d_in"),
         (lambda c: c["hyper_parameters"].update(unknown=1), "give no ReLUSAE: .*'unknown'"),
         (lambda c: c["hyper_parameters"].update(dead_after="x"), "give no ReLUSAE"),
         (lambda c: c["hyper_parameters"].update(penalty={"class": "os.system"}), "penalty"),
