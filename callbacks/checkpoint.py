@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from lightning_sae.callbacks.run_folder import hold, release, remove_unfinished, require_new_run
 from lightning_sae.checks import require_positive
-from lightning_sae.distributed import remove_other_parts, write_part
-from lightning_sae.split import copies_of, parts_of
+from lightning_sae.distributed.ranks import remove_other_parts, write_part
+from lightning_sae.distributed.split import copies_of, parts_of
 
 log = logging.getLogger("lightning.pytorch")
 
@@ -36,8 +36,8 @@ class RunCheckpoint(Checkpoint):  # called last, so the state of all others is s
     that one continues after the failing batch.
 
     With several ranks, each rank saves its own buffer and position in the text next to `last.ckpt`,
-    see `lightning_sae.distributed`. If a rank fails or is killed, the other ranks save nothing, and
-    `last.ckpt` is the one to resume from.
+    see `lightning_sae.distributed.ranks`. If a rank fails or is killed, the other ranks save
+    nothing, and `last.ckpt` is the one to resume from.
 
     If a validation was due at the checkpoint's step and had not been done, it is done on resume.
     Torch's CPU generator continues from its saved state. See `docs/resuming.md`.

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 from typing_extensions import override
 
 from lightning_sae.callbacks.loggers import log_histograms
-from lightning_sae.split import parts_of
+from lightning_sae.distributed.split import parts_of
 
 
 class Histograms(Callback):

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
 from lightning_sae.data.source import activations_in
-from lightning_sae.split import copies_of
+from lightning_sae.distributed.split import copies_of
 
 N_LINES = 10  # number of lines in a run whose output is not a terminal
 HELD_OUT = ("l0", "fvu", "loss_recovered_zero", "ce_clean", "ce_spliced")

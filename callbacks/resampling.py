@@ -13,10 +13,10 @@ from typing_extensions import override
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.callbacks.moments import reset_moments
 from lightning_sae.checks import expect, refuse_second
+from lightning_sae.distributed.parts import ALONE
+from lightning_sae.distributed.split import copies_of
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.resampling import dead_latents, mean_norm, sample_directions
-from lightning_sae.parts import ALONE
-from lightning_sae.split import copies_of
 from lightning_sae.training.lengths import (
     Length,
     is_share,

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_sae.data.source import ActivationSource, activations_in, source_of
-from lightning_sae.split import copies_of
+from lightning_sae.distributed.split import copies_of
 
 
 class StreamMonitor(Callback):

@@ -20,9 +20,9 @@ from lightning_sae.data import (
     ToyDataModule,
     write_cache,
 )
+from lightning_sae.distributed.split import SplitDictionary
 from lightning_sae.loading import load
 from lightning_sae.side_by_side import SideBySide
-from lightning_sae.split import SplitDictionary
 from lightning_sae.version import __version__
 
 __all__ = [

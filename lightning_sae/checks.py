@@ -187,7 +187,7 @@ def require_a_batch(n_batches: float) -> None:
 
 @runtime_checkable
 class Reduces(Protocol):
-    """Reductions over all ranks; see `lightning_sae.distributed.Ranks`."""
+    """Reductions over all ranks; see `lightning_sae.distributed.ranks.Ranks`."""
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks."""

@@ -43,7 +43,7 @@ from lightning_sae.callbacks import (
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, remove_unfinished, require_new_run
 from lightning_sae.commands import configs
-from lightning_sae.distributed import require_agreement
+from lightning_sae.distributed.ranks import require_agreement
 from lightning_sae.files import AtomicCheckpointIO, write_atomically
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.results import after_fit, after_predict, after_test, after_validate

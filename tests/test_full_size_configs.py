@@ -111,7 +111,8 @@ def test_it_asks_the_hub_for_its_model_and_text_and_trains(
         text = re.sub(rf"\b{name}: [\w.]+", f"{name}: {value}", text)
     smaller = tmp_path / path.name
     smaller.write_text(text)
-    own = [f"--trainer.default_root_dir={tmp_path}/run", "--trainer.max_time=00:00:00:01"]
+    ended = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    own = [f"--trainer.default_root_dir={tmp_path}/run", *ended]
     quiet = ["--progress_bar.refresh_rate=0", "--checkpoint.every_n_steps=400000"]
     cli = main(["fit", f"--config={smaller}", *own, *quiet])
     assert cli.trainer.global_step > 0

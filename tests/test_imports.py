@@ -9,9 +9,9 @@ import pytest
 # From the bottom to the top; a folder imports from its own layer and from those below.
 LAYERS = (
     {"version"},
-    {"files", "checks", "parts"},
-    {"split"},
-    {"distributed", "functional"},
+    {"files", "checks"},
+    {"distributed"},
+    {"functional"},
     {"metrics", "data", "training"},
     {"architectures"},
     {"interop"},

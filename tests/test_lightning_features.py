@@ -57,8 +57,8 @@ from lightning_sae.callbacks import (
     StepMonitor,
     TargetL0,
 )
+from lightning_sae.distributed.parts import Parts
 from lightning_sae.functional.penalties import Sqrt
-from lightning_sae.parts import Parts
 from lightning_sae.training.supported import require_supported_features
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {

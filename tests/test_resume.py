@@ -1,5 +1,6 @@
 """A run that is killed and resumed gives the weights of one that was not, bit for bit."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -24,6 +25,28 @@ class KillAt(Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), self.signal)
+"""
+
+# `lightning-sae fit` for each configuration, one after another, each in a process of its own. It is
+# forked, because importing takes longer than the run.
+EACH_IN_A_PROCESS = """
+import json, os, sys
+from lightning_sae.cli import command
+
+statuses = []
+for config in sys.argv[1:]:
+    process = os.fork()
+    if not process:
+        sys.argv[1:] = ["fit", "--config", config]
+        status = 0
+        try:
+            command()
+        except SystemExit as end:
+            status = end.code
+        finally:
+            os._exit(status)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+print(json.dumps(statuses))
 """
 
 # Everything with a memory takes part: buffer, prefetch, centring, resampling, warm-ups, decay,
@@ -82,29 +105,42 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
     return load_file(root / "sae" / "sae.safetensors")
 
 
-def run_and_kill(root: Path, at: int, signal_name: str) -> int:
-    """Run the command in a process of its own that gets the signal in the given step."""
-    (root.parent / "killer.py").write_text(KILLER)
-    arguments = f"{{step: {at}, signal_name: {signal_name}}}"
-    killer = f"    - class_path: killer.KillAt\n      init_args: {arguments}"
-    command = [sys.executable, "-m", "lightning_sae", "fit", "--config", write_config(root, killer)]
+KILLED = [(4, "SIGKILL"), (11, "SIGKILL"), (7, "SIGTERM"), (8, "SIGINT")]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, int]]:
+    """Folder and exit status of a run for each step in which it gets its signal."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "killer.py").write_text(KILLER)
+    configs = {}
+    for at, signal_name in KILLED:
+        arguments = f"{{step: {at}, signal_name: {signal_name}}}"
+        killer = f"    - class_path: killer.KillAt\n      init_args: {arguments}"
+        configs[at] = write_config(folder / f"run-{at}", killer)
     repository = Path(__file__).resolve().parent.parent
-    environment = {"PYTHONPATH": f"{repository}:{root.parent}", "HF_HUB_OFFLINE": "1"}
+    environment = {"PYTHONPATH": f"{repository}:{folder}", "HF_HUB_OFFLINE": "1"}
     environment["OMP_NUM_THREADS"] = "1"  # as here, for the same sums
-    return subprocess.run(
-        command, cwd=root.parent, env=environment, capture_output=True, check=False
-    ).returncode
+    ran = subprocess.run(
+        [sys.executable, "-c", EACH_IN_A_PROCESS, *configs.values()],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
+    statuses = dict(zip(configs, json.loads(ran.stdout.splitlines()[-1]), strict=True))
+    return {at: (folder / f"run-{at}", status) for at, status in statuses.items()}
 
 
-@pytest.mark.parametrize(
-    ("at", "signal_name"), [(4, "SIGKILL"), (11, "SIGKILL"), (7, "SIGTERM"), (8, "SIGINT")]
-)
+@pytest.mark.parametrize(("at", "signal_name"), KILLED)
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
-    at: int, signal_name: str, uninterrupted: dict[str, Tensor], tmp_path: Path
+    at: int,
+    signal_name: str,
+    uninterrupted: dict[str, Tensor],
+    killed: dict[int, tuple[Path, int]],
 ) -> None:
-    root = tmp_path / "run"
-    returncode = run_and_kill(root, at, signal_name)
-    assert returncode == (-signal.SIGKILL if signal_name == "SIGKILL" else 1)
+    root, status = killed[at]
+    assert status == (-signal.SIGKILL if signal_name == "SIGKILL" else 1)
     last = root / "checkpoints" / "last.ckpt"
     steps = torch.load(last, weights_only=True)["global_step"]
     assert steps == (at // 3 * 3 if signal_name == "SIGKILL" else at + 1)

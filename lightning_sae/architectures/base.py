@@ -41,7 +41,9 @@ from lightning_sae.checks import (
     warn_of_other_activations,
 )
 from lightning_sae.data.source import source_of
-from lightning_sae.distributed import Devices, Ranks, require_agreement, take_part, trainer_of
+from lightning_sae.distributed.parts import ALONE, Parts
+from lightning_sae.distributed.ranks import Devices, Ranks, require_agreement, take_part, trainer_of
+from lightning_sae.distributed.split import copies_of, keep_own_part, parts_of
 from lightning_sae.files import AtomicCheckpointIO, first_line
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
@@ -50,8 +52,6 @@ from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_row
 from lightning_sae.functional.sparse.memory import keep_freed_blocks
 from lightning_sae.functional.sparse.selection import Rule
 from lightning_sae.metrics import held_out_metrics
-from lightning_sae.parts import ALONE, Parts
-from lightning_sae.split import copies_of, keep_own_part, parts_of
 from lightning_sae.training.lengths import Length, refuse_lengths, require_lengths
 from lightning_sae.training.optimizer import (
     NAMES,

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from lightning_sae.checks import expect, require_new_folder, require_types
+from lightning_sae.distributed.parts import Parts
 from lightning_sae.files import (
     first_line,
     not_finite,
@@ -20,7 +21,6 @@ from lightning_sae.files import (
     write_atomically,
 )
 from lightning_sae.functional.penalties import from_description, plain_arguments
-from lightning_sae.parts import Parts
 from lightning_sae.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"

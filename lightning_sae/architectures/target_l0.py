@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.checks import expect, refuse_second, require_not_negative, require_positive
-from lightning_sae.parts import Parts
-from lightning_sae.split import copies_of
+from lightning_sae.distributed.parts import Parts
+from lightning_sae.distributed.split import copies_of
 
 ARRIVED = 0.8  # share of a run after which L0 should be at its target
 GAIN = 3.0  # the largest increase is used where log L0 should fall by a third or more

@@ -45,7 +45,7 @@ from lightning_sae.data.source import ActivationSource
 from lightning_sae.data.stream import ActivationFilter, ActivationStream
 from lightning_sae.data.text import Corpus, Text, described, open_text
 from lightning_sae.data.tokens import TokenBlocks
-from lightning_sae.split import copies_of
+from lightning_sae.distributed.split import copies_of
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]

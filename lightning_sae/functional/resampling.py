@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_sae.distributed.parts import ALONE, Parts
 from lightning_sae.functional.geometry import unit_rows
-from lightning_sae.parts import ALONE, Parts
 
 
 def resampling_weights(

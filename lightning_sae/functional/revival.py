@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sae.distributed.parts import ALONE, Parts
 from lightning_sae.functional.sparse.selection import chosen_among
-from lightning_sae.parts import ALONE, Parts
 
 Mean = Callable[[Tensor], Tensor]
 

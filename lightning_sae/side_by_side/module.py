@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.checks import require_finite_weights
 from lightning_sae.data.source import source_of
-from lightning_sae.distributed import require_agreement, take_part, trainer_of
+from lightning_sae.distributed.ranks import require_agreement, take_part, trainer_of
 from lightning_sae.functional.sparse.memory import Workspace
 from lightning_sae.side_by_side.checks import (
     require_hook,

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import nn
 from torch.optim import LBFGS
 
-from lightning_sae.split import HasLatents, parts_of
+from lightning_sae.distributed.split import HasLatents, parts_of
 
 HALF = (torch.float16, torch.bfloat16)
 

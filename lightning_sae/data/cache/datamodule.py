@@ -35,7 +35,7 @@ from lightning_sae.data.scaling import Scaling, estimate_scaling, require_usable
 from lightning_sae.data.several_hooks import checked_names
 from lightning_sae.data.source import ActivationSource
 from lightning_sae.data.text import Text
-from lightning_sae.split import copies_of
+from lightning_sae.distributed.split import copies_of
 
 log = logging.getLogger("lightning.pytorch")
 

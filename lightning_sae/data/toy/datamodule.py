@@ -29,9 +29,9 @@ from lightning_sae.data.toy.stream import (
     ToyBatches,
     seed_of,
 )
+from lightning_sae.distributed.split import copies_of
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern
-from lightning_sae.split import copies_of
 
 
 class ToySample(NamedTuple):

@@ -25,7 +25,7 @@ FEW = 256
 
 @runtime_checkable
 class Among(Protocol):
-    """Devices that share a batch; see `lightning_sae.parts` and `lightning_sae.distributed`."""
+    """Devices that share a batch; see `parts` and `ranks` in `lightning_sae.distributed`."""
 
     n: int
     index: int

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.checks import require_positive
-from lightning_sae.parts import ALONE, Parts
+from lightning_sae.distributed.parts import ALONE, Parts
 
 
 class Copies(NamedTuple):

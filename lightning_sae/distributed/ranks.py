@@ -6,7 +6,7 @@ not a mean over rows (a selection among all rows, a ratio of sums, the square of
 over the ranks through `Ranks`. Batches have the same size on all ranks.
 
 With a split dictionary several ranks hold one copy and have one batch. `Ranks` then speaks of the
-copies, and `Parts` of the ranks that hold one (`lightning_sae.parts`).
+copies, and `Parts` of the ranks that hold one (`lightning_sae.distributed.parts`).
 
 The number of batches is also equal. The data modules of this package never end. With other loaders,
 an epoch ends on all ranks when the shortest loader ends; validation loaders must have equal
@@ -23,9 +23,9 @@ from jaxtyping import Shaped
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_sae.distributed.parts import Parts
+from lightning_sae.distributed.split import Copies, copies_of
 from lightning_sae.files import read_checkpoint, write_atomically
-from lightning_sae.parts import Parts
-from lightning_sae.split import Copies, copies_of
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

@@ -1,0 +1,1 @@
+"""Several devices: what ranks find out together, and a dictionary split over devices."""
