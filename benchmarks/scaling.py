@@ -109,7 +109,7 @@ def _gb(size: float) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Arguments of `python -m benchmarks.scaling`."""
     found = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     found.add_argument("--d_in", type=int, default=4096)
     found.add_argument("--d_sae", type=int, default=2**20)

@@ -83,7 +83,7 @@ class RunCheckpoint(Checkpoint):  # called last, so the state of all others is s
 
     @best_model_path.setter
     def best_model_path(self, path: str) -> None:
-        """What training in other processes saved, which `ddp_spawn` and the like report."""
+        """Take over what spawned processes saved, as `ddp_spawn` and `ddp_fork` report it."""
         self._saved = Path(path) if path else None
 
     def _hold(self, trainer: Trainer) -> None:

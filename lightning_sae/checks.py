@@ -157,6 +157,33 @@ def require_batch(x: Any, d_in: int) -> None:
         )
 
 
+def require_trainable_norm(norm: float, dtype: torch.dtype, step: float) -> None:
+    """Refuse activations whose gradients overflow, and warn of those shorter than a step.
+
+    Args:
+        norm: Root mean square norm of the first batch's centred and scaled activations.
+        dtype: Of the weights.
+        step: Distance by which the first steps of Adam move a point among the activations.
+
+    Raises:
+        FloatingPointError: If squares of gradients are not finite in `dtype`.
+    """
+    # A gradient is about as large as a squared norm, and Adam squares it.
+    if norm > torch.finfo(dtype).max ** 0.25:
+        raise FloatingPointError(
+            f"The activations of the first batch are of norm {norm:.3g}, and {dtype} cannot hold "
+            "the squares of their gradients, so nothing would be learnt: look at the model, or "
+            "scale them with `data.scale`."
+        )
+    if 0 < norm < step:
+        warnings.warn(
+            f"The activations of the first batch are of norm {norm:.3g}, and the first steps of "
+            f"Adam move `b_dec` by up to {step:.3g} each: scale them with `data.scale`, or lower "
+            "`lr`.",
+            stacklevel=2,
+        )
+
+
 def require_one_loader(dataloader_idx: int) -> None:
     """Raise a ValueError if there are several held-out loaders, whose metrics would be mixed."""
     if dataloader_idx:

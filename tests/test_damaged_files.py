@@ -110,6 +110,13 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
         assert archive.testzip() is None
 
 
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the contents of a checkpoint."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
 def without(name: str, *inner: str) -> Callable[[dict[str, Any]], None]:
     """Remove an entry of a checkpoint."""
 
@@ -149,9 +156,7 @@ def having(**entries: Any) -> Callable[[dict[str, Any]], None]:
 def test_a_checkpoint_that_lacks_what_a_run_needs_is_refused(
     change: Callable[[dict[str, Any]], None], message: str, last: Path
 ) -> None:
-    content = torch.load(last, weights_only=True)
-    change(content)
-    torch.save(content, last)
+    rewrite(last, change)
     with pytest.raises(ValueError, match=message):
         fitted(ReLUSAE(4, 64), last, max_steps=3)
 
@@ -177,9 +182,7 @@ def test_a_checkpoint_of_weights_alone_says_how_to_go_on_from_it(tmp_path: Path)
 def test_load_from_checkpoint_reads_as_carefully(
     change: Callable[[dict[str, Any]], None], message: str, last: Path
 ) -> None:
-    content = torch.load(last, weights_only=True)
-    change(content)
-    torch.save(content, last)
+    rewrite(last, change)
     with pytest.raises(ValueError, match=message):
         ReLUSAE.load_from_checkpoint(last)
 

@@ -37,13 +37,21 @@ from lightning_sae.checks import (
     require_one_loader,
     require_one_of,
     require_positive,
+    require_trainable_norm,
     require_width,
     warn_of_other_activations,
 )
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed.parts import ALONE, Parts
 from lightning_sae.distributed.ranks import Devices, Ranks, require_agreement, take_part, trainer_of
-from lightning_sae.distributed.split import copies_of, keep_own_part, parts_of
+from lightning_sae.distributed.split import (
+    copies_of,
+    keep_own_part,
+    norm_over_parts,
+    parts_of,
+    require_whole,
+    whole_shapes,
+)
 from lightning_sae.files import AtomicCheckpointIO, first_line
 from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
@@ -57,7 +65,6 @@ from lightning_sae.training.optimizer import (
     NAMES,
     adam_with_schedule,
     clip_gradients,
-    in_memory_order,
     peak_rate,
     schedule_problems,
     set_peak_rates,
@@ -111,7 +118,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         held_out_frequency: Firing frequency of each latent at the last evaluation.
         held_out_count: Number of activations in the current evaluation, over all ranks.
         parts: The devices that hold the dictionary together, with the strategy `SplitDictionary`.
-            Weights and counts are then those of the own latents.
+            Weights and counts are then those of this device's latents.
 
     Raises:
         ValueError: If a size, a rate or a length is out of range.
@@ -139,7 +146,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     latents_follow_activate = True  # whether training uses the `activate` of a subclass
     # Whether these three exchange what they need of other latents through `parts`, so that the
     # dictionary may be split over devices. Not inherited either.
-    may_be_split = True
+    may_be_split = False
     tied = False  # whether `W_enc` is a view of `W_dec`
     length_names = NAMES  # of arguments that are lengths, see `lightning_sae.training.lengths`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
@@ -164,8 +171,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             own = {**vars(base), **own}
         if own.keys() & {"activate", "latents", "objective"}:
             cls.rows_are_independent = own.get("rows_are_independent", False)
-            ours = cls.__module__.startswith("lightning_sae.architectures.")
-            cls.may_be_split = own.get("may_be_split", ours)
+            cls.may_be_split = own.get("may_be_split", False)
         if "latents" in own:
             cls.latents_follow_activate = own.get("latents_follow_activate", False)
         says_how_to_train = own.keys() & {"latents", "objective", "latents_follow_activate"}
@@ -409,7 +415,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         return product if self.parts.n == 1 else self.parts.sum(product.to(W_dec.dtype))
 
     def _any_part(self, *flags: bool) -> tuple[bool, ...]:
-        """Whether each flag is set on any device that holds a part: all then do the same."""
+        """Whether each flag is set on any part, so that all parts take the same branch."""
         return self.parts.any(*flags, device=self.device)
 
     # Training.
@@ -441,19 +447,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         own = {"architecture": type(self).__name__, **plain_arguments(self.hparams)}
         run = {"max_steps": self.trainer.max_steps, "data": self.source}
         require_agreement(self.trainer, {**own, **run})
-        self._split_among(parts_of(self.trainer))
-
-    def _split_among(self, parts: Parts) -> None:
-        """Keep the own part of the dictionary, once."""
+        parts = parts_of(self.trainer)
         if self.parts.n != parts.n:
-            if self.parts.n > 1:
-                raise ValueError(
-                    "Expected a whole SAE, or one of as many parts as `trainer.strategy` has, but "
-                    f"got part {self.parts.index} of {self.parts.n}: load the exported SAE or a "
-                    "checkpoint, which are whole."
-                )
-            root = self.trainer.strategy.root_device
-            self._axes = keep_own_part(self, parts, root)
+            require_whole(self.parts)
+            self._axes = keep_own_part(self, parts, self.trainer.strategy.root_device)
         if parts.n > 1:
             self.parts = parts
 
@@ -538,31 +535,17 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
                 "are too, nothing is learnt. Check the data and its hook.",
                 stacklevel=2,
             )
-        self._require_usual_norm(batch)
+        self._check_norm(batch)
         if self.b_dec_init == "mean":
             self.b_dec.copy_(self.ranks.mean(self.scaled(batch).mean(0)))
         self.is_trained = True
 
-    def _require_usual_norm(self, batch: Float[Tensor, "batch d_in"]) -> None:
-        """Refuse activations whose gradients overflow, and warn of those shorter than a step."""
+    def _check_norm(self, batch: Float[Tensor, "batch d_in"]) -> None:
         x = self.scaled(batch)
         norm = self.ranks.mean(x.double().square().sum(-1).mean()).sqrt().item()
-        # A gradient is about as large as a squared norm, and Adam squares it.
-        if norm > torch.finfo(x.dtype).max ** 0.25:
-            raise FloatingPointError(
-                f"The activations of the first batch are of norm {norm:.3g}, and {x.dtype} cannot "
-                "hold the squares of their gradients, so nothing would be learnt: look at the "
-                "model, or scale them with `data.scale`."
-            )
         # A learning rate above the largest default is another mistake.
         step = min(self.lr, peak_rate(1)) * self.d_in**0.5
-        if 0 < norm < step:
-            warnings.warn(
-                f"The activations of the first batch are of norm {norm:.3g}, and the first steps "
-                f"of Adam move `b_dec` by up to {step:.3g} each: scale them with `data.scale`, or "
-                "lower `lr`.",
-                stacklevel=2,
-            )
+        require_trainable_norm(norm, x.dtype, step)
 
     def _scaling_of_data(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]] | None:
         trainer = trainer_of(self)
@@ -580,7 +563,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             `loss`, a scalar; `fired` [d_sae], how often each latent fired in the batch;
             `squared_error` [batch], of each centred and scaled activation. With several ranks these
             are of this rank alone, while logged values are of all ranks. With a split dictionary
-            `fired` is of the own latents.
+            `fired` is of this device's latents.
 
         Raises:
             ValueError: If `batch` is not of shape [batch, d_in].
@@ -709,10 +692,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         gradients = {k: w.grad for k, w in self.named_parameters() if w.grad is not None}
         if self.parts.n == 1:
             return nn.utils.get_total_norm(gradients.values())
-        own = [in_memory_order(gradients.pop(k)) for k in self.latent_axes() if k in gradients]
-        squares = nn.utils.get_total_norm(own).square()
-        others = nn.utils.get_total_norm(gradients.values()).to(squares)
-        return (self.parts.sum(squares) + others.square()).sqrt()
+        return norm_over_parts(gradients, self.latent_axes(), self.parts)
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -905,7 +885,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         Raises:
             ValueError: If it has another architecture or shape, or settings that cannot change.
         """
-        require_matching(self, checkpoint, self._whole_shapes())
+        require_matching(self, checkpoint, whole_shapes(self, self.parts))
         trainer = trainer_of(self)
         if trainer is not None:
             compare_settings(checkpoint, self._settings(), trainer)
@@ -924,21 +904,11 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         self.layout.dense = dense
 
     def _layouts(self) -> bool | list[bool]:
-        """Whether the next batch's code is dense; of a split dictionary, on each device."""
+        """Whether the next code is dense; with a split dictionary, a value for each part."""
         if self.parts.n == 1:
             return self.layout.dense
         own = torch.tensor(self.layout.dense, device=self.device)
         return self.parts.gathered(own).tolist()
-
-    def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes, over all parts, of the weights that are split."""
-        if self.parts.n == 1:
-            return {}
-        own = self.state_dict()
-        shapes = {name: list(own[name].shape) for name in self.latent_axes() if name in own}
-        for name, shape in shapes.items():
-            shape[self.latent_axes()[name]] *= self.parts.n
-        return {name: tuple(shape) for name, shape in shapes.items()}
 
     def _settings(self) -> Settings:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -65,6 +65,7 @@ class BatchTopKSAE(WithOrthogonality):
     threshold_means: Float[Tensor, " 2"]
     threshold_batches: Int[Tensor, ""]
     rows_are_independent = False
+    may_be_split = True
     latent_units = ("b_enc", "threshold")
     kept_in_float32 = ("threshold", "threshold_means")
 

@@ -61,6 +61,7 @@ class GatedSAE(SparseAutoencoder):
     coefficient_name = "l1_coefficient"
     latent_units = ("b_enc", "b_mag")
     rows_are_independent = True
+    may_be_split = True
     latents_follow_activate = False
 
     def __init__(

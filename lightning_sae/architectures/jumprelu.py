@@ -82,6 +82,7 @@ class JumpReLUSAE(SparseAutoencoder):
     _threshold_group: dict[str, Any] | None = None
     coefficient_name = "l0_coefficient"
     latents_follow_activate = False
+    may_be_split = True
     latent_units = ("b_enc", "threshold", "threshold_unit")
     kept_in_float32 = ("threshold", "threshold_unit", "multiplier")
 
@@ -145,7 +146,7 @@ class JumpReLUSAE(SparseAutoencoder):
             self.threshold.copy_(start.relu().expand_as(self.threshold))
 
     def _exceeded(self, pre: Float[Tensor, "batch d_sae"], times: float) -> Float[Tensor, ""]:
-        """The value that `times` pre-activations of a row exceed on average, on all devices."""
+        """The value exceeded by `times` pre-activations per row on average, over all devices."""
         most = min(round(times * len(pre) * self.ranks.n), pre.numel())
         largest = self.devices.gathered(pre.flatten().topk(most).values).flatten()
         return largest.topk(min(round(times * len(pre) * self.ranks.n), len(largest))).values[-1]

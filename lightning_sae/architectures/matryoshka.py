@@ -49,6 +49,8 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     draws: Int[Tensor, ""]
 
+    may_be_split = True
+
     def __init__(
         self,
         d_in: int,

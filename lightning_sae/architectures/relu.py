@@ -43,6 +43,7 @@ class ReLUSAE(WithOrthogonality):
     coefficient_name = "l1_coefficient"
     latents_follow_activate = True
     rows_are_independent = True
+    may_be_split = True
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class RescaleAndShiftSAE(GatedSAE):
     """
 
     rows_are_independent = True
+    may_be_split = True
     latents_follow_activate = False  # training uses `magnitudes`
 
     def __init__(

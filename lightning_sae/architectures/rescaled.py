@@ -89,6 +89,7 @@ class RescaledSAE(SparseAutoencoder):
     origin: Float[Tensor, " d_in"]
     input_units = ("b_dec", "origin")
     rows_are_independent = True
+    may_be_split = True
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class TiedSAE(ReLUSAE):
     tied = True
     latents_follow_activate = True
     rows_are_independent = True
+    may_be_split = True
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class TopKSAE(SparseAutoencoder):
     """
 
     rows_are_independent = True
+    may_be_split = True
     latents_follow_activate = True
 
     def __init__(

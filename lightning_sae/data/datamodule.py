@@ -218,6 +218,10 @@ class ActivationDataModule(ActivationSource):
         self.n_validation, self.n_test = n_validation, n_test
         self.seed, self.largest_saved_buffer = seed, largest_saved_buffer
         _check(self)
+        self._start()
+
+    def _start(self) -> None:
+        """Nothing is read yet."""
         self.buffer: ShuffleBuffer | None = None
         self._scalings: dict[str, Scaling] = {}
         self._passes: dict[Any, Iterator[Tensor]] = {}

@@ -51,17 +51,17 @@ class Parts:
             )
         return vars(self)
 
-    # With gradients.
+    # Operations with a gradient.
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all parts; its gradient is that of each summand."""
         return value if self.n == 1 else _Sum.apply(value, self.group)
 
     def shared(self, value: Tensor) -> Tensor:
-        """A value that all parts have, for use by each part; its gradients are added."""
+        """A value that is equal on all parts and used by each; its gradient is summed over them."""
         return value if self.n == 1 else _Shared.apply(value, self.group)
 
-    # Without.
+    # Operations without a gradient.
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all parts, which are equally large."""
@@ -99,7 +99,7 @@ class Parts:
         return found
 
     def own(self, f: Shaped[Tensor, "... d_sae"]) -> Shaped[Tensor, "... own"]:
-        """The values of the own latents from those of all."""
+        """The values of this part's latents, from those of all."""
         return f if self.n == 1 else self.cut(f, -1)
 
     def as_first(self, value: Tensor) -> Tensor:
@@ -115,14 +115,14 @@ class Parts:
         distributed.all_reduce(value, op=operation, group=self.group)
         return value
 
-    # Tensors of the whole and of a part.
+    # Tensors of all latents and of this part.
 
     def first(self, n_latents: int) -> int:
-        """Index of the first own latent, of `n_latents` in all."""
+        """Index of this part's first latent, of `n_latents` in all."""
         return self.index * (n_latents // self.n)
 
     def cut(self, whole: Tensor, axis: int) -> Tensor:
-        """The own part of a tensor of all latents, a view."""
+        """This part of a tensor of all latents, as a view."""
         size = whole.shape[axis] // self.n
         return whole.narrow(axis, self.index * size, size)
 
@@ -148,7 +148,7 @@ class Parts:
 
 
 ALONE = Parts()
-"""A dictionary in one part."""
+"""The parts of a dictionary that is not split."""
 
 
 class _Sum(Function):

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -26,7 +27,7 @@ from lightning_sae.distributed.parts import ALONE, Parts
 
 
 class Copies(NamedTuple):
-    """The copies of a dictionary that are trained on different batches.
+    """Copies of a dictionary, each trained on batches of its own.
 
     Attributes:
         own: The copy that this process holds, or holds a part of.
@@ -122,12 +123,12 @@ class SplitDictionary(DDPStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Data is shared out among the copies."""
+        """Arguments of a distributed sampler: one replica for each copy."""
         return {"num_replicas": self.copies.n, "rank": self.copies.own}
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        """As `DDPStrategy`, which outside of `fit` would give all devices the weights of one."""
+        """As `DDPStrategy`, but outside of `fit` without sending the weights of rank 0 to all."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().setup(trainer)
             return
@@ -149,10 +150,9 @@ class SplitDictionary(DDPStrategy):
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
-        """The batch of the first part, for all parts of a copy.
+        """Move a batch to the device, and give all parts of a copy the batch of the first part.
 
-        They should have the same batch already. That they have it bit for bit does not depend on
-        the data, nor on whether a language model gives the same on each device.
+        They read the same text, but language models on several devices may differ by rounding.
         """
         batch = super().batch_to_device(batch, device, dataloader_idx)
         return self.parts.as_first(batch) if isinstance(batch, Tensor) else batch
@@ -161,27 +161,27 @@ class SplitDictionary(DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Of the whole dictionary, in the process that writes it."""
+        """State of the module with the whole dictionary, in the process that writes it."""
         state = super().lightning_module_state_dict()
         axes = self._axes()
         return {k: self._whole(v, axes[k]) if k in axes else v for k, v in state.items()}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Of the whole dictionary, in the process that writes it."""
+        """State of the optimizer for the whole dictionary, in the process that writes it."""
         found: Any = super().optimizer_state(optimizer)
         return {**found, "state": self._each_moment(optimizer, found["state"], self._whole)}
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take the own part of a checkpoint."""
+        """Load this device's part of the weights of a checkpoint."""
         axes, whole = self._axes(), checkpoint["state_dict"]
         own = {k: self._own(v, axes[k]) if k in axes else v for k, v in whole.items()}
         super().load_model_state_dict({**checkpoint, "state_dict": own}, strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the own part of a checkpoint."""
+        """Load this device's part of the optimizer states of a checkpoint."""
         states = [
             {**saved, "state": self._each_moment(optimizer, saved["state"], self._own)}
             for optimizer, saved in zip(
@@ -203,7 +203,7 @@ class SplitDictionary(DDPStrategy):
         return self.parts.cut(whole, axis).clone()
 
     def _each_moment(self, optimizer: Optimizer, state: Any, convert: Any) -> dict[int, Any]:
-        """The state of each weight, with all that has its axis of latents converted."""
+        """The state of each weight, in which tensors with an axis of latents are converted."""
         axes, module = self._axes(), cast(nn.Module, self.lightning_module)
         of_weight = {id(w): axes[name] for name, w in module.named_parameters() if name in axes}
         weights = [w for group in optimizer.param_groups for w in group["params"]]
@@ -231,9 +231,9 @@ def _agreed(n_parts: int) -> int:
 
 @torch.no_grad()
 def keep_own_part(module: nn.Module, parts: Parts, device: torch.device) -> dict[str, int]:
-    """Replace the weights of a whole module by those of a part, and return the axes of latents.
+    """Reduce the weights of a whole module to those of its part, and return the axes of latents.
 
-    What all parts have, such as `b_dec`, becomes that of the first.
+    Weights that are not split, such as `b_dec`, become those of the first part.
     """
     axes = cast(HasLatents, module).latent_axes()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -243,3 +243,33 @@ def keep_own_part(module: nn.Module, parts: Parts, device: torch.device) -> dict
         else:
             tensor.data.copy_(parts.as_first(tensor.data.to(device)))
     return axes
+
+
+def require_whole(parts: Parts) -> None:
+    """Raise a ValueError if an SAE is already a part of a dictionary split in another way."""
+    if parts.n > 1:
+        raise ValueError(
+            "Expected a whole SAE, or one of as many parts as `trainer.strategy` has, but got part "
+            f"{parts.index} of {parts.n}: load the exported SAE or a checkpoint, which are whole."
+        )
+
+
+def whole_shapes(module: nn.Module, parts: Parts) -> dict[str, tuple[int, ...]]:
+    """Shapes, over all parts, of the weights that are split."""
+    if parts.n == 1:
+        return {}
+    axes = cast(HasLatents, module).latent_axes()
+    shapes = {k: list(v.shape) for k, v in module.state_dict().items() if k in axes}
+    for name, shape in shapes.items():
+        shape[axes[name]] *= parts.n
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def norm_over_parts(
+    gradients: Mapping[str, Tensor], axes: Mapping[str, int], parts: Parts
+) -> Float[Tensor, ""]:
+    """The joint Euclidean norm of gradients, of which those with an axis of latents are split."""
+    own = [gradient.movedim(axes[k], 0) for k, gradient in gradients.items() if k in axes]
+    same = [gradient for k, gradient in gradients.items() if k not in axes]
+    squares = nn.utils.get_total_norm(own).square()
+    return (parts.sum(squares) + nn.utils.get_total_norm(same).to(squares).square()).sqrt()

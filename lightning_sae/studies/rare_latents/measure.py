@@ -54,19 +54,23 @@ def measure(
     """Figures of one SAE.
 
     Args:
-        sae: It, on raw activations, on the CPU.
-        x: Activations of training text, for frequencies and directions.
-        held_out: Others, for L0 and FVU.
-        initial: Sum of its decoder rows before training.
+        sae: The SAE, on the CPU.
+        x: Raw activations of training text, for frequencies and directions.
+        held_out: Raw activations of held-out text, for L0 and FVU.
+        initial: Sum of the decoder rows before training.
 
     Returns:
-        `l0`, `fvu`; `rare` and `never`, shares of latents; figures of `rare_directions`; cosines of
-        the rare latents' common direction, the mean of their encoder rows, with `with_others`, that
-        of the other latents; `with_initial`, the sum of the initial decoder rows; `with_input`
-        minus the mean of the encoder's input; `with_normal`, the normal of `normal_of` of that
-        input; `with_data` and `with_data_normal`, the same of the activations, so from the data
-        alone; the figures of `hyperplanes`; and `direction`, a list. Cosines are None without rare
-        latents.
+        `l0` and `fvu`; `rare` and `never`, shares of latents that fire on less than 1e-4 of `x` and
+        on none; the figures of `rare_directions` and `hyperplanes`; `direction`, the mean of the
+        rare latents' encoder rows, as a list; and its cosines with
+
+        - `with_others`: the mean of the other latents' encoder rows,
+        - `with_initial`: `initial`,
+        - `with_input`: minus the mean of the encoder's input,
+        - `with_normal`: `normal_of` the encoder's input,
+        - `with_data`, `with_data_normal`: the last two for the activations, from the data alone.
+
+        What needs rare latents is absent without them.
     """
     frequency = frequencies(sae, x)
     rare = frequency < RARE

@@ -133,7 +133,7 @@ CHOSEN_NOTE = (
 
 
 def label(row: Row) -> str:
-    """A name of what was varied."""
+    """An SAE in tables and pictures: its hook and the settings that vary."""
     times = "" if row["length"] == 1 else f", {row['length']:g} times as long"
     times += ", slow warm-up" if row["slow"] else ""
     return (
