@@ -432,6 +432,12 @@ def test_what_a_split_dictionary_lacks_is_refused(
         require_supported_features(make(), trainer, stage)
 
 
+def test_a_split_dictionary_is_chosen_by_name() -> None:
+    strategy = Trainer(strategy="SplitDictionary", accelerator="cpu", logger=False).strategy
+    assert isinstance(strategy, SplitDictionary)
+    assert strategy.n_parts is None
+
+
 def test_a_subclass_that_exchanges_what_it_needs_may_be_split() -> None:
     class Exchanges(Pulled):
         may_be_split = True

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
@@ -273,3 +273,9 @@ def norm_over_parts(
     same = [gradient for k, gradient in gradients.items() if k not in axes]
     squares = nn.utils.get_total_norm(own).square()
     return (parts.sum(squares) + nn.utils.get_total_norm(same).to(squares).square()).sqrt()
+
+
+# A name for `Trainer(strategy=...)` and `--trainer.strategy`, which Lightning makes lower case.
+StrategyRegistry.register(
+    SplitDictionary.__name__.lower(), SplitDictionary, "one dictionary over all devices", parts=None
+)

@@ -81,7 +81,7 @@ def of_parts(folder: Path) -> OfParts:
     at.mkdir()
     shutil.copy(folder / "text.txt", at)
     toy_run(at / "toy" / "one", 4)
-    write_config(at / "two", strategy="{class_path: lightning_sae.SplitDictionary}")
+    write_config(at / "two", strategy="SplitDictionary")
     statuses = finish(start(at, [["-m", "tests.ranks.split_worker", str(at)]]))
     assert statuses == [0], said(at, 0)
     two, four = (
