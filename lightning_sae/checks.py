@@ -263,7 +263,7 @@ def _cause(
     largest = torch.stack([weight.detach().abs().max().double() for weight in module.parameters()])
     norms = x.double().square().sum(-1).mean().sqrt()
     norm, weight = (-ranks.least(-torch.stack([norms, largest.max()]))).tolist()
-    if norm > large and norm > weight:
+    if norm > large and not weight >= norm:  # on a GPU the weights may be NaN already
         return (
             f"the activations are finite, but of norm {norm:.3g}, and {x.dtype} cannot hold what "
             "is made of their squares: look at the model, scale them with `data.scale`, drop "

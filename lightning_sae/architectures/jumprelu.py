@@ -17,6 +17,7 @@ from lightning_sae.functional.revival import variance
 from lightning_sae.functional.sparse.code import Code, default_chunk_rows
 from lightning_sae.functional.sparse.selection import Above
 from lightning_sae.functional.squared_error import squared_errors
+from lightning_sae.functional.waiting import Remembered
 
 THRESHOLD_LR = 0.01  # in standard deviations of the first batch's pre-activations
 PATIENCE = 0.02  # largest change of the multiplier in a batch
@@ -191,7 +192,7 @@ class JumpReLUSAE(SparseAutoencoder):
     def _pull_of_dead(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Float[Tensor, ""]]:
         if self.dead_coefficient == 0:
             return {}
-        dead = self.dead.nonzero().squeeze(-1)
+        dead = self.dead_latents()
         if not self._any_part(len(dead) > 0)[0]:
             return {"dead": x.new_zeros(())}
         pre = self.encoder_input(x) @ self.W_enc.T[dead].T + self.b_enc[dead]
@@ -219,7 +220,8 @@ class JumpReLUSAE(SparseAutoencoder):
             schedule: Any = found["lr_scheduler"]
             lambdas = schedule["scheduler"].lr_lambdas
             share = lambdas[-1]
-            lambdas[-1] = lambda step: share(step) * self.threshold_unit.item()
+            unit = Remembered()
+            lambdas[-1] = lambda step: share(step) * unit.of(self.threshold_unit)
             # Kept until the first batch, which determines the unit.
             self._threshold_group = found["optimizer"].param_groups[-1]
             self._threshold_group["lr"] *= self.threshold_unit.item()

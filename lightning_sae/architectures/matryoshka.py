@@ -17,6 +17,7 @@ from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import Above
 from lightning_sae.functional.squared_error import squared_errors
+from lightning_sae.functional.waiting import Remembered
 
 
 class MatryoshkaSAE(BatchTopKSAE):
@@ -68,6 +69,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.prefixes = prefixes if isinstance(prefixes, int) else tuple(prefixes)
         self.uses_relu = k is None
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self._draws = Remembered()
         self.l1_coefficient, self.penalty = l1_coefficient, penalty or L1()
         is_own = type(self).objective is MatryoshkaSAE.objective
         self.rows_are_independent = is_own and self.uses_relu and not isinstance(prefixes, int)
@@ -108,12 +110,12 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def nested(self, f: Code, widths: Sequence[int]) -> list[Float[Tensor, "batch d_in"]]:
         """The reconstruction from each prefix."""
-        bounds = torch.tensor(widths, device=self.device)
         latents = self.parts.first(self.d_sae) + torch.arange(f.shape[1], device=self.device)
-        ring = torch.bucketize(latents, bounds, right=True).float()  # codes hold floats only
+        ring = torch.zeros_like(latents, dtype=torch.int32)
+        for width in widths:  # not as a tensor, whose copy to a GPU would wait for it
+            ring += latents >= width
         x_hat, found = self.b_dec, []
-        for index in range(len(widths)):
-            part = f.where((f.at(ring) == index).expand_as(f.values))
+        for part in f.parted(ring, len(widths)):
             x_hat = x_hat + self.decoded(part, self.W_dec)
             found.append(x_hat)
         return found
@@ -122,8 +124,10 @@ class MatryoshkaSAE(BatchTopKSAE):
         if not isinstance(self.prefixes, int):
             return self.prefixes
         # Seeded by a count in the checkpoint, so it is the same on all ranks and after a resume.
-        generator = torch.Generator().manual_seed(int(self.draws))
+        draws = int(self._draws.of(self.draws))
+        generator = torch.Generator().manual_seed(draws)
         self.draws += 1
+        self._draws.note(self.draws, draws + 1)
         shares = torch.rand(self.prefixes - 1, generator=generator)
         drawn = (self.d_sae**shares).long().clamp(1, self.d_sae)
         return sorted({*drawn.tolist(), self.d_sae})

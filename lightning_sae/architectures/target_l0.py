@@ -177,10 +177,11 @@ class TargetL0(Callback):
         """Count the batch; after the last of a step, set the factor for the next step."""
         sae = cast(Steered, pl_module)
         fired = sae.parts.sum(cast(dict[str, Tensor], outputs)["fired"].sum())
-        counts = torch.stack([fired, fired.new_tensor(len(batch))])
+        counts = torch.stack([fired, fired.new_full((), len(batch))])
         # The same on all ranks, so that they come to the same factor.
         counts = trainer.strategy.reduce(counts, copies_of(trainer).group, reduce_op="sum")
-        self._fired, self._seen = self._fired + int(counts[0]), self._seen + int(counts[1])
+        on_all, rows = counts.tolist()
+        self._fired, self._seen = self._fired + int(on_all), self._seen + int(rows)
         if trainer.global_step > self._step:  # else gradients are being accumulated
             self._step = trainer.global_step
             self._steer(sae, trainer.global_step, trainer.max_steps)

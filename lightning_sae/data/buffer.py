@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sae.data.devices import picked, sent
+
 PATIENCE = 100
 """Consecutive empty reads after which the buffer gives up."""
 
@@ -48,6 +50,8 @@ class ShuffleBuffer(Iterator[Tensor]):
         prefetch: Whether a thread reads ahead; otherwise rows are read when a refill is due. The
             batches are the same either way.
         look_at: Called with the rows of the first full buffer; must not change them.
+        device: Where batches are used.
+        rows_device: Where the rows lie. Batches are the same wherever it is.
 
     Attributes:
         seconds: Seconds spent waiting for batches, in this process.
@@ -65,8 +69,11 @@ class ShuffleBuffer(Iterator[Tensor]):
         seed: int = 0,
         prefetch: bool = True,
         look_at: Callable[[Tensor], None] | None = None,
+        device: torch.device | str = "cpu",
+        rows_device: torch.device | str = "cpu",
     ) -> None:
         check_buffer(capacity, batch_size, refill_fraction)
+        self.device, self.rows_device = torch.device(device), torch.device(rows_device)
         self.source = source
         self._look_at = look_at
         self.capacity = capacity
@@ -87,7 +94,7 @@ class ShuffleBuffer(Iterator[Tensor]):
         self._surplus: Tensor | None = None
 
     def __next__(self) -> Float[Tensor, "batch_size d"]:
-        """The next batch, float32."""
+        """The next batch, float32, on `device`."""
         began = time.perf_counter()
         batch = self._next()
         self.seconds += time.perf_counter() - began
@@ -99,9 +106,9 @@ class ShuffleBuffer(Iterator[Tensor]):
         assert self.rows is not None
         if self.served == self.rows_per_refill:
             self._refill(self.rows)
-        picked = self.order[self.served : self.served + self.batch_size]
+        places = self.order[self.served : self.served + self.batch_size]
         self.served += self.batch_size
-        return self.rows[picked].float()
+        return picked(self.rows, places, self.device).float()
 
     def fill(self) -> Float[Tensor, "capacity d"]:
         """Fill the empty buffer from the source."""
@@ -113,7 +120,7 @@ class ShuffleBuffer(Iterator[Tensor]):
         return self.rows
 
     def _refill(self, rows: Tensor) -> None:
-        rows[self.order[: self.served]] = self._receive()
+        rows.index_copy_(0, sent(self.order[: self.served], rows.device), self._receive())
         self._shuffle()
 
     def _shuffle(self) -> None:
@@ -134,7 +141,7 @@ class ShuffleBuffer(Iterator[Tensor]):
 
     def _read(self, n: int) -> Tensor:
         """The next `n` rows; surplus rows of a read are kept for the next call."""
-        chunk = self.source.read().cpu() if self._surplus is None else self._surplus
+        chunk = self._rows_of_source() if self._surplus is None else self._surplus
         rows, filled, in_vain = chunk.new_empty(n, chunk.shape[1]), 0, 0
         while in_vain < PATIENCE and not self._closed.is_set():
             taken = chunk[: n - filled]
@@ -143,12 +150,15 @@ class ShuffleBuffer(Iterator[Tensor]):
             if filled == n:
                 self._surplus = chunk[len(taken) :].clone()
                 return rows
-            chunk = self.source.read().cpu()
+            chunk = self._rows_of_source()
             in_vain = 0 if len(chunk) else in_vain + 1
         raise ValueError(
             f"{in_vain} passes of the model in a row gave no activation: all are left out. Widen "
             "`positions` or `max_norm_multiple`, or look at what `data/dropped_...` says."
         )
+
+    def _rows_of_source(self) -> Tensor:
+        return self.source.read().to(self.rows_device)
 
     def finish_reading(self) -> None:
         """Finish the refill under way; no batch may be asked for afterwards."""
@@ -164,8 +174,10 @@ class ShuffleBuffer(Iterator[Tensor]):
             return {}
         state = {"source": self._source_state, "generator": self.generator.get_state()}
         if with_rows:
-            state |= {"rows": self.rows.clone(), "order": self.order, "served": self.served}
-            state |= {"surplus": self._surplus_before, "settings": {**self.settings}}
+            surplus = self._surplus_before
+            state |= {"rows": self.rows.to("cpu", copy=True), "order": self.order}
+            state |= {"served": self.served, "settings": {**self.settings}}
+            state |= {"surplus": None if surplus is None else surplus.cpu()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -187,9 +199,10 @@ class ShuffleBuffer(Iterator[Tensor]):
         self.generator.set_state(state["generator"])
         if "rows" not in state:
             return
-        self.rows = state["rows"].clone()
+        self.rows = state["rows"].to(self.rows_device, copy=True)
         self.order, self.served = state["order"], state["served"]
-        self._surplus = state["surplus"]
+        surplus = state["surplus"]
+        self._surplus = None if surplus is None else surplus.to(self.rows_device)
         self._request(self.rows_per_refill)
 
     def close(self) -> None:

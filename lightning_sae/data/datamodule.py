@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_sae.checks import expect, require_integers, require_positive
 from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
+from lightning_sae.data.devices import place_of_buffer, require_device
 from lightning_sae.data.embedded import EMBEDDED_MODEL
 from lightning_sae.data.encoding import DocumentStart, Encoder
 from lightning_sae.data.language_model import LanguageModel
@@ -42,7 +43,7 @@ from lightning_sae.data.several_hooks import (
     require_same_hooks,
 )
 from lightning_sae.data.source import ActivationSource
-from lightning_sae.data.stream import ActivationFilter, ActivationStream
+from lightning_sae.data.stream import ActivationFilter, ActivationStream, rows_where
 from lightning_sae.data.text import Corpus, Text, described, open_text
 from lightning_sae.data.tokens import TokenBlocks
 from lightning_sae.distributed.split import copies_of
@@ -85,8 +86,8 @@ class HeldOutBatches:
         model, keep = self.data.language_model, self.data.filter
         for tokens in self.data.held_out_tokens(self.n, equal_passes=True):
             activations = model.activations(tokens)
-            kept = keep.kept(tokens, activations).to(activations.device)
-            batches = activations[kept].float().tensor_split(self._batches_per_pass)
+            rows = rows_where(keep.kept(tokens, activations), activations)
+            batches = rows.float().tensor_split(self._batches_per_pass)
             yield from map(self.data.by_hook, batches)
 
 
@@ -134,6 +135,8 @@ class ActivationDataModule(ActivationSource):
         batch_size: Activations in a batch.
         buffer_size: Activations in the shuffling buffer.
         refill_fraction: Share of the buffer that is served before it is refilled.
+        buffer_device: Where the buffer lies: `cpu`, a GPU such as `cuda`, or `auto`, the GPU that
+            trains if the buffer takes at most half of what is free there. Batches are the same.
         prefetch: Read ahead in a thread while batches are trained on.
         dtype: dtype of the activations in the buffer; batches are float32.
         model_dtype: dtype of the model's weights; `auto` is the checkpoint's own.
@@ -181,6 +184,7 @@ class ActivationDataModule(ActivationSource):
         batch_size: int = 2048,
         buffer_size: int = 65536,
         refill_fraction: float = 0.5,
+        buffer_device: str = "auto",
         prefetch: bool = True,
         dtype: Dtype = "float32",
         model_dtype: ModelDtype = "auto",
@@ -210,6 +214,7 @@ class ActivationDataModule(ActivationSource):
         self.context_length, self.blocks_per_pass = context_length, blocks_per_pass
         self.batch_size, self.buffer_size = batch_size, buffer_size
         self.refill_fraction, self.prefetch = refill_fraction, prefetch
+        self.buffer_device = buffer_device
         self.dtype, self.model_dtype = getattr(torch, dtype), model_dtype
         self.model_kwargs, self.tokenizer, self.head = model_kwargs, tokenizer, head
         self.drop_special_tokens = drop_special_tokens
@@ -550,7 +555,17 @@ class ActivationDataModule(ActivationSource):
             self.seed + stream.blocks.rank,
             self.prefetch,
             self._look_at,
+            *self._devices(),
         )
+
+    def _devices(self) -> tuple[torch.device, torch.device]:
+        """The devices of batches and of the buffer."""
+        trainer: Any = self.trainer
+        device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
+        width = self.d_in if isinstance(self.d_in, int) else sum(self.d_in.values())
+        n_rows = self.buffer_size * (1 + self.refill_fraction)  # with those of one refill
+        nbytes = n_rows * width * self.dtype.itemsize
+        return device, place_of_buffer(self.buffer_device, device, nbytes)
 
     def _look_at(self, rows: Float[Tensor, "rows d"]) -> None:
         for name, part in self._parts(rows).items():
@@ -658,6 +673,7 @@ def _check(data: ActivationDataModule) -> None:
     wanted = "at least 2, for a token is predicted from one before it,"
     expect(length >= 2, "context_length", wanted, length)
     check_buffer(data.buffer_size, data.batch_size, data.refill_fraction)
+    require_device(data.buffer_device)
     if positions is not None and not 0 <= positions[0] < min(positions[1], length):
         raise ValueError(
             "Expected argument `positions` to be the first position kept and the one after the "

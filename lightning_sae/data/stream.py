@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_sae.data.devices import sent
 from lightning_sae.data.language_model import LanguageModel
 from lightning_sae.data.notices import say_passes, say_unknown
 from lightning_sae.data.scaling import require_precision
@@ -80,6 +81,14 @@ class ActivationFilter:
         return ~torch.stack(list(self.left_out(tokens, activations).values())).any(0)
 
 
+def rows_where(
+    kept: Bool[Tensor, "batch seq"], activations: Float[Tensor, "batch seq d_in"]
+) -> Float[Tensor, "rows d_in"]:
+    """The kept activations. Their number is known on the CPU, so a GPU is not waited for."""
+    places = kept.flatten().nonzero().squeeze(1)
+    return activations.flatten(0, 1).index_select(0, sent(places, activations.device))
+
+
 class ActivationStream:
     """Endless activations at the model's hook, one forward pass at a time.
 
@@ -119,6 +128,7 @@ class ActivationStream:
         self.dropped = dict.fromkeys(REASONS, 0)
         self.seconds = 0.0
         self.offset: Tensor | None = None
+        self._offset: Tensor | None = None  # on the device of the batches
         self._said_passes = self._said_unknown = False
 
     def read(self) -> Float[Tensor, "rows d_in"]:
@@ -132,7 +142,7 @@ class ActivationStream:
         kept = ~torch.stack(list(left_out.values())).any(0)
         for reason, mask in left_out.items():
             self.dropped[reason] += int(mask.sum())
-        rows = activations[kept.to(activations.device)]
+        rows = rows_where(kept, activations)
         if self.kept == 0 and len(rows) and self.dtype.itemsize < rows.dtype.itemsize:
             self.offset = rows[rows.isfinite().all(-1)].mean(0).nan_to_num().cpu()  # NaN of no row
             for part in self._stored(rows, rows.dtype).split(self._widths(rows), -1):
@@ -151,7 +161,11 @@ class ActivationStream:
 
     def restored(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """Activations from rows that `read` gave."""
-        return rows if self.offset is None else rows.float() + self.offset
+        if self.offset is None:
+            return rows
+        if self._offset is None or self._offset.device != rows.device:
+            self._offset = self.offset.to(rows.device)
+        return rows.float() + self._offset
 
     def sample(self, n: int) -> Float[Tensor, "n d_in"]:
         """Activations of the text that follows, not counted in `statistics`.
@@ -207,6 +221,6 @@ class ActivationStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position that `state_dict` returned."""
         self.blocks.load_state_dict(state["blocks"])
-        self.offset = state.get("offset")
+        self.offset, self._offset = state.get("offset"), None
         self.seen, self.dropped = state["seen"], self.dropped | state["dropped"]
         self.kept, self.unknown = state.get("kept", self.seen), state.get("unknown", 0)

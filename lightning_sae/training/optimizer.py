@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_sae.functional.waiting import waiting_is_slow
 from lightning_sae.training.lengths import Length, two_steps_of, unknown
 
 NAMES = "lr_warmup_steps", "lr_decay_steps"
@@ -172,7 +173,8 @@ def clip_norm(optimizer: Optimizer, max_norm: float, norm: Float[Tensor, ""] | N
     if isinstance(optimizer, MemoryOrderAdam) and optimizer.defaults["fused"]:
         # Comparing is free on a CPU, but a GPU would have to synchronise.
         # The kernels need float32, whatever the dtype of the weights.
-        optimizer.grad_scale = excess.float() if excess.is_cuda or excess > 1 else None
+        slow = waiting_is_slow(excess.device)
+        optimizer.grad_scale = excess.float() if slow or excess > 1 else None
     else:
         torch._foreach_div_(gradients, excess)
 

@@ -25,7 +25,14 @@ from lightning_sae.training.lengths import HasLengths, is_share, steps_of
 FIXED_IN_MODEL = {"apply_b_dec_to_input", "decoder_norm", "b_dec_init", "threshold_init"}
 # Settings of the package's data that may change. Text, model and hook are compared as the SAE's
 # `source`, see `compare_sources`. All others are fixed, because they would change the buffer.
-FREE_IN_DATA = {"prefetch", "n_validation", "n_test", "largest_saved_buffer", "verify"}
+FREE_IN_DATA = {
+    "prefetch",
+    "buffer_device",
+    "n_validation",
+    "n_test",
+    "largest_saved_buffer",
+    "verify",
+}
 # Locations of the data; `source` tells whether it is the same data.
 FREE_IN_DATA |= {"activations", "evaluation_model", "evaluation_text"}
 SOURCE = {

@@ -419,8 +419,15 @@ class CachedDataModule(ActivationSource):
             rank=rank,
             n_ranks=n_ranks,
             prefetch=self.prefetch,
-            given_as=self.by_hook,
+            given_as=self._batch,
         )
+
+    def _batch(self, rows: ByHook) -> Rows:
+        """Rows as training gets them: in pinned memory if they go to a GPU, see `devices`."""
+        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
+        if device == "cuda":
+            rows = {name: part.pin_memory() for name, part in rows.items()}
+        return self.by_hook(rows)
 
     def _close(self) -> None:
         if self.batches is not None:

@@ -29,12 +29,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_sae.functional.sparse.memory import Workspace
 from lightning_sae.functional.sparse.patterns import DensePattern, EncodeOnPattern, SparsePattern
 from lightning_sae.functional.sparse.selection import Rule
+from lightning_sae.functional.waiting import Copied, waiting_is_slow
 
 # Shares of active latents between which the layout is not switched. On two CPU cores both layouts
 # are equally fast at .12 (d 64) to .19 (d 512; F 1024 and 8192). Other devices have faster dense
@@ -52,16 +53,45 @@ class Layout:
         thresholds: Shares of active latents. Below the first the layout becomes sparse, above the
             second dense; the gap avoids switching back and forth. By default those of the device.
         workspace: Memory reused between steps.
+        unread: On a GPU, the share of the last batch with a dense code. It is read a batch later,
+            so that training does not wait for it.
     """
 
     dense: bool = True
     thresholds: tuple[float, float] | None = None
     workspace: Workspace = field(default_factory=Workspace, repr=False, compare=False)
+    unread: Copied | None = field(default=None, repr=False, compare=False)
 
-    def see(self, density: float, device: str = "cpu") -> None:
-        """Update the layout from the density of a batch."""
-        below, above = self.thresholds or SWITCH.get(device, SWITCH_ELSEWHERE)
-        self.dense = density > (below if self.dense else above)
+    @property
+    def last_share(self) -> float:
+        """The share that is not read yet, for a checkpoint; -1 without one."""
+        return -1.0 if self.unread is None else self.unread.read().item()
+
+    @last_share.setter
+    def last_share(self, share: float) -> None:
+        self.unread = None if share < 0 else Copied(torch.tensor(share, dtype=torch.float64))
+
+    def see(
+        self, count: int | Int[Tensor, ""], size: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """Update the layout from the active entries of a batch.
+
+        Args:
+            count: Number of active entries.
+            size: Number of entries, active or not.
+            device: Device of the batch.
+        """
+        device, before = torch.device(device), self.unread
+        self.unread = None
+        if not isinstance(count, Tensor) or not waiting_is_slow(device):
+            share = int(count) / max(1, size)
+        else:
+            self.unread = Copied(count.double() / max(1, size))
+            if before is None:
+                return
+            share = before.read().item()
+        below, above = self.thresholds or SWITCH.get(device.type, SWITCH_ELSEWHERE)
+        self.dense = share > (below if self.dense else above)
 
 
 @dataclass(frozen=True)
@@ -97,9 +127,9 @@ class Code:
         """The same entries with new values, computed elementwise from `values`."""
         return Code(self.pattern.only(values), self.pattern)
 
-    def where(self, kept: Bool[Tensor, "..."]) -> "Code":
-        """The entries where `kept`, of the shape of `values`, is true."""
-        return Code(self.pattern.taken(self.values, kept), self.pattern.narrowed(kept))
+    def parted(self, group: Int[Tensor, " d_sae"], n: int) -> list["Code"]:
+        """The code in n parts, each with the entries of the latents of a group from 0 to n - 1."""
+        return [Code(*part) for part in self.pattern.parted(self.values, group, n)]
 
     def decode(self, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
         """Reconstruction, without a bias."""
@@ -158,7 +188,7 @@ def encode(
             indices, values = rule.select(chunks)
             found = SparsePattern.from_flat(indices, (len(x), len(b_enc)), workspace)
         if layout is not None:
-            layout.see(found.count() / max(1, len(x) * len(b_enc)), x.device.type)
+            layout.see(found.count(), len(x) * len(b_enc), x.device)
     return Code(EncodeOnPattern.apply(values, seen, x, W_enc, b_enc, origin, found), found)
 
 

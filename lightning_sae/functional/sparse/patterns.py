@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lightning_sae.functional.sparse.memory import Workspace, sums_into_memory
+from lightning_sae.functional.waiting import waiting_is_slow
 
 with warnings.catch_warnings():  # torch warns once per process
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -76,15 +77,19 @@ class SparsePattern:
         """The values; the list has no entries outside the pattern to set to zero."""
         return values
 
-    def narrowed(self, kept: Bool[Tensor, " nnz"]) -> "SparsePattern":
-        """The pattern of some of the entries."""
-        return replace(self, rows=self.rows[kept], latents=self.latents[kept])
-
-    def taken(
-        self, values: Float[Tensor, " nnz"], kept: Bool[Tensor, " nnz"]
-    ) -> Float[Tensor, " kept"]:
-        """Values of some of the entries."""
-        return values[kept]
+    def parted(
+        self, values: Float[Tensor, " nnz"], group: Int[Tensor, " d_sae"], n: int
+    ) -> list[tuple[Float[Tensor, " _"], "SparsePattern"]]:
+        """Values and patterns of n groups of latents."""
+        groups = group.index_select(0, self.latents)
+        order = groups.argsort(stable=True)  # rows stay in their order
+        parts = order.split(_counts(groups, n).tolist())
+        picked = [(self.rows.index_select(0, p), self.latents.index_select(0, p)) for p in parts]
+        patterns = [replace(self, rows=rows, latents=latents) for rows, latents in picked]
+        return [
+            (values.index_select(0, places), pattern)
+            for places, pattern in zip(parts, patterns, strict=True)
+        ]
 
     def decode(
         self, values: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d"]
@@ -102,7 +107,7 @@ class SparsePattern:
 
     def firings(self, values: Float[Tensor, " nnz"]) -> Int[Tensor, " d_sae"]:
         """Number of rows on which each latent is nonzero."""
-        return torch.bincount(self.latents[values != 0], minlength=self.shape[1])
+        return _counts(self.latents, self.shape[1], values != 0)
 
     def to_dense(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, "batch d_sae"]:
         """The values as a matrix."""
@@ -155,9 +160,9 @@ class DensePattern:
         """Number of rows and of latents."""
         return self.mask.shape[0], self.mask.shape[1]
 
-    def count(self) -> int:
+    def count(self) -> Int[Tensor, ""]:
         """Number of entries."""
-        return int(self.mask.count_nonzero())
+        return self.mask.count_nonzero()
 
     def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
         """The per-latent vector, which broadcasts over rows."""
@@ -167,15 +172,12 @@ class DensePattern:
         """Values set to zero outside the pattern."""
         return values * self.mask  # on a CPU many times faster than `torch.where`
 
-    def narrowed(self, kept: Bool[Tensor, "batch d_sae"]) -> "DensePattern":
-        """The pattern of some of the entries."""
-        return DensePattern(self.mask & kept)
-
-    def taken(
-        self, values: Float[Tensor, "batch d_sae"], kept: Bool[Tensor, "batch d_sae"]
-    ) -> Float[Tensor, "batch d_sae"]:
-        """Values of some of the entries."""
-        return values * kept  # already zero outside the pattern
+    def parted(
+        self, values: Float[Tensor, "batch d_sae"], group: Int[Tensor, " d_sae"], n: int
+    ) -> list[tuple[Float[Tensor, "batch d_sae"], "DensePattern"]]:
+        """Values and patterns of n groups of latents."""
+        chosen = [group == index for index in range(n)]
+        return [(values * own, DensePattern(self.mask & own)) for own in chosen]
 
     def decode(
         self, values: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d"]
@@ -270,8 +272,17 @@ def _compressed(starts: Tensor, picks: Tensor, weights: Tensor, shape: tuple[int
 
 
 def _starts(keys: Int[Tensor, " nnz"], n: int) -> Int[Tensor, " n_and_end"]:
-    counts = torch.bincount(keys, minlength=n)
-    return F.pad(counts.cumsum(0), (1, 0)).to(keys.dtype)
+    return F.pad(_counts(keys, n).cumsum(0), (1, 0)).to(keys.dtype)
+
+
+def _counts(
+    keys: Int[Tensor, " nnz"], n: int, counted: Bool[Tensor, " nnz"] | None = None
+) -> Int[Tensor, " n"]:
+    """How often each key occurs, of all entries or of those that are `counted`."""
+    if counted is None and not waiting_is_slow(keys.device):
+        return torch.bincount(keys, minlength=n)  # faster, but reads the largest key
+    ones = torch.ones_like(keys, dtype=torch.int64) if counted is None else counted.long()
+    return ones.new_zeros(n).index_add(0, keys, ones)
 
 
 def _sums(values: Float[Tensor, " nnz"], keys: Int[Tensor, " nnz"], n: int) -> Float[Tensor, " n"]:

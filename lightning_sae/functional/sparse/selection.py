@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_sae.functional.waiting import waiting_is_slow
+
 Chunks = Iterable[tuple[int, Tensor]]
 """Row that a chunk starts at, and its pre-activations [rows, d_sae], valid until the next one."""
 
@@ -128,7 +130,8 @@ class BatchTopK:
     """The k * batch largest entries of a batch, however they fall on its rows.
 
     In chunks, the entries kept so far bound the final threshold from below: those under the bound
-    are dropped at once, so one pass is enough and the result is exact.
+    are dropped at once, so one pass is enough and the result is exact. On a GPU their number would
+    have to be read, so the largest of each chunk are kept instead.
 
     The batch may lie on several devices: on some ranks, each with some of its rows, and in some
     parts, each with some of the latents of a rank's rows. The largest entries over all devices are
@@ -176,9 +179,12 @@ class BatchTopK:
         found: list[tuple[Tensor, Tensor]] = []
         bound: Tensor | None = None
         for row, pre in chunks:
-            picked = _picked(row, pre, pre >= (self._guess(pre) if bound is None else bound))
-            if bound is None and len(picked[1]) < self.wanted:  # the dropped entries may be needed
-                picked = _picked(row, pre, torch.ones_like(pre, dtype=torch.bool))
+            if waiting_is_slow(pre.device):
+                picked = self._largest_of(row, pre)
+            else:
+                picked = _picked(row, pre, pre >= (self._guess(pre) if bound is None else bound))
+                if bound is None and len(picked[1]) < self.wanted:  # dropped ones may be needed
+                    picked = _picked(row, pre, torch.ones_like(pre, dtype=torch.bool))
             indices, values = _joined([*found, picked])
             if len(values) >= self.wanted:
                 kept = _largest(values, self.wanted).sort().values
@@ -190,6 +196,11 @@ class BatchTopK:
             chosen = self._chosen(values)
             indices, values = indices[chosen], values[chosen]
         return indices, values
+
+    def _largest_of(self, row: int, pre: Float[Tensor, "rows d_sae"]) -> tuple[Tensor, Tensor]:
+        flat = pre.view(-1)
+        indices = _largest(flat, self.wanted).sort().values
+        return indices + row * pre.shape[-1], flat.index_select(0, indices)
 
     @property
     def _is_divided(self) -> bool:
@@ -275,13 +286,14 @@ def _picked(first_row: int, pre: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def true_places(mask: Bool[Tensor, " n"]) -> Int[Tensor, " nnz"]:
     """Increasing indices where a mask is true; faster than `nonzero` if few are.
 
-    Eight neighbours are first tested as one word.
+    Eight neighbours are first tested as one word. Not on a GPU, which would wait twice.
 
     Example:
         >>> true_places(torch.tensor([0, 1, 0, 0, 0, 0, 0, 1] + 8 * [0]).bool())
         tensor([1, 7])
     """
-    if len(mask) % 8 or mask.storage_offset() % 8 or mask.stride(0) != 1:
+    slow = waiting_is_slow(mask.device)
+    if slow or len(mask) % 8 or mask.storage_offset() % 8 or mask.stride(0) != 1:
         return mask.nonzero().squeeze(-1)
     words = mask.view(torch.int64).nonzero().squeeze(-1)
     word, place = mask.view(-1, 8).index_select(0, words).nonzero(as_tuple=True)

@@ -75,16 +75,19 @@ def test_long_sums_in_half_precision_do_not_stop_growing(dtype: torch.dtype) -> 
     assert row.row_sums(torch.ones(n, dtype=dtype)).item() == n
 
 
-def test_narrowing_keeps_the_entries_asked_for_in_both_layouts() -> None:
-    kept = torch.tensor([True, False, False, True, True, False])
-    sparse = pattern().narrowed(kept)
-    assert sparse.rows.tolist() == [0, 2, 2]
-    assert sparse.latents.tolist() == [4, 0, 4]
-    mask = pattern().to_dense(torch.ones(len(ACTIVE))).bool()
-    asked = torch.zeros(SHAPE, dtype=torch.bool)
-    asked[0, 4] = asked[2, 0] = asked[2, 4] = asked[1, 1] = True  # the last one is not active
-    dense = DensePattern(mask).narrowed(asked)
-    assert dense.mask.nonzero().tolist() == [[0, 4], [2, 0], [2, 4]]
+def test_parts_have_the_entries_of_their_latents_in_both_layouts() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    group = torch.tensor([2, 0, 2, 2, 0])
+    whole = pattern().to_dense(values)
+    sparse = pattern().parted(values, group, 3)
+    dense = DensePattern(whole != 0).parted(whole, group, 3)
+    for index in range(3):
+        expected = whole * (group == index)
+        (part, on), (matrix, own) = sparse[index], dense[index]
+        assert torch.equal(on.to_dense(part), expected)
+        assert on.rows.tolist() == sorted(on.rows.tolist())
+        assert torch.equal(matrix, expected)
+        assert torch.equal(own.mask, expected != 0)
 
 
 def test_firings_count_values_that_are_not_zero() -> None:
