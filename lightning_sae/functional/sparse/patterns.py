@@ -127,7 +127,7 @@ class SparsePattern:
     ) -> Float[Tensor, "d_sae d"]:
         """For each latent, the weighted sum of the vectors of its active rows."""
         order, starts = self.by_latent
-        rows, weights = self.rows[order], weights[order]
+        rows, weights = self.rows.index_select(0, order), weights.index_select(0, order)
         if not sums_into_memory(vectors):
             return _sum_of_picked(vectors, rows, weights, starts)
         entries = _compressed(starts, rows, weights, self.shape[::-1])
