@@ -63,6 +63,7 @@ from lightning_sae.functional.waiting import Behind
 from lightning_sae.metrics import held_out_metrics
 from lightning_sae.training.finite import LossCheck
 from lightning_sae.training.lengths import Length, refuse_lengths, require_lengths
+from lightning_sae.training.logging import Logged
 from lightning_sae.training.optimizer import (
     NAMES,
     adam_with_schedule,
@@ -241,6 +242,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         self._silence = Silence()
         self._loss_check = LossCheck()
         self._behind = Behind()
+        self._logged = Logged()
         self._lengths_are_unknown = False
         self._create_weights()
         self.metrics = held_out_metrics(d_in, d_sae)
@@ -997,17 +999,21 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
 
     @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but return at once for a barebones trainer, which logs nothing.
+        """As Lightning's, but faster in the steps after the first; see `training.logging`.
 
-        It is called three times a step: 0.3 us instead of 6.3 each (timeit, one thread). Numbers
-        stay on the CPU: Lightning would copy them to a GPU, and wait for it.
+        With a barebones trainer, which logs nothing, it returns at once: 0.3 us instead of 6.3
+        (timeit, one thread). Numbers stay on the CPU: Lightning would copy them to a GPU, and wait.
         """
         trainer: Any = trainer_of(self)
         if trainer is not None and trainer.barebones:
             return
         if isinstance(value, int | float) and not args and not kwargs.get("sync_dist"):
             value = torch.tensor(value, dtype=torch.get_default_dtype())
-        super().log(name, value, *args, **kwargs)
+        hook = self._current_fx_name
+        if args or trainer is None or not self._logged.again(trainer, hook, name, value, kwargs):
+            super().log(name, value, *args, **kwargs)
+            if not args:
+                self._logged.note(trainer, hook, name, kwargs)
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
