@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sae.data.devices import picked, sent
+from lightning_sae.data.devices import current, picked, sent
 
 PATIENCE = 100
 """Consecutive empty reads after which the buffer gives up."""
@@ -134,10 +134,14 @@ class ShuffleBuffer(Iterator[Tensor]):
         self._surplus_before = self._surplus
         self._requested = n
         if self._reader is not None:
-            self._fresh: Future[Tensor] = self._reader.submit(self._read, n)
+            self._fresh: Future[Tensor] = self._reader.submit(self._read_in_thread, n)
 
     def _receive(self) -> Tensor:
         return self._read(self._requested) if self._reader is None else self._fresh.result()
+
+    def _read_in_thread(self, n: int) -> Tensor:
+        with current(self.device):
+            return self._read(n)
 
     def _read(self, n: int) -> Tensor:
         """The next `n` rows; surplus rows of a read are kept for the next call."""

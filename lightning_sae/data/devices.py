@@ -1,5 +1,8 @@
 """Where activations lie, and how they get to the device that trains on them."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,6 +40,11 @@ def place_of_buffer(asked: str, training: torch.device, nbytes: float) -> torch.
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU."""
     return torch.cuda.mem_get_info(device)[0]
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """A GPU as the current one of this thread, whose current one is otherwise the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def picked(

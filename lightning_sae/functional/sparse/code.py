@@ -69,7 +69,7 @@ class Layout:
 
     @last_share.setter
     def last_share(self, share: float) -> None:
-        self.unread = None if share < 0 else Copied(torch.tensor(share, dtype=torch.float64))
+        self.unread = None if share < 0 else Copied(torch.tensor(share))
 
     def see(
         self, count: int | Int[Tensor, ""], size: int, device: torch.device | str = "cpu"
@@ -86,7 +86,7 @@ class Layout:
         if not isinstance(count, Tensor) or not waiting_is_slow(device):
             share = int(count) / max(1, size)
         else:
-            self.unread = Copied(count.double() / max(1, size))
+            self.unread = Copied(count / max(1, size))
             if before is None:
                 return
             share = before.read().item()
