@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Watch(Iterator[Tensor]):
         budget: Seconds after which no more batches are served, once there were `at_least`.
         at_least: Steps that are made even over the budget.
         look: Called before each step with the number of steps made; its time is not counted.
+        device: Where the steps are made. On a GPU, `seconds` are by its clock, without waiting.
     """
 
     def __init__(
@@ -43,13 +45,15 @@ class Watch(Iterator[Tensor]):
         budget: float = math.inf,
         at_least: int = 1,
         look: Callable[[int], None] | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.batches = batches
+        self.batches, self.device = batches, device
         self.n_steps = n_steps
         self.budget = budget
         self.at_least = at_least
         self.look = look
         self.asked: list[float] = []
+        self._stamps: list[Any] = []
         self._paused = 0.0
 
     def __len__(self) -> int:
@@ -59,6 +63,7 @@ class Watch(Iterator[Tensor]):
     def __next__(self) -> Float[Tensor, "batch d_in"]:
         now = self.now()
         self.asked.append(now)
+        self._stamps.append(stamp(self.device) if self.device == "cuda" else now)
         made = len(self.asked) - 1
         if self.look is not None:
             self.look(made)
@@ -75,7 +80,24 @@ class Watch(Iterator[Tensor]):
     @property
     def seconds(self) -> list[float]:
         """Seconds of each step."""
-        return [after - before for before, after in zip(self.asked, self.asked[1:], strict=False)]
+        return [elapsed(*pair) for pair in zip(self._stamps, self._stamps[1:], strict=False)]
+
+
+def stamp(device: str) -> Any:
+    """The present time; on a GPU, the time at which it has done what is queued now."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed(before: Any, after: Any) -> float:
+    """Seconds between two stamps."""
+    if isinstance(after, float):
+        return after - before
+    after.synchronize()
+    return before.elapsed_time(after) / 1000
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -95,19 +117,24 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # that of the library measured.
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process, in bytes."""
-    return _status("VmRSS")
+def held_bytes(device: str = "cpu") -> int:
+    """Resident memory of this process, or what torch holds on a GPU, in bytes."""
+    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
 
 
-def peak_bytes() -> int:
-    """Largest resident memory since `forget_peak`, or since the process started, in bytes."""
+def peak_bytes(device: str = "cpu") -> int:
+    """The most that was held since `forget_peak`, or since the process started, in bytes."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     peak = _status("VmHWM")
     return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def forget_peak() -> None:
+def forget_peak(device: str = "cpu") -> None:
     """Reset `peak_bytes`, if the system can (Linux)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

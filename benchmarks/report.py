@@ -40,9 +40,9 @@ def page(results: Row) -> str:
     lines = [
         "# Benchmark",
         "",
-        "How long training takes here and in other libraries, on the CPU. All of a section ran on "
-        "one machine, one process at a time, with the same tensors; "
-        "[benchmarks/README.md](../benchmarks/README.md) says how. All figures are in "
+        "How long training takes here and in other libraries, on the CPU unless a section says "
+        "otherwise. All of a section ran on one machine, one process at a time, with the same "
+        "tensors; [benchmarks/README.md](../benchmarks/README.md) says how. All figures are in "
         "[benchmark.json](benchmark.json). `make benchmark` renews this page.",
     ]
     for name, write in WRITERS.items():
@@ -289,10 +289,56 @@ def _source(section: Row) -> str:
     return f"{model} behind layer {source['layer']}, blocks of {source['context_length']} tokens"
 
 
+# A GPU.
+
+
+def _gpu(section: Row) -> list[str]:
+    plan, card = section["plan"], section["card"]
+    lines = ["## One optimizer step on a GPU", ""]
+    if card is None:
+        return [*lines, "There was no GPU: `make benchmark BENCHMARK=gpu` where there is one."]
+    lines.append(
+        f"On {card}: {plan['gpu_batch_size']:,} activations of width {plan['gpu_d_in']}, L0 "
+        f"{plan['l0']} where a threshold decides, k {plan['k']}. Milliseconds by the GPU's clock "
+        "and, in brackets, peak memory in GiB. The product is the encoder's alone, in the same "
+        "precision: what a step at the card's full rate would take for it. In bf16-mixed each "
+        "library uses bfloat16 by its own means; sparsify always does."
+    )
+    for floor in section["floors"]:
+        case = {name: floor[name] for name in ("d_sae", "precision")}
+        rows = [row for row in section["rows"] if case.items() <= row.items()]
+        heading = f"### {floor['d_sae']:,} latents, {floor['precision']}"
+        lines += ["", heading, "", *_gpu_table(rows, floor)]
+    return lines
+
+
+def _gpu_table(rows: Sequence[Row], floor: Row) -> list[str]:
+    names = list(dict.fromkeys(formatting.name(row) for row in rows))
+    table = []
+    for architecture in dict.fromkeys(row["architecture"] for row in rows):
+        cells = {
+            formatting.name(row): _gpu_cell(row)
+            for row in rows
+            if row["architecture"] == architecture
+        }
+        table.append([NAMES[architecture], *(cells.get(name, "") for name in names)])
+    least = {"product": floor.get("product"), "floor": floor.get("seconds")}
+    shown = [f"{1000 * found['median']:.2f}" if found else "" for found in least.values()]
+    table.append([f"the product: {shown[0]}; with Adam: {shown[1]}", *[""] * len(names)])
+    return formatting.table(["", *names], table)
+
+
+def _gpu_cell(row: Row) -> str:
+    if "seconds" not in row:
+        return formatting.trouble(row)
+    return f"{1000 * row['seconds']['median']:.2f} ({row['peak_bytes'] / GIB:.2f})"
+
+
 WRITERS: dict[str, Callable[[Row], list[str]]] = {
     "steps": _steps,
     "growth": _growth,
     "run": _run,
     "stream": _stream,
     "fit": _fit,
+    "gpu": _gpu,
 }

@@ -1,8 +1,11 @@
 """The sections of the benchmark, and the jobs that each of them runs."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
+
+import torch
 
 from benchmarks.command_line import say
 from benchmarks.language_model_source import Source
@@ -42,6 +45,12 @@ class Plan:
         stream_refills: Refills of the buffer that the stream is measured over.
         fit_sizes: Numbers of latents of the runs on the language model.
         fit_steps: Their optimizer steps.
+        gpu_device: Where the steps of the section `gpu` are made; without it they are left out.
+        gpu_architectures: Those whose step is measured there.
+        gpu_d_in: Width of the activations there.
+        gpu_sizes: Numbers of latents there.
+        gpu_batch_size: Activations in a batch there.
+        gpu_precisions: Precisions there.
     """
 
     libraries: tuple[str, ...] = tuple(LIBRARIES)
@@ -69,6 +78,12 @@ class Plan:
     stream_refills: int = 6
     fit_sizes: tuple[int, ...] = (1024, 8192)
     fit_steps: int = 500
+    gpu_device: str = "cuda"
+    gpu_architectures: tuple[str, ...] = ("relu", "gated", "topk", "batchtopk")
+    gpu_d_in: int = 2304
+    gpu_sizes: tuple[int, ...] = (16384, 131072)
+    gpu_batch_size: int = 4096
+    gpu_precisions: tuple[str, ...] = ("bf16-mixed", "32-true")
 
     def measured(self, job: str, arguments: Row, label: Row) -> Row:
         """Run a job in a process of its own; returns its answer together with `label`."""
@@ -85,7 +100,16 @@ class Plan:
                 for variant in LIBRARIES[name].variants.get(architecture, ("",)):
                     yield name, variant
 
-    def step(self, library: str, variant: str, architecture: str, d_sae: int, budget: float) -> Row:
+    def step(
+        self,
+        library: str,
+        variant: str,
+        architecture: str,
+        d_sae: int,
+        budget: float,
+        precision: str = "32-true",
+        device: str = "cpu",
+    ) -> Row:
         """Measure a step of one contender."""
         task = Task(
             architecture,
@@ -96,6 +120,8 @@ class Plan:
             self.l0,
             self.k,
             variant=variant,
+            device=device,
+            precision=precision,
         )
         arguments = {
             "library": library,
@@ -109,10 +135,11 @@ class Plan:
             "variant": variant,
             "architecture": architecture,
             "d_sae": d_sae,
+            "precision": precision,
         }
         return self.measured("step", arguments, label)
 
-    def floor(self, d_sae: int) -> Row:
+    def floor(self, d_sae: int, precision: str = "32-true", device: str = "cpu") -> Row:
         """Measure the least that any step must do."""
         arguments = {
             "d_in": self.d_in,
@@ -120,8 +147,10 @@ class Plan:
             "batch_size": self.batch_size,
             "n_steps": self.n_steps,
             "warmup": self.n_warmup,
+            "device": device,
+            "precision": precision,
         }
-        return self.measured("floor", arguments, {"d_sae": d_sae})
+        return self.measured("floor", arguments, {"d_sae": d_sae, "precision": precision})
 
 
 def steps(plan: Plan) -> Row:
@@ -209,12 +238,31 @@ def fit(plan: Plan) -> Row:
     return {"rows": rows}
 
 
+def gpu(plan: Plan) -> Row:
+    """Time one optimizer step on a GPU, if there is one: large dictionaries, two precisions."""
+    if plan.gpu_device == "cuda" and not torch.cuda.is_available():
+        return {"card": None, "floors": [], "rows": []}
+    there = replace(plan, d_in=plan.gpu_d_in, batch_size=plan.gpu_batch_size)
+    cases = list(product(plan.gpu_sizes, plan.gpu_precisions))
+    rows = [
+        there.step(library, variant, architecture, d_sae, plan.budget, precision, plan.gpu_device)
+        for d_sae, precision in cases
+        for architecture in plan.gpu_architectures
+        for library, variant in plan.contenders(architecture)
+    ]
+    floors = [there.floor(*case, plan.gpu_device) for case in cases]
+    on_card = plan.gpu_device == "cuda"
+    card = torch.cuda.get_device_name() if on_card else plan.gpu_device
+    return {"card": card, "floors": floors, "rows": rows}
+
+
 SECTIONS: dict[str, Callable[[Plan], Row]] = {
     "steps": steps,
     "growth": growth,
     "run": run,
     "stream": stream,
     "fit": fit,
+    "gpu": gpu,
 }
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,7 +18,15 @@ from torch import Tensor
 
 from benchmarks import language_model_jobs
 from benchmarks.libraries.base import LIBRARIES, Contender, Task, calibrate
-from benchmarks.measure import Watch, forget_peak, peak_bytes, resident_bytes, spread
+from benchmarks.measure import (
+    Watch,
+    elapsed,
+    forget_peak,
+    held_bytes,
+    peak_bytes,
+    spread,
+    stamp,
+)
 from benchmarks.synthetic_batches import gaussian_batches, sparse_batches
 
 
@@ -37,19 +44,20 @@ def step(
 
     Returns:
         `seconds` of a step (median and quartiles), the number of them, the L0 seen, and
-        `peak_bytes` above what the process held before the SAE was built.
+        `peak_bytes` above what was held before the SAE was built, on the task's device.
     """
     asked, trained = Task(**task), LIBRARIES[library].load()
     _rehearse(trained, asked)
-    batches = gaussian_batches(8, asked.batch_size, asked.d_in)
-    before = resident_bytes()
+    made = gaussian_batches(8, asked.batch_size, asked.d_in)
+    batches = [batch.to(asked.device) for batch in made]
+    before = held_bytes(asked.device)
     contender = trained(asked)
     rows = torch.cat([batch[:64] for batch in batches])
     calibrate(contender, asked, rows)
-    forget_peak()
-    watch = Watch(batches, asked.n_steps, budget, warmup + at_least)
+    forget_peak(asked.device)
+    watch = Watch(batches, asked.n_steps, budget, warmup + at_least, device=asked.device)
     contender.train(watch)
-    peak = peak_bytes() - before
+    peak = peak_bytes(asked.device) - before
     seconds = watch.seconds[warmup:]
     with torch.no_grad():
         l0 = contender.l0(rows)
@@ -62,25 +70,37 @@ def step(
     }
 
 
-def floor(d_in: int, d_sae: int, batch_size: int, n_steps: int, warmup: int) -> dict[str, Any]:
+def floor(
+    d_in: int,
+    d_sae: int,
+    batch_size: int,
+    n_steps: int,
+    warmup: int,
+    device: str = "cpu",
+    precision: str = "32-true",
+) -> dict[str, Any]:
     """Measure the least that any step must do: the encoder's product and one pass of Adam.
 
     The product is written to memory allocated before. Adam is torch's fused one, on an encoder and
     a decoder that already have gradients. The encoder is tried in both memory orders; the faster
     one counts.
     """
-    (x,) = gaussian_batches(1, batch_size, d_in)
-    pre = torch.empty(batch_size, d_sae)
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    x = gaussian_batches(1, batch_size, d_in)[0].to(device, dtype)
+    pre = torch.empty(batch_size, d_sae, device=device, dtype=dtype)
     found = []
-    for W_enc in (torch.randn(d_sae, d_in).T, torch.randn(d_in, d_sae)):
-        adam = _adam([W_enc.T if W_enc.T.is_contiguous() else W_enc, torch.randn(d_sae, d_in)])
-        parts = []
+    for weights in (torch.randn(d_sae, d_in).T, torch.randn(d_in, d_sae)):
+        weights, others = weights.to(device), torch.randn(d_sae, d_in, device=device)
+        adam = _adam([weights.T if weights.T.is_contiguous() else weights, others])
+        W_enc = weights.to(dtype)
+        stamps = []
         for _ in range(warmup + n_steps):
-            began = perf_counter()
+            began = stamp(device)
             torch.mm(x, W_enc, out=pre)
-            between = perf_counter()
+            between = stamp(device)
             adam.step()
-            parts.append((between - began, perf_counter() - between))
+            stamps.append((began, between, stamp(device)))
+        parts = [(elapsed(a, b), elapsed(b, c)) for a, b, c in stamps]
         product, update = (spread(part) for part in zip(*parts[warmup:], strict=True))
         both = spread([sum(pair) for pair in parts[warmup:]])
         found.append({"product": product, "adam": update, "seconds": both, "n_timed": n_steps})
@@ -168,7 +188,8 @@ def _rehearse(trained: type[Contender], task: Task) -> None:
     """Train a tiny SAE first, so that late imports and set-up are not measured."""
     tiny = replace(task, d_in=16, d_sae=64, batch_size=32, n_steps=2, l0=4, k=4)
     contender = trained(tiny)
-    contender.train(Watch(gaussian_batches(1, tiny.batch_size, tiny.d_in), tiny.n_steps))
+    batches = [b.to(task.device) for b in gaussian_batches(1, tiny.batch_size, tiny.d_in)]
+    contender.train(Watch(batches, tiny.n_steps))
     del contender
     gc.collect()
 

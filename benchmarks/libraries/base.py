@@ -28,6 +28,8 @@ class Task:
         l1_coefficient: Weight of the penalty against a squared error summed over `d_in`.
         seed: Seed of the weights.
         variant: Name of a setting of the library that differs from its default.
+        device: `cpu` or `cuda`.
+        precision: `32-true`, or `bf16-mixed`: products in bfloat16, each library by its own means.
     """
 
     architecture: str
@@ -41,6 +43,8 @@ class Task:
     l1_coefficient: float = 1.0
     seed: int = 0
     variant: str = ""
+    device: str = "cpu"
+    precision: str = "32-true"
 
 
 class Contender(ABC):

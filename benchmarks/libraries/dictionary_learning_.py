@@ -38,15 +38,17 @@ class Trained(Contender):
             lm_name="",
             lr=task.lr,
             warmup_steps=0,
-            device="cpu",
+            device=task.device,
             **_settings(task),
         )
         self.ae = self.trainer.ae
 
     @override
     def train(self, watch: Watch) -> None:
+        lower = self.task.precision == "bf16-mixed"
         for step, batch in enumerate(watch):
-            self.trainer.update(step, batch)
+            with torch.autocast(self.task.device, torch.bfloat16, enabled=lower):
+                self.trainer.update(step, batch.bfloat16() if lower else batch)
 
     @property
     @override

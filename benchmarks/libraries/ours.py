@@ -39,13 +39,15 @@ class Trained(Contender):
     def __init__(self, task: Task) -> None:
         torch.manual_seed(task.seed)
         cls = CLASSES[task.architecture]
-        self.sae = cls(task.d_in, task.d_sae, lr=task.lr, **_settings(task))
+        self.task = task
+        self.sae = cls(task.d_in, task.d_sae, lr=task.lr, **_settings(task)).to(task.device)
         if task.variant == "dense":
             self.sae.layout.thresholds = (0.0, 1.0)
 
     @override
     def train(self, watch: Watch) -> None:
-        trainer = Trainer(max_epochs=1, callbacks=[DecoderNormProjection()], **QUIET)
+        where = {"accelerator": self.task.device, "precision": self.task.precision, "devices": 1}
+        trainer = Trainer(max_epochs=1, callbacks=[DecoderNormProjection()], **QUIET | where)
         trainer.fit(self.sae, watch)
         self.logged = trainer.callback_metrics
 

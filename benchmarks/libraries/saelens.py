@@ -31,13 +31,22 @@ class Trained(Contender):
         self.task = task
         name = NAMES.get(task.architecture, task.architecture)
         cls, config = get_sae_training_class(name)
-        self.sae: Any = cls(config(d_in=task.d_in, d_sae=task.d_sae, **_settings(task)))
+        self.sae: Any = cls(
+            config(d_in=task.d_in, d_sae=task.d_sae, device=task.device, **_settings(task))
+        )
 
     @override
     def train(self, watch: Watch) -> None:
         batch_size = self.task.batch_size
         total, lr = len(watch) * batch_size, self.task.lr
-        config = SAETrainerConfig(total, batch_size, lr=lr, lr_end=lr / 10)
+        config = SAETrainerConfig(
+            total,
+            batch_size,
+            lr=lr,
+            lr_end=lr / 10,
+            device=self.task.device,
+            autocast=self.task.precision == "bf16-mixed",
+        )
         with contextlib.suppress(StopIteration):
             SAETrainer(config, self.sae, watch).fit()
 

@@ -18,14 +18,15 @@ from benchmarks.measure import Watch
 class Activations(nn.Module):
     """Stand-in for a language model: ignores its tokens, its one layer returns `present`."""
 
-    device = torch.device("cpu")
     config = SimpleNamespace(num_hidden_layers=1)
 
     def __init__(self, task: Task) -> None:
         super().__init__()
+        self.device = torch.device(task.device)
         self.layer = nn.Identity()
-        self.present = torch.zeros(task.batch_size, task.d_in)
-        self.dummy_inputs = {"input_ids": torch.zeros(1, task.batch_size, dtype=torch.long)}
+        self.present = torch.zeros(task.batch_size, task.d_in, device=task.device)
+        tokens = torch.zeros(1, task.batch_size, dtype=torch.long, device=task.device)
+        self.dummy_inputs = {"input_ids": tokens}
 
     @property
     def base_model(self) -> nn.Module:
@@ -61,7 +62,10 @@ class Unsaved(Trainer):
 
 
 class Trained(Contender):
-    """A sparse coder; the variant is the optimizer, `adam` or `signum`, which is its default."""
+    """A sparse coder; the variant is the optimizer, `adam` or `signum`, which is its default.
+
+    On a GPU it computes in bfloat16, whatever the precision asked for.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -19,8 +19,8 @@ from benchmarks.measure import (
     ROOT,
     Watch,
     forget_peak,
+    held_bytes,
     peak_bytes,
-    resident_bytes,
     run_job,
     run_process,
     spread,
@@ -49,6 +49,12 @@ TINY = Plan(
     stream_refills=2,
     fit_sizes=(64,),
     fit_steps=3,
+    gpu_device="cpu",
+    gpu_architectures=("topk",),
+    gpu_d_in=16,
+    gpu_sizes=(128,),
+    gpu_batch_size=64,
+    gpu_precisions=("bf16-mixed", "32-true"),
 )
 
 
@@ -160,12 +166,12 @@ def test_a_process_over_its_memory_is_stopped():
 
 
 def test_the_peak_remembers_memory_that_was_given_back():
-    before = resident_bytes()
+    before = held_bytes()
     forget_peak()
     with mmap.mmap(-1, 2**27) as held:  # the heap may have as much to spare
         held[:: mmap.PAGESIZE] = bytes(2**27 // mmap.PAGESIZE)
     assert peak_bytes() - before > 0.9 * 2**27
-    assert resident_bytes() - before < 0.5 * 2**27
+    assert held_bytes() - before < 0.5 * 2**27
 
 
 # Contenders.
@@ -242,9 +248,9 @@ def test_memory_of_a_step_covers_weights_gradients_and_moments():
 
 def test_the_peak_covers_what_was_held_for_a_moment():
     code = """
-from benchmarks.measure import forget_peak, peak_bytes, resident_bytes
+from benchmarks.measure import forget_peak, peak_bytes, held_bytes
 bytearray(2**28)
-before = resident_bytes()
+before = held_bytes()
 forget_peak()
 bytearray(2**27)
 print(peak_bytes() - before)
@@ -305,6 +311,18 @@ def test_a_section_measured_again_leaves_the_others(in_this_process, monkeypatch
     cli.main(["steps", "--output", str(output.with_suffix(""))])
     assert json.loads(output.read_text())["run"] == made("run", rows=[])
     assert "## A whole run" in output.with_suffix(".md").read_text()
+
+
+def test_each_precision_has_its_table_and_without_a_gpu_there_is_none(in_this_process, monkeypatch):
+    section = made("gpu", **sections.gpu(TINY))
+    text = "\n".join(report._gpu(section))
+    assert "### 128 latents, bf16-mixed" in text
+    assert "### 128 latents, 32-true" in text
+    assert text.count("| TopK | ") == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    section = made("gpu", **sections.gpu(replace(TINY, gpu_device="cuda")))
+    assert section["rows"] == []
+    assert "There was no GPU" in "\n".join(report._gpu(section))
 
 
 def made(section: str, **content: Any) -> dict[str, Any]:
