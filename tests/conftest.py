@@ -5,6 +5,8 @@ imported here would go unchecked.
 """
 
 import functools
+import gc
+import importlib
 import logging
 import os
 import random
@@ -28,6 +30,38 @@ import torch
 # The same sums in the same order on every machine. What is so small gains nothing by a second
 # thread, and `make test` has a worker on each core.
 torch.set_num_threads(1)
+
+BEFORE_THE_PACKAGE = (
+    "beartype",
+    "huggingface_hub.hub_mixin",
+    "lightning.pytorch.cli",
+    "matplotlib.pyplot",
+    "pandas",
+    "safetensors.torch",
+    "scipy.optimize",
+    "sklearn.linear_model",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Imports other libraries, in a process that runs tests.
+
+    While a module of the package is loaded, the hook looks for compiled files under another name,
+    so whatever that module were the first to import would be compiled anew, in each process.
+    """
+    if config.getoption("dist", "no") != "no":
+        return  # only hands out tests
+    gc.disable()  # what is imported stays
+    for name in BEFORE_THE_PACKAGE:
+        importlib.import_module(name)
+
+
+def pytest_collection_finish() -> None:
+    """Takes what was imported, a million objects, out of the passes of the garbage collector."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

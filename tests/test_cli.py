@@ -275,6 +275,16 @@ def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return shown
 
 
+def test_a_configuration_may_come_before_the_subcommand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text("fit:\n  trainer:\n    max_steps: 12345\ntest:\n  verbose: false\n")
+    with pytest.raises(SystemExit):
+        main([f"--config={path}", "fit", "--print_config"])
+    assert "max_steps: 12345" in capsys.readouterr().out
+
+
 def test_help_documents_arguments_from_the_docstrings(help_of: Any) -> None:
     shown = help_of("--model.help=lightning_sae.ReLUSAE")
     for line in (

@@ -1,4 +1,4 @@
-"""Two processes that do all that needs two ranks, once for all tests."""
+"""Processes that do all that needs two ranks or four, once for all tests."""
 
 import json
 import shutil
@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from tests.ranks.cases import to_analyze
 from tests.ranks.command import kill, write_config
-from tests.ranks.launching import finish, said, start
+from tests.ranks.launching import launch, results
 from tests.ranks.split_cases import toy_run
+from tests.ranks.split_worker import of_four, of_two
+from tests.ranks.worker import fit_killed, of_rank
 
 MARK = "<|endoftext|>"
 
@@ -38,11 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def killed(folder: Path) -> list[int]:
+def killed(folder: Path) -> list[int | None]:
     """Exit statuses of a run whose second rank was killed in its sixth step."""
-    config = write_config(folder / "killed", more=kill(rank=1, step=5))
-    command = ["-m", "lightning_sae", "fit", "--config", str(config)]
-    statuses = finish(start(folder, [command, command]))
+    write_config(folder / "killed", more=kill(rank=1, step=5))
+    statuses = launch(folder, fit_killed)
     for rank in range(2):
         shutil.copy(folder / f"said-{rank}", folder / f"killed-said-{rank}")
     write_config(folder / "killed")  # nobody is killed when it goes on
@@ -50,7 +50,7 @@ def killed(folder: Path) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def of_ranks(folder: Path, killed: list[int]) -> OfRanks:
+def of_ranks(folder: Path, killed: list[int | None]) -> OfRanks:
     """What each of two ranks found."""
     bare = folder / "bare" / "checkpoints"
     bare.mkdir(parents=True)
@@ -60,10 +60,7 @@ def of_ranks(folder: Path, killed: list[int]) -> OfRanks:
     write_config(folder / "bare")
     write_config(folder / "different")
     to_analyze(folder)
-    command = ["-m", "tests.ranks.worker", str(folder)]
-    statuses = finish(start(folder, [command, command]))
-    assert statuses == [0, 0], said(folder, 0) + said(folder, 1)
-    return OfRanks(folder, [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)])
+    return OfRanks(folder, results(folder, of_rank))
 
 
 class OfParts(NamedTuple):
@@ -82,10 +79,4 @@ def of_parts(folder: Path) -> OfParts:
     shutil.copy(folder / "text.txt", at)
     toy_run(at / "toy" / "one", 4)
     write_config(at / "two", strategy="SplitDictionary")
-    statuses = finish(start(at, [["-m", "tests.ranks.split_worker", str(at)]]))
-    assert statuses == [0], said(at, 0)
-    two, four = (
-        [torch.load(at / f"of_{name}-{rank}.pt") for rank in range(n)]
-        for name, n in (("two", 2), ("four", 4))
-    )
-    return OfParts(at, two, four)
+    return OfParts(at, results(at, of_two), results(at, of_four, 4))

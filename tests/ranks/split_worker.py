@@ -1,15 +1,7 @@
-"""Ranks of a split dictionary, two and then four: `python -m tests.ranks.split_worker FOLDER`.
+"""What one of two ranks, and one of four, does with a split dictionary."""
 
-One process imports what is needed, which is what takes long, and becomes as many.
-"""
-
-import os
 import shutil
-import signal
-import socket
-import sys
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +26,7 @@ from tests.ranks.split_cases import (
 
 def of_two(rank: int, folder: Path) -> dict[str, Any]:
     """What a rank finds that holds a half of a dictionary."""
+    warnings.simplefilter("ignore")
     found: dict[str, Any] = {
         "cases": {
             name: train(case, activations(), strategy=SplitDictionary(), devices=2)
@@ -81,6 +74,7 @@ def stopped_and_whole(rank: int, folder: Path) -> dict[str, Any]:
 
 def of_four(rank: int, folder: Path) -> dict[str, Any]:
     """What a rank finds that holds a half of one of two copies, and then a quarter of one."""
+    warnings.simplefilter("ignore")
     half = BATCH // 2
     own = activations()[:, rank // 2 * half : (rank // 2 + 1) * half]
     found: dict[str, Any] = {
@@ -93,34 +87,3 @@ def of_four(rank: int, folder: Path) -> dict[str, Any]:
     found["resumed"] = toy_run(folder / "grid" / "stopped", 8, parts=2, devices=4)["state"]
     found["whole"] = toy_run(folder / "grid" / "whole", 8, parts=2, devices=4)["state"]
     return found
-
-
-def become(n: int, work: Callable[[int, Path], dict[str, Any]], folder: Path) -> bool:
-    """Do the work in n processes, and return whether all ended well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    os.environ["WORLD_SIZE"] = str(n)
-    processes: set[int] = set()
-    for rank in range(n):
-        process = os.fork()
-        if process == 0:
-            os.environ["LOCAL_RANK"] = str(rank)
-            torch.save(work(rank, folder), folder / f"{work.__name__}-{rank}.pt")
-            sys.exit()
-        processes.add(process)
-    while processes:
-        process, status = os.wait()
-        processes.remove(process)
-        if status:  # the others may wait for it for ever
-            for other in processes:
-                os.kill(other, signal.SIGKILL)
-            return False
-    return True
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    place = Path(sys.argv[1])
-    sys.exit(not (become(2, of_two, place) and become(4, of_four, place)))

@@ -23,7 +23,7 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def test_a_killed_rank_fails_the_run_with_a_message_and_leaves_a_checkpoint(
-    folder: Path, killed: list[int], of_ranks: OfRanks
+    folder: Path, killed: list[int | None], of_ranks: OfRanks
 ) -> None:
     assert killed == [1, -9]
     text = (folder / "killed-said-0").read_text()

@@ -1,10 +1,5 @@
-"""One of two ranks: `python -m tests.ranks.worker FOLDER`, with the environment of a launcher.
+"""What one of two ranks does. All that ends well is done by one pair of processes."""
 
-All that needs two ranks and ends well is done by one pair of processes, for starting one is what
-takes long.
-"""
-
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sae import CachedDataModule, ReLUSAE, write_cache
 from lightning_sae.analysis.analyze import analyze
+from lightning_sae.cli import command
 from lightning_sae.cli import main as lightning_sae
 from tests.ranks.cases import (
     BATCH,
@@ -129,10 +125,15 @@ def analyze_text(folder: Path) -> None:
     analyze(str(sae), str(output), tokens=4096, accelerator="cpu", devices=2)
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def fit_killed(rank: int, folder: Path) -> None:
+    """`lightning-sae fit` of a run in which a rank is killed."""
+    sys.argv = ["lightning-sae", "fit", "--config", str(folder / "killed.yaml")]
+    command()
+
+
+def of_rank(rank: int, folder: Path) -> dict[str, Any]:
+    """All that ends well."""
     warnings.simplefilter("ignore")
-    rank = int(os.environ["LOCAL_RANK"])
     results = {
         "agree": agree(rank),
         "side_by_side": fit_side_by_side(rank, own_half(rank), **RANKS),
@@ -143,8 +144,4 @@ def main(folder: Path) -> None:
         "cache": cache(folder),
     }
     analyze_text(folder)
-    torch.save(results, folder / f"rank-{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return results

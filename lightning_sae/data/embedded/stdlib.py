@@ -1,5 +1,7 @@
 """The Python standard library's source, as text that every machine with Python carries."""
 
+import functools
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -33,7 +35,7 @@ def standard_library_documents() -> list[Document]:
         ValueError: If less than 1 MB of source is found, as in Pythons shipped without source.
     """
     folder = Path(sysconfig.get_path("stdlib"))
-    documents = sorted(_documents_below(folder))
+    documents = list(_sorted_documents_below(folder))
     found = sum(len(document.text) for document in documents)
     if found < _MINIMUM_BYTES:
         raise ValueError(
@@ -45,15 +47,22 @@ def standard_library_documents() -> list[Document]:
     return documents
 
 
+@functools.lru_cache(maxsize=1)  # a process may open it many times, as runs and tests do
+def _sorted_documents_below(folder: Path) -> tuple[Document, ...]:
+    return tuple(sorted(_documents_below(folder)))
+
+
 def _documents_below(folder: Path) -> Iterator[Document]:
-    for path in folder.rglob("*.py"):
-        relative = path.relative_to(folder)
-        if _SKIPPED_FOLDERS.intersection(relative.parts) or path.name.startswith("_sysconfigdata"):
-            continue
-        text = _decode(path)
-        if text is not None:
-            # Empty modules count as before, so that results on this text stay what they are.
-            yield Document(relative.as_posix(), text, may_be_empty=True)
+    for root, folders, files in os.walk(folder):
+        folders[:] = set(folders) - _SKIPPED_FOLDERS  # not gone into
+        for name in files:
+            path = Path(root, name)
+            if path.suffix != ".py" or name.startswith("_sysconfigdata"):
+                continue
+            text = _decode(path)
+            if text is not None:
+                # Empty modules count as before, so that results on this text stay what they are.
+                yield Document(path.relative_to(folder).as_posix(), text, may_be_empty=True)
 
 
 def _decode(path: Path) -> str | None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from dataclasses import dataclass
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,10 +51,15 @@ def test_a_run_that_fails_ends_all_and_gives_threads_back() -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")
 def test_processes_give_results_in_order_and_report_progress(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Forked here, because a spawned process imports everything; below they are spawned."""
+    context = Mock(return_value=multiprocessing.get_context("fork"))
+    monkeypatch.setattr(multiprocessing, "get_context", context)
     results = run_all(work, [Job(name) for name in "bca"], workers=2)
+    context.assert_called_once_with("spawn")
     assert [(name, threads) for name, _, threads in results] == [(name, 1) for name in "bca"]
     assert os.getpid() not in {process for _, process, _ in results}
     said = capsys.readouterr().err
