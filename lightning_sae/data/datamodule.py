@@ -204,9 +204,8 @@ class ActivationDataModule(ActivationSource):
         super().__init__()
         self.hook_name, self.hook_names = hook_name, checked_names(hook_name)
         self.model = EMBEDDED_MODEL if model == "embedded" else model
-        self.text = text
+        self.text, self.validation_text = text, validation_text
         self.text_column, self.text_split, self.streaming = text_column, text_split, streaming
-        self.validation_text = validation_text
         self.validation_fraction = 0.0 if validation_text is not None else validation_fraction
         self.document_start: DocumentStart = document_start
         self.separator, self.pack, self.keep_rest = separator, pack, keep_rest
@@ -214,8 +213,8 @@ class ActivationDataModule(ActivationSource):
         self.context_length, self.blocks_per_pass = context_length, blocks_per_pass
         self.batch_size, self.buffer_size = batch_size, buffer_size
         self.refill_fraction, self.prefetch = refill_fraction, prefetch
-        self.buffer_device = buffer_device
-        self.dtype, self.model_dtype = getattr(torch, dtype), model_dtype
+        self.buffer_device, self.dtype = buffer_device, getattr(torch, dtype)
+        self.model_dtype = model_dtype
         self.model_kwargs, self.tokenizer, self.head = model_kwargs, tokenizer, head
         self.drop_special_tokens = drop_special_tokens
         self.positions, self.max_norm_multiple = positions, max_norm_multiple
