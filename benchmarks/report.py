@@ -1,7 +1,7 @@
 """Write the page of the benchmark in Markdown, with tables and targets."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from benchmarks import formatting
 from benchmarks.formatting import Row
@@ -29,6 +29,11 @@ NAMES = {
     "jumprelu": "JumpReLU",
     "batchtopk": "BatchTopK",
 }
+FLOOR_TARGETS = {  # times the floor at most, by number of latents
+    1024: dict.fromkeys(NAMES, 3.0),
+    8192: {"relu": 1.25, "topk": 1.25, "batchtopk": 1.25, "gated": 1.4, "jumprelu": 1.4},
+}
+BF16_TARGET = 1.5  # times the speed of float32 at least
 STREAM_TARGET = 0.9
 FIT_TARGETS = {1024: 2.5, 8192: 5.0}
 SPARSE_LIMIT = 0.01  # relative difference in loss between sparse and dense latents
@@ -289,6 +294,56 @@ def _source(section: Row) -> str:
     return f"{model} behind layer {source['layer']}, blocks of {source['context_length']} tokens"
 
 
+# Beside the floor.
+
+
+def _floor(section: Row) -> list[str]:
+    plan = section["plan"]
+    lines = [
+        "## Beside the least that a step must do",
+        "",
+        f"Our steps on {plan['batch_size']:,} activations, beside the encoder's product and one "
+        "pass of Adam. What stands between: selecting the active latents, the sparse products, the "
+        "decoder's norms, and Lightning. The smaller the product, the larger their share.",
+    ]
+    of_float32: dict[tuple[Any, ...], Row] = {}
+    for least in section["floors"]:
+        case = {name: least[name] for name in ("d_in", "l0_asked", "d_sae", "precision")}
+        rows = [row for row in section["rows"] if case.items() <= row.items()]
+        sizes = f"Width {least['d_in']}, {least['d_sae']:,} latents, L0 {least['l0_asked']}"
+        lines += ["", f"### {sizes}, {least['precision']}", ""]
+        lines += _floor_table(rows, least, of_float32)
+        of_float32 |= {
+            (least["d_sae"], least["l0_asked"], row["architecture"]): row for row in rows
+        }
+    return lines
+
+
+def _floor_table(
+    rows: Sequence[Row], least: Row, of_float32: Mapping[tuple[Any, ...], Row]
+) -> list[str]:
+    lower = least["precision"] != "32-true"
+    last = ["of float32's speed"] if lower else []
+    table = [["the floor", formatting.milliseconds(least), "1", "", *[""] * len(last)]]
+    for row in rows:
+        architecture, time = row["architecture"], formatting.median(row)
+        quotient = formatting.quotient(time, formatting.median(least)) if time else ""
+        target = None if lower else FLOOR_TARGETS.get(least["d_sae"], {}).get(architecture)
+        verdict = "" if target is None or not quotient else _verdict(float(quotient), target)
+        cells = [NAMES[architecture], formatting.milliseconds(row), quotient, verdict]
+        before = of_float32.get((least["d_sae"], least["l0_asked"], architecture))
+        if lower and before is not None and time:
+            speed = (formatting.median(before) or 0.0) / time
+            reached = "reached" if speed >= BF16_TARGET else "missed"
+            cells.append(f"{speed:.2f}, target at least {BF16_TARGET:g}: {reached}")
+        table.append([*cells, *[""] * (len(last) + 4 - len(cells))])
+    return formatting.table(["", "ms", "of the floor", "target", *last], table)
+
+
+def _verdict(found: float, target: float) -> str:
+    return f"at most {target:g}: {'reached' if found <= target else 'missed'}"
+
+
 # A GPU.
 
 
@@ -340,5 +395,6 @@ WRITERS: dict[str, Callable[[Row], list[str]]] = {
     "run": _run,
     "stream": _stream,
     "fit": _fit,
+    "floor": _floor,
     "gpu": _gpu,
 }

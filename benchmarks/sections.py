@@ -45,6 +45,8 @@ class Plan:
         stream_refills: Refills of the buffer that the stream is measured over.
         fit_sizes: Numbers of latents of the runs on the language model.
         fit_steps: Their optimizer steps.
+        sizes: Widths, numbers of latents and L0 of the section `floor`.
+        precisions: Precisions of its largest size; the others are in float32.
         gpu_device: Where the steps of the section `gpu` are made; without it they are left out.
         gpu_architectures: Those whose step is measured there.
         gpu_d_in: Width of the activations there.
@@ -78,6 +80,8 @@ class Plan:
     stream_refills: int = 6
     fit_sizes: tuple[int, ...] = (1024, 8192)
     fit_steps: int = 500
+    sizes: tuple[tuple[int, int, int], ...] = ((128, 1024, 20), (128, 1024, 64), (512, 8192, 64))
+    precisions: tuple[str, ...] = ("32-true", "bf16-mixed")
     gpu_device: str = "cuda"
     gpu_architectures: tuple[str, ...] = ("relu", "gated", "topk", "batchtopk")
     gpu_d_in: int = 2304
@@ -238,6 +242,21 @@ def fit(plan: Plan) -> Row:
     return {"rows": rows}
 
 
+def floor(plan: Plan) -> Row:
+    """Time our steps beside the least that they must do, for small and large dictionaries."""
+    cases = [(size, "32-true") for size in plan.sizes]
+    cases += [(plan.sizes[-1], name) for name in plan.precisions if name != "32-true"]
+    rows, floors = [], []
+    for (d_in, d_sae, l0), precision in cases:
+        there = replace(plan, d_in=d_in, l0=l0, k=l0)
+        size = {"d_in": d_in, "l0_asked": l0}
+        floors.append(size | there.floor(d_sae, precision))
+        for architecture in plan.architectures if OURS in plan.libraries else ():
+            step = there.step(OURS, "", architecture, d_sae, plan.budget, precision)
+            rows.append(size | step)
+    return {"floors": floors, "rows": rows}
+
+
 def gpu(plan: Plan) -> Row:
     """Time one optimizer step on a GPU, if there is one: large dictionaries, two precisions."""
     if plan.gpu_device == "cuda" and not torch.cuda.is_available():
@@ -262,6 +281,7 @@ SECTIONS: dict[str, Callable[[Plan], Row]] = {
     "run": run,
     "stream": stream,
     "fit": fit,
+    "floor": floor,
     "gpu": gpu,
 }
 

@@ -49,6 +49,7 @@ TINY = Plan(
     stream_refills=2,
     fit_sizes=(64,),
     fit_steps=3,
+    sizes=((16, 128, 6),),
     gpu_device="cpu",
     gpu_architectures=("topk",),
     gpu_d_in=16,
@@ -311,6 +312,27 @@ def test_a_section_measured_again_leaves_the_others(in_this_process, monkeypatch
     cli.main(["steps", "--output", str(output.with_suffix(""))])
     assert json.loads(output.read_text())["run"] == made("run", rows=[])
     assert "## A whole run" in output.with_suffix(".md").read_text()
+
+
+def test_steps_stand_beside_the_floor_of_their_size_and_precision(in_this_process):
+    section = made("floor", **sections.floor(TINY))
+    text = "\n".join(report._floor(section))
+    assert "### Width 16, 128 latents, L0 6, 32-true" in text
+    assert "### Width 16, 128 latents, L0 6, bf16-mixed" in text
+    assert text.count("| the floor | ") == 2
+    assert text.count("| TopK | ") == 2
+    assert text.count("target at least 1.5: ") == 2
+
+
+def test_a_step_within_its_target_of_the_floor_is_said_to_be():
+    floor = {"d_in": 128, "l0_asked": 20, "precision": "32-true", **FLOOR, "d_sae": 1024}
+    same = {"d_in": 128, "l0_asked": 20, "precision": "32-true", "d_sae": 1024}
+    for seconds, verdict in (
+        (0.29, "2.90 | at most 3: reached"),
+        (0.31, "3.10 | at most 3: missed"),
+    ):
+        section = made("floor", floors=[floor], rows=[timed(OURS, seconds) | same])
+        assert verdict in "\n".join(report._floor(section))
 
 
 def test_each_precision_has_its_table_and_without_a_gpu_there_is_none(in_this_process, monkeypatch):
