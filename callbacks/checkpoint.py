@@ -16,10 +16,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_warn
 from typing_extensions import override
 
-from lightning_sae.callbacks.run_folder import hold, release, remove_unfinished, require_new_run
+from lightning_sae.callbacks.run_folder import hold, release, require_new_run
 from lightning_sae.checks import require_positive
 from lightning_sae.distributed.ranks import remove_other_parts, write_part
 from lightning_sae.distributed.split import copies_of, parts_of
+from lightning_sae.files import remove_unfinished
 
 log = logging.getLogger("lightning.pytorch")
 

@@ -15,7 +15,7 @@ from lightning_sae.callbacks.moments import reset_moments
 from lightning_sae.checks import expect, refuse_second
 from lightning_sae.distributed.parts import ALONE
 from lightning_sae.distributed.split import copies_of
-from lightning_sae.functional.geometry import random_unit_rows
+from lightning_sae.functional.geometry import random_unit_rows, unit_rows
 from lightning_sae.functional.resampling import dead_latents, mean_norm, sample_directions
 from lightning_sae.training.lengths import (
     Length,
@@ -203,10 +203,12 @@ class DeadFeatureResampling(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Float[Tensor, "batch d_in"],
+        batch: Float[Tensor, "batch d_in"] | None,
         batch_idx: int,
     ) -> None:
         """Count the batch, and resample if it completes a step after which that is due."""
+        if batch is None:  # which Lightning skips
+            return
         # global_step counts steps taken: the last micro-batch of a step has already raised it.
         step, self._step = self._step, trainer.global_step
         due = self.next_resampling(step)
@@ -290,6 +292,8 @@ class DeadFeatureResampling(Callback):
             # All ranks draw the same, but different devices may round differently.
             drawn = trainer.strategy.broadcast(self._draw(trainer, sae, n_dead).cpu())
             own = drawn.split(of_parts)[sae.parts.index]
+            if sae.W_dec.dtype == torch.float64:  # where float32 is not of norm 1, as on resume
+                own = unit_rows(own.double())
             self._replace(sae, dead, own.to(sae.device))
             vectors = [getattr(sae, name) for name in sae.fresh_latent()]
             for weight, axis in ((sae.W_dec, 0), (sae.W_enc, 1), *((v, 0) for v in vectors)):

@@ -17,12 +17,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.analysis import evaluate_in_model
-from lightning_sae.callbacks.run_folder import remove_unfinished
 from lightning_sae.checks import require_positive
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed.split import parts_of
-from lightning_sae.files import write_atomically
+from lightning_sae.files import remove_unfinished, write_atomically
 
 
 class ExportSAE(Callback):

@@ -125,10 +125,3 @@ def _holds_something(path: Path) -> bool:
     if not path.is_dir():
         return path.exists()
     return any(_holds_something(each) for each in path.iterdir() if each.name[0] != ".")
-
-
-def remove_unfinished(folder: Path, name: str) -> None:
-    """Remove files of killed writes of `folder/name`; see `write_atomically`."""
-    for path in folder.glob(f".{name}.*"):
-        if path.is_file():
-            path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from lightning_sae.files import not_finite
+from lightning_sae.files import UNFINISHED, not_finite
 
 
 def require_positive(**values: int | float) -> None:
@@ -147,9 +147,26 @@ def _require_tensor(x: Any, expected: str, named: str) -> None:
         )
 
 
+def require_on(device: torch.device, x: Tensor, named: str) -> None:
+    """Raise a ValueError if `x` is not on the device of the SAE's weights."""
+    if x.device == device:
+        return
+    remedy = "move them there, as `x.to(sae.device)` does"
+    if device.type == "meta":
+        remedy = "build the SAE outside of `torch.device('meta')`, so that its weights have values"
+    elif x.is_meta:
+        remedy = "give a tensor that has values"
+    raise ValueError(
+        f"Expected {named} on the device of the SAE's weights, {device}, but got them on "
+        f"{x.device}: {remedy}."
+    )
+
+
 def require_batch(x: Any, d_in: int) -> None:
     """Raise a ValueError if `x` is not a batch [batch, d_in] of floating-point activations."""
     require_width(x, d_in)
+    if x.is_meta:
+        raise ValueError("Expected a batch with values but got one on the device `meta`.")
     if x.dim() != 2:
         raise ValueError(
             f"Expected a batch of shape [batch, d_in] but got {tuple(x.shape)}: have the data "
@@ -379,7 +396,8 @@ def refuse_second(trainer: Trainer, callback: Callback) -> None:
 
 def require_new_folder(name: str, folder: Path) -> None:
     """Raise a ValueError about the argument `name` if a folder holds files, or is a file."""
-    holds = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    files = [folder] if folder.is_file() else folder.glob("*")
+    holds = any(not path.name.startswith(UNFINISHED) for path in files)
     expect(not holds, name, "a new or empty folder", f"{folder}, which holds files: choose another")
 
 

@@ -41,10 +41,14 @@ from lightning_sae.callbacks import (
     TopContexts,
 )
 from lightning_sae.callbacks.results import unused
-from lightning_sae.callbacks.run_folder import held, remove_unfinished, require_new_run
+from lightning_sae.callbacks.run_folder import held, require_new_run
 from lightning_sae.commands import configs
 from lightning_sae.distributed.ranks import require_agreement
-from lightning_sae.files import AtomicCheckpointIO, write_atomically
+from lightning_sae.files import (
+    AtomicCheckpointIO,
+    remove_unfinished,
+    write_atomically,
+)
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.results import after_fit, after_predict, after_test, after_validate
 
@@ -191,7 +195,16 @@ class SAECLI(LightningCLI):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if isinstance(self.model, SideBySide):
             self._give_each(self.model)
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            kind = str(error).split("`")[1]
+            raise ValueError(
+                f"Expected argument `trainer.callbacks` to have one `{kind}` but got more, or one "
+                "beside that of the command itself: remove it."
+            ) from error
 
     def _give_each(self, model: SideBySide) -> None:
         """Give the callbacks for a single SAE to each member instead of to the run."""

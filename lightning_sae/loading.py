@@ -70,16 +70,18 @@ def load(
         `sae.source["imported"]` the units of an imported SAE's latents.
 
     Raises:
-        ValueError: If there is no SAE at `path`, it is damaged or not finite, or it needs another
-            class; or if the device does not exist.
+        ValueError: If there is no SAE at `path`, it is damaged or not finite, it needs another
+            class, or it is one SAE and a `member` is given; or if the device does not exist.
     """
     require_place(device, dtype)
+    _require_class(architecture)
     path = on_disk(path, revision)
     if path.suffix == ".safetensors" and path.is_file():  # its description is beside it
         path = path.parent
     if format is None and _is_checkpoint(path):
-        sae = _load_checkpoint(path, architecture, member)
-    elif format is None and interop.is_ours(path):
+        return _load_checkpoint(path, architecture, member).to(device=device, dtype=dtype)
+    _require_no_member(member, path)
+    if format is None and interop.is_ours(path):
         sae = read(path, *_classes(architecture))
     else:
         named = None if architecture is None else architecture.__name__
@@ -97,9 +99,19 @@ def require_place(device: str | torch.device | None, dtype: torch.dtype | None) 
     expect(dtype is None or dtype in FLOATS, "dtype", f"one of {FLOATS}", repr(dtype))
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch was built without this device
+    except (RuntimeError, AssertionError, TypeError) as error:  # of a torch without this device
         why = f"{device} ({first_line(error)}): leave it out for the CPU"
         expect(False, "device", "one that this machine has", why)
+
+
+def _require_class(architecture: Any) -> None:
+    is_one = isinstance(architecture, type) and issubclass(architecture, SparseAutoencoder)
+    expected = "a class of SAEs, such as `TopKSAE`, or None"
+    expect(architecture is None or is_one, "architecture", expected, repr(architecture))
+
+
+def _require_no_member(member: str | None, path: Path) -> None:
+    expect(member is None, "member", f"None, for {path} is of one SAE", repr(member))
 
 
 def _classes(architecture: type[SparseAutoencoder] | None) -> list[type[SparseAutoencoder]]:
@@ -117,7 +129,9 @@ def _load_checkpoint(
     checkpoint = read_checkpoint(path, needed=NEEDED)
     expect("state_dict" in checkpoint, "path", "an SAE with weights", f"{path}, which has none")
     if "members" in checkpoint:
-        checkpoint = _of_member(checkpoint, member)
+        checkpoint = _of_member(checkpoint, member, path)
+    else:
+        _require_no_member(member, path)
     if "lightning_sae" not in checkpoint:
         raise ValueError(
             f"Expected argument `path` to hold an SAE but {path} holds something else."
@@ -132,7 +146,7 @@ def _load_checkpoint(
     return build(description, checkpoint["state_dict"], path, *_classes(architecture))
 
 
-def _of_member(checkpoint: dict[str, Any], member: str | None) -> dict[str, Any]:
+def _of_member(checkpoint: dict[str, Any], member: str | None, path: Path) -> dict[str, Any]:
     """The SAE's entries as in a checkpoint of the member alone."""
     names = [str(own.get("name")) for own in checkpoint["members"]]
     if member not in names:
@@ -142,5 +156,12 @@ def _of_member(checkpoint: dict[str, Any], member: str | None) -> dict[str, Any]
         )
     place = names.index(member)
     prefix, weights = f"saes.{place}.", checkpoint["state_dict"]
+    of_members = tuple(f"saes.{i}." for i in range(len(names)))
+    others = sorted(str(name) for name in weights if not str(name).startswith(of_members))
+    if others:
+        raise ValueError(
+            f"Could not read {path}: beside the weights of {', '.join(names)} it has "
+            f"{', '.join(others)}, which are of none of them."
+        )
     own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     return {**checkpoint["members"][place], "state_dict": own}

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sae import BatchTopKSAE, ReLUSAE, SideBySide, TopKSAE
-from lightning_sae.callbacks import RunCheckpoint
+from lightning_sae.callbacks import (
+    DeadFeatureResampling,
+    RunCheckpoint,
+    SAEProgressBar,
+    StreamMonitor,
+    TargetL0,
+)
 from lightning_sae.callbacks.results import ExportSAE
 from lightning_sae.data.buffer import ShuffleBuffer
 from lightning_sae.data.scaling import require_precision, require_usable
@@ -159,6 +165,33 @@ def test_batches_of_nothing_are_no_batches(sae: Any) -> None:
     nothing: Any = [None] * 3
     with pytest.raises(ValueError, match="training data gave no batch"):
         fitted(sae, DataLoader(nothing, batch_size=None))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:train_dataloader yielded None",
+    "ignore:Detected call of .lr_scheduler.step",
+    "ignore:.TargetL0. did not reach its target",
+)
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_batches_of_nothing_between_others_change_nothing(side_by_side: bool) -> None:
+    """Not even when latents are resampled and the coefficient is steered."""
+    rows, weights = [*torch.randn(12, 16, 4)], []
+    among = [part for batch in rows for part in (batch, None, None)]
+    for batches in (rows, [None, *among]):
+        torch.manual_seed(0)
+        sae = ReLUSAE(4, 24, 0.3, lr=0.01)
+        resampling = DeadFeatureResampling(4, "reinitialize", window=3, min_frequency=0.3)
+        callbacks = [resampling, TargetL0(2.0), SAEProgressBar(), StreamMonitor()]
+        given = [] if side_by_side else callbacks
+        own = [{"name": "a", "sae": sae, "callbacks": callbacks[:2]}]
+        loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        module = SideBySide(own) if side_by_side else sae
+        flags = {"enable_progress_bar": not side_by_side}
+        trainer = fitted(module, loader, *given, max_steps=-1, max_epochs=1, **flags)
+        assert trainer.global_step == 12
+        assert resampling.state_dict()["n_done"] == 3
+        weights.append(sae.state_dict())
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
 
 
 def test_a_member_without_its_hook_in_the_batch_is_named(rows: Tensor) -> None:

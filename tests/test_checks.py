@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_sae.checks import require_integers, require_k
+from lightning_sae.checks import require_betas, require_integers, require_k
 
 
 @pytest.mark.parametrize("value", [1.5, 2.0, True, "2", None, math.nan])
@@ -19,3 +19,12 @@ def test_there_must_be_k_latents(k):
         require_k(k, 9)
     require_k(0.5, 9)
     require_k(9, 9)
+
+
+@pytest.mark.parametrize(
+    "betas", [(0.9, 1.0), (-0.1, 0.9), (0.9,), (0.9, 0.9, 0.9), 0.9, ("0.9", 0.9), (math.nan, 0.9)]
+)
+def test_decay_rates_are_two_and_below_one(betas):
+    with pytest.raises(ValueError, match="`betas` to be two numbers of at least 0 and below 1 but"):
+        require_betas(betas)
+    require_betas([0, 0.999])

@@ -323,6 +323,7 @@ BAD_INPUT = {
     "--data.batch_size=1024": "between 1 and `buffer_size`=512",
     "--trainer.max_steps=-1": "set `trainer.max_steps`",
     "--model.lr=0": "`lr` to be positive",
+    "--trainer.callbacks+=lightning_sae.callbacks.LatentFigures": "to have one `LatentFigures` but",
     "--ckpt_path=missing.ckpt": "missing.ckpt",
 }
 

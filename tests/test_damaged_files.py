@@ -256,6 +256,16 @@ def test_wrong_arguments_are_named(name: str, value: Any, message: str, folder: 
         lightning_sae.load(folder)
 
 
+@pytest.mark.parametrize("count", [-1, 1.5, True, "4096", None, [4096]])
+def test_activations_seen_in_training_are_a_count(count: Any, folder: Path) -> None:
+    edit(folder, lambda content: content.update(training={"activations": count}))
+    with pytest.raises(ValueError, match=r"config.json: its `training.activations` is .* a count"):
+        lightning_sae.load(folder)
+    edit(folder, lambda content: content.update(training={"activations": 4096}))
+    forget_checksums(folder)
+    assert lightning_sae.load(folder).n_trained == 4096
+
+
 def test_a_penalty_is_one_of_this_package(tmp_path: Path) -> None:
     folder = ReLUSAE(4, 6, penalty=Sqrt()).save_pretrained(tmp_path / "sae")
     edit(folder, lambda content: content["arguments"]["penalty"].update(class_path="os.system"))

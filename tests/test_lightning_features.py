@@ -486,6 +486,18 @@ def test_other_precisions_train_finite_weights_of_their_own_dtype(
     assert sae.W_dec.dtype == (torch.float64 if precision == "64-true" else torch.float32)
 
 
+def test_double_precision_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    """Lightning restores weights before it converts the module."""
+    saes = [ReLUSAE(16, 32, lr=0.01)]
+    saes += [copy.deepcopy(saes[0]), copy.deepcopy(saes[0])]
+    train(saes[0], precision="64-true")
+    train(saes[1], precision="64-true", max_steps=3).save_checkpoint(tmp_path / "a.ckpt")
+    resumed = trainer_with(precision="64-true")
+    resumed.fit(saes[2], datamodule=toy(), ckpt_path=tmp_path / "a.ckpt")
+    assert saes[2].W_dec.dtype == torch.float64
+    assert_same_weights(saes[2], saes[0])
+
+
 def test_half_precision_evaluates() -> None:
     sae, data = BatchTopKSAE(16, 32, k=4), toy(n_validation=512)
     train(sae, max_steps=50)

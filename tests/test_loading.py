@@ -2,8 +2,9 @@ import json
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,12 @@ from torch.utils.data import DataLoader
 
 import lightning_sae
 from lightning_sae import ReLUSAE
-from lightning_sae.files import AtomicCheckpointIO, read_checkpoint, write_atomically
+from lightning_sae.files import (
+    AtomicCheckpointIO,
+    read_checkpoint,
+    write_atomically,
+    written_whole,
+)
 
 
 @pytest.fixture
@@ -164,7 +170,7 @@ def test_nothing_half_written_is_left_where_the_disk_fills(tmp_path: Path) -> No
     sae = ReLUSAE(32, 64)
     with pytest.raises(OSError, match="nothing was written"), full_disk():
         sae.save_pretrained(tmp_path / "sae")
-    assert list((tmp_path / "sae").iterdir()) == []
+    assert not list(tmp_path.glob("*sae*"))
 
 
 def test_a_failing_writer_leaves_the_file_alone(tmp_path: Path) -> None:
@@ -179,3 +185,92 @@ def test_a_failing_writer_leaves_the_file_alone(tmp_path: Path) -> None:
         write_atomically(path, write)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["file"]
+
+
+def test_a_new_folder_has_all_its_files_or_none(tmp_path: Path) -> None:
+    root = tmp_path / "saes"
+    folder, left = root / "sae", root / ".sae.unfinished-ab12"
+    left.mkdir(parents=True)  # by a process that was killed
+    (root / ".sae.notes").write_text("mine")
+    with suppress(KeyError), written_whole(folder) as new:
+        (new / "a").write_text("1")
+        raise KeyError
+    assert [path.name for path in root.iterdir()] == [".sae.notes"]
+    with written_whole(folder) as new:
+        (new / "a").write_text("1")
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    assert folder.stat().st_mode == root.stat().st_mode
+
+
+def test_an_empty_folder_is_filled_and_what_a_killed_process_left_does_not_count(
+    sae: ReLUSAE, tmp_path: Path
+) -> None:
+    left = tmp_path / "sae" / ".unfinished-ab12"
+    left.mkdir(parents=True)
+    (left / "sae.safetensors").write_text("half")
+    folder = sae.save_pretrained(tmp_path / "sae")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "sae.safetensors"]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"path": None}, "`path` to be a path"),
+        ({"path": 3}, "`path` to be a path"),
+        ({"path": ["a"]}, "`path` to be a path"),
+        ({"architecture": "ReLUSAE"}, "`architecture` to be a class of SAEs"),
+        ({"architecture": torch.nn.Linear}, "`architecture` to be a class of SAEs"),
+        ({"member": "a"}, "`member` to be None, for .* is of one SAE"),
+        ({"device": []}, "`device` to be one that this machine has"),
+    ],
+)
+def test_what_is_no_argument_is_named(
+    arguments: dict[str, Any], said: str, sae: ReLUSAE, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"path": sae.save_pretrained(tmp_path / "sae"), **arguments}
+    with pytest.raises(ValueError, match=said):
+        lightning_sae.load(**given)
+    if arguments.keys() == {"path"}:
+        with pytest.raises(ValueError, match=said):
+            ReLUSAE.from_pretrained(given["path"])
+
+
+def test_a_member_is_read_from_a_checkpoint_without_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    weights = {f"saes.0.{name}": weight for name, weight in ReLUSAE(4, 6).state_dict().items()}
+    its = {"architecture": "ReLUSAE", "source": {}}
+    own: dict[str, Any] = {
+        "name": "a",
+        "lightning_sae": its,
+        "hyper_parameters": {"d_in": 4, "d_sae": 6},
+    }
+    for other in ("saes.1.W_dec", "W_dec"):
+        torch.save({"state_dict": {**weights, other: torch.ones(3)}, "members": [own]}, path)
+        with pytest.raises(ValueError, match=f"last.ckpt: beside .* a it has {other}, which are"):
+            lightning_sae.load(path, member="a")
+    torch.save({"state_dict": weights, "members": [own]}, path)
+    assert torch.equal(lightning_sae.load(path, member="a").W_dec, weights["saes.0.W_dec"])
+
+
+def test_tensors_without_values_are_named(sae: ReLUSAE, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        x, f, absent = torch.ones(3, 4), torch.ones(3, 6), ReLUSAE(4, 6)
+    for use in (lambda: sae.encode(x), lambda: sae(x), lambda: sae.decode(f)):
+        with pytest.raises(ValueError, match="cpu, but got them on meta: give a tensor that has"):
+            use()
+    for step in (sae.training_step, sae.validation_step, sae.predict_step):
+        with pytest.raises(
+            ValueError, match="a batch with values but got one on the device `meta`"
+        ):
+            step(x, 0)
+    for use in (
+        lambda: absent.encode(torch.ones(3, 4)),
+        lambda: absent.training_step(torch.ones(3, 4), 0),
+    ):
+        with pytest.raises(ValueError, match="meta, but got them on cpu: build the SAE outside of"):
+            use()
+    with pytest.raises(ValueError, match="weights have no values"):
+        absent.save_pretrained(tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from lightning_sae.checks import (
 )
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.files import written_whole
 from lightning_sae.functional.peaks import two_peaks
 from lightning_sae.loading import load
 
@@ -114,13 +116,19 @@ def analyze(
     started = time.perf_counter()
     reader, contexts = _read(trainer, trained, data, tokens)
     if trainer.is_global_zero:
-        _write(folder, trained, data, reader, contexts, seed, time.perf_counter() - started)
-        store = FeatureStore(folder)
-        write_site(store)
-        if latents:
-            write_page(store, latents, folder / "latents.html")
+        seconds = time.perf_counter() - started
+        with written_whole(folder) as new:
+            _write(new, trained, data, reader, contexts, seed, seconds)
+            _write_pages(new, latents)
     trainer.strategy.barrier()  # a rank that exits early would stop the others
     return folder
+
+
+def _write_pages(folder: Path, latents: Sequence[int] | None) -> None:
+    store = FeatureStore(folder)
+    write_site(store)
+    if latents:
+        write_page(store, latents, folder / "latents.html")
 
 
 def _require_fit(sae: SparseAutoencoder, data: ActivationDataModule) -> None:
@@ -212,7 +220,6 @@ def _write(
         **_population(sae, table, seed),
         "rare_latents": _rare_latents(sae, table["rare"], data, strengths.n_tokens),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_store(folder, table, arrays, own, _texts(model.tokenizer, own, arrays), results)
 
 

@@ -23,7 +23,7 @@ from lightning_sae.analysis.weights import baseline, rare_cluster
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.checks import require_new_folder
 from lightning_sae.data import ActivationDataModule
-from lightning_sae.files import write_atomically
+from lightning_sae.files import write_atomically, written_whole
 from lightning_sae.functional.assignment import optimal_matching
 from lightning_sae.functional.matching import cosine_matrix
 from lightning_sae.loading import load
@@ -166,8 +166,8 @@ def compare(saes: list[str], output: str, *, tokens: int = 100_000, seed: int = 
             one["figures"]["correlation_mean"] = float(varying.mean())
             one["figures"] |= compare_rare(loaded[i], loaded[j], read.frequencies)
         found.append({"a": saes[i], "b": saes[j], **one})
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, found)
+    with written_whole(folder) as new:
+        _write(new, found)
     return folder
 
 

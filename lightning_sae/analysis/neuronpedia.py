@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from lightning_sae.analysis.store import Example, FeatureStore
 from lightning_sae.checks import expect
-from lightning_sae.files import write_atomically
+from lightning_sae.files import write_atomically, written_whole
 
 PER_BATCH = 128
 CREATOR_ID = "clkht01d40000jv08hvalcvly"
@@ -101,16 +101,21 @@ def write_neuronpedia(
     source = Source(model_id, set_name, int(layer[1]), hook, creator_name, creator_id, now)
     root = Path(folder) / model_id / source.id
     expect(not root.exists(), "folder", "new", f"{root}, which exists: choose another folder")
+    with written_whole(root) as new:
+        _write(new, source, store)
+    return root
+
+
+def _write(folder: Path, source: Source, store: FeatureStore) -> None:
     for file, row in _about(source, store).items():
-        _write_lines(root / f"{file}.jsonl", [row])
+        _write_lines(folder / f"{file}.jsonl", [row])
     d_sae = len(store.table)
     for batch, first in enumerate(range(0, d_sae, PER_BATCH)):
         latents = range(first, min(d_sae, first + PER_BATCH))
         features = (_feature(source, store, latent) for latent in latents)
         activations = (row for latent in latents for row in _activations(source, store, latent))
-        _write_lines(root / "features" / f"batch-{batch}.jsonl.gz", features)
-        _write_lines(root / "activations" / f"batch-{batch}.jsonl.gz", activations)
-    return root
+        _write_lines(folder / "features" / f"batch-{batch}.jsonl.gz", features)
+        _write_lines(folder / "activations" / f"batch-{batch}.jsonl.gz", activations)
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -34,6 +34,7 @@ from lightning_sae.checks import (
     require_integers,
     require_latents,
     require_matching,
+    require_on,
     require_one_loader,
     require_one_of,
     require_positive,
@@ -298,9 +299,11 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         """Latents of raw activations, in the units of the activations.
 
         Raises:
-            ValueError: If the last axis of `x` is not `d_in`, or its dtype is not floating-point.
+            ValueError: If the last axis of `x` is not `d_in`, its dtype is not floating-point, or
+                it is on another device than the weights.
         """
         require_width(x, self.d_in)
+        require_on(self.W_dec.device, x, "activations")
         return self.parts.joined(self._own_latents(x))
 
     def _own_latents(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_own"]:
@@ -310,9 +313,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         """Raw activations reconstructed from latents.
 
         Raises:
-            ValueError: If the last axis of `f` is not `d_sae`.
+            ValueError: If the last axis of `f` is not `d_sae`, or it is on another device.
         """
         require_latents(f, self.d_sae)
+        require_on(self.W_dec.device, f, "latents")
         return self._decode_own(self.parts.own(f))
 
     def _decode_own(self, f: Float[Tensor, "... d_own"]) -> Float[Tensor, "... d_in"]:
@@ -438,6 +442,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         if stage == "fit":
             refuse_lengths(self.trainer, self)
         require_supported_features(self, self.trainer, stage)
+        if self.trainer.precision == "64-true":
+            self.double()  # Lightning does so only after it has restored the weights
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         data = source_of(self.trainer)
@@ -573,10 +579,11 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             `fired` is of this device's latents.
 
         Raises:
-            ValueError: If `batch` is not of shape [batch, d_in].
+            ValueError: If `batch` is not of shape [batch, d_in], or is on another device.
             FloatingPointError: If the loss is not finite; the message says at which step.
         """
         require_batch(batch, self.d_in)
+        require_on(self.W_dec.device, batch, "activations")
         if not self.is_trained:  # in a training loop without Lightning's hooks
             self._start_from(batch)
         x = self.scaled(batch)

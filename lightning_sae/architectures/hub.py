@@ -40,8 +40,10 @@ def on_disk(path: str | Path, revision: str | None = None) -> Path:
 
     Raises:
         ValueError: If the hub has no such SAE, or cannot be reached and nothing was downloaded
-            before.
+            before, or `path` is no path.
     """
+    named = isinstance(path, str | Path)
+    expect(named, "path", "a path, or the name of an SAE on the hub", repr(path))
     if not Path(path).exists() and is_hub_name(path):
         return _downloaded(str(path), revision)
     expect(revision is None, "revision", f"None, because {path} is not a name on the hub", revision)

@@ -19,6 +19,7 @@ from lightning_sae.files import (
     read_checkpoint,
     read_json,
     write_atomically,
+    written_whole,
 )
 from lightning_sae.functional.penalties import from_description, plain_arguments
 from lightning_sae.version import __version__
@@ -76,6 +77,11 @@ def save_pretrained(sae: Portable, folder: Path) -> Path:
     if state is None:
         return folder
     require_new_folder("folder", folder)
+    if any(weight.is_meta for weight in state.values()):
+        raise ValueError(
+            f"The SAE is not written to {folder}, for its weights have no values: they are on the "
+            "device `meta`."
+        )
     weights = {name: w.cpu() for name, w in state.items()}
     bad = not_finite(weights, dict(sae.named_buffers()))
     if bad:
@@ -83,11 +89,12 @@ def save_pretrained(sae: Portable, folder: Path) -> Path:
             f"The SAE is not written to {folder}, for its weights are not finite "
             f"({', '.join(bad)}): lower `lr`, from an earlier checkpoint on if there is one."
         )
-    write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
-    content = described(sae)
-    content["checksums"] = _checksums(folder, content)
-    text = json.dumps(content, indent=2, sort_keys=True)
-    write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
+    with written_whole(folder) as new:
+        write_atomically(new / WEIGHTS, lambda path: save_file(weights, path))
+        content = described(sae)
+        content["checksums"] = _checksums(new, content)
+        text = json.dumps(content, indent=2, sort_keys=True)
+        write_atomically(new / CONFIG, lambda path: path.write_text(text + "\n"))
     return folder
 
 
@@ -195,10 +202,11 @@ def require_sound(checkpoint: Any, given: Mapping[str, Any]) -> None:
     """Raise a ValueError if a checkpoint's file is damaged, or of other sizes than it says.
 
     Args:
-        checkpoint: The file; other objects than paths are not checked.
+        checkpoint: The file's path; the content of an open file is not checked.
         given: Arguments that replace those of the file.
     """
     if not isinstance(checkpoint, str | Path):
+        expect(hasattr(checkpoint, "read"), "checkpoint_path", "a path or a file", repr(checkpoint))
         return
     needed = "state_dict", "hyper_parameters", "lightning_sae"
     content = read_checkpoint(checkpoint, needed=needed)

@@ -171,10 +171,12 @@ class TargetL0(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Float[Tensor, "batch d_in"],
+        batch: Float[Tensor, "batch d_in"] | None,
         batch_idx: int,
     ) -> None:
         """Count the batch; after the last of a step, set the factor for the next step."""
+        if batch is None:  # which Lightning skips
+            return
         sae = cast(Steered, pl_module)
         fired = sae.parts.sum(cast(dict[str, Tensor], outputs)["fired"].sum())
         counts = torch.stack([fired, fired.new_full((), len(batch))])

@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 FOLDER = Path(__file__).parents[1] / "configs"
 
 
@@ -39,16 +41,45 @@ def found(given: str) -> str:
 
 
 def with_files(args: Sequence[str]) -> list[str]:
-    """Command-line arguments in which each `--config` is a file; see `found`."""
+    """Command-line arguments in which each `--config` is a file; see `found`.
+
+    Raises:
+        ValueError: If there is no such file, or a value in it contains itself.
+    """
     result: list[str] = []
     for arg in args:
         name, equals, value = arg.partition("=")
         if name in ("--config", "-c") and equals:
-            arg = f"{name}={found(value)}"
+            arg = f"{name}={_sound(found(value))}"
         elif result and result[-1] in ("--config", "-c"):
-            arg = found(arg)
+            arg = _sound(found(arg))
         result.append(arg)
     return result
+
+
+def _sound(file: str) -> str:
+    """The file, unless one of its YAML anchors is used within itself: the parser would not end."""
+    try:
+        root = yaml.compose(Path(file).read_text(), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):  # the parser says more
+        return file
+    if root is not None and _contains_itself(root, set(), set()):
+        raise ValueError(
+            f"Could not read {file}: a value contains itself, for an alias (`*name`) is used "
+            "within the value of its anchor (`&name`). Write the value out."
+        )
+    return file
+
+
+def _contains_itself(node: yaml.Node, above: set[int], done: set[int]) -> bool:
+    """Whether a node is below itself; `above` and `done` are the `id`s of others."""
+    if id(node) in above or id(node) in done:
+        return id(node) in above
+    inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+    parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
+    found = any(_contains_itself(part, above | {id(node)}, done) for part in parts)
+    done.add(id(node))
+    return found
 
 
 def main(args: Sequence[str]) -> None:

@@ -93,5 +93,7 @@ def source_of(trainer: Trainer) -> ActivationSource | None:
 
 
 def activations_in(batch: Any) -> int:
-    """Number of activations in a batch; several hooks have equally many."""
+    """Number of activations in a batch; several hooks have equally many; None has none."""
+    if batch is None:
+        return 0
     return len(next(iter(batch.values())) if isinstance(batch, dict) else batch)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.architectures.portable import CONFIG, WEIGHTS
 from lightning_sae.checks import require_new_folder, require_one_of
+from lightning_sae.files import written_whole
 from lightning_sae.interop import (
     dictionary_learning,
     gemma_scope,
@@ -146,7 +147,9 @@ def export(
     folder = Path(path)
     require_new_folder("path", folder)
     dtype = torch.float32 if format in IN_FLOAT32 else None
-    FORMATS[format].write(outgoing(sae, unit_decoder, dtype), folder)
+    content = outgoing(sae, unit_decoder, dtype)
+    with written_whole(folder) as new:
+        FORMATS[format].write(content, new)
     return folder
 
 

@@ -388,7 +388,8 @@ class _MembersHooks(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if isinstance(pl_module, SideBySide):  # else the trainer has gone on to another module
+        # Lightning skips batches that are None. The trainer may have gone on to another module.
+        if batch is not None and isinstance(pl_module, SideBySide):
             pl_module.end_batch(batch, batch_idx)
 
     @override

@@ -1,5 +1,6 @@
 """What a run's folder holds, who may write there, and what a stopped run makes up for."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 
 import lightning_sae
 from lightning_sae import ReLUSAE, ToyDataModule
-from lightning_sae.callbacks import ExportSAE, RunCheckpoint
+from lightning_sae.callbacks import ExportSAE, HeldOutEvaluation, RunCheckpoint
 from lightning_sae.callbacks.run_folder import hold, release
 
 LOCKS = """
@@ -84,6 +85,18 @@ def test_what_killed_writes_left_is_removed_and_does_not_count_as_a_run(tmp_path
     fit(tmp_path / "run")
     names = [path.name for path in (tmp_path / "run").rglob("*") if path.name[0] == "."]
     assert not names
+
+
+def test_results_of_killed_writes_are_removed_and_others_kept(tmp_path: Path) -> None:
+    trainer = fit(tmp_path / "run", HeldOutEvaluation(), limit_test_batches=1)
+    left = [tmp_path / "run" / name for name in (".results.json.ab12", ".results-2.json.cd34")]
+    other = tmp_path / "run" / ".notes"
+    for path in (*left, other):
+        path.write_text("{")
+    trainer.test(trainer.model, datamodule=trainer.datamodule, verbose=False)  # type: ignore
+    assert not any(path.exists() for path in left)
+    assert other.exists()
+    assert "mse" in json.loads((tmp_path / "run" / "results.json").read_text())
 
 
 @pytest.mark.parametrize("left", [[], ["sae.safetensors"], ["config.json", ".sae.safetensors.x"]])

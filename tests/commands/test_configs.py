@@ -48,6 +48,25 @@ def test_one_is_written_for_editing_and_nothing_is_overwritten(
     assert Path("folder/mine.yaml").read_text() == Path("topk.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["model: &a {b: *a}", "- &a [1, [*a]]", "trainer: &a {callbacks: [*a]}", "? &a [*a]\n: 1"],
+)
+def test_a_value_that_contains_itself_is_refused(text: str, tmp_path: Path) -> None:
+    """The parser of the command line would not end."""
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    for given in (["--config", str(path)], [f"--config={path}"]):
+        with pytest.raises(ValueError, match=r"own\.yaml: a value contains itself"):
+            configs.with_files(["fit", *given])
+
+
+def test_a_value_may_be_used_twice(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("a: &a [1, 2]\nb: &b [*a, *a]\nc: {d: *a, e: *b}")
+    assert configs.with_files(["-c", str(path)]) == ["-c", str(path)]
+
+
 def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     configs.main([])
     lines = capsys.readouterr().out.splitlines()

@@ -84,7 +84,9 @@ def assert_same_weights(one: Any, other: Any) -> None:
     assert all(torch.equal(w, weights[name]) for name, w in one.state_dict().items())
 
 
-@pytest.mark.parametrize("flags", [{}, {"accumulate_grad_batches": 2}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"accumulate_grad_batches": 2}, {"precision": "64-true"}], ids=str
+)
 def test_what_members_do_at_the_end_of_a_step_is_in_its_checkpoint(
     flags: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lightning_sae.analysis.evaluation.probing import WIDTHS
-from lightning_sae.files import write_atomically
+from lightning_sae.files import write_atomically, written_whole
 
 COLUMNS = {
     "L0": "l0",
@@ -184,16 +184,16 @@ TITLES = {
 def write(folder: Path, evaluation: Mapping[str, Any]) -> None:
     """Write `evaluation.json`, `.csv`, `.md` and `.png` into a folder."""
     results, references = evaluation["saes"], evaluation["references"]
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "evaluation.json": json.dumps(_plain(evaluation), indent=1) + "\n",
         "evaluation.csv": rows_of(results).to_csv(index=False),
         "evaluation.md": markdown(results, references),
     }
-    for name, text in texts.items():
-        write_atomically(folder / name, partial(Path.write_text, data=text))
     figure = picture(results)
-    write_atomically(folder / "evaluation.png", lambda path: figure.savefig(path, format="png"))
+    with written_whole(folder) as new:
+        for name, text in texts.items():
+            write_atomically(new / name, partial(Path.write_text, data=text))
+        write_atomically(new / "evaluation.png", lambda path: figure.savefig(path, format="png"))
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lightning_sae.files import read_json, write_json
+from lightning_sae.files import read_json, require_checksum, with_checksum, write_json
 
 Split = Literal["training", "held_out"]
 SPLITS: tuple[Split, ...] = ("training", "held_out")
@@ -82,7 +82,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     shards = {split: [s._asdict() for s in each] for split, each in manifest.shards.items()}
     rows = {split: manifest.rows(split) for split in SPLITS}
     content = {"format": FORMAT, "version": VERSION, **manifest._asdict()}
-    write_json(folder / FILE, {**content, "rows": rows, "shards": shards})
+    write_json(folder / FILE, with_checksum({**content, "rows": rows, "shards": shards}))
 
 
 def is_cache(folder: Path) -> bool:
@@ -122,6 +122,8 @@ def read_manifest(folder: Path) -> Manifest:
             _require_types(shard._asdict(), KINDS_OF_SHARD)
         if manifest.complete and shards.keys() != {*SPLITS}:
             raise KeyError(f"shards of {SPLITS}")
+        _require_hooks(manifest)
+        require_checksum(path, content)
         return manifest._replace(shards=shards)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -140,6 +142,14 @@ def _require_types(found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
     for name, value in found.items():
         if type(value) is not kinds[name]:
             raise TypeError(f"`{name}` is {value!r:.40}, and not a {kinds[name].__name__}")
+
+
+def _require_hooks(manifest: Manifest) -> None:
+    """Raise a KeyError if `source` and `widths` are not of the same hooks."""
+    named = manifest.source["hook_name"]
+    hooks = {named} if isinstance(named, str) else {*named}
+    if hooks != manifest.widths.keys():
+        raise KeyError(f"widths of {', '.join(sorted(hooks))}")
 
 
 def require_complete(folder: Path, manifest: Manifest) -> None:

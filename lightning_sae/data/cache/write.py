@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lightning_sae.checks import require_integers, require_not_negative, require_positive
 from lightning_sae.data.cache.description import completed, describe, require_same_data
 from lightning_sae.data.cache.manifest import (
+    FILE,
     SPLITS,
     Split,
     is_cache,
@@ -22,6 +23,7 @@ from lightning_sae.data.cache.manifest import (
 from lightning_sae.data.cache.plan import make_plan, require_room, tell, tokens_of_text
 from lightning_sae.data.cache.writer import read_records, write_part
 from lightning_sae.data.datamodule import ActivationDataModule
+from lightning_sae.files import remove_unfinished
 
 try:
     import fcntl
@@ -165,8 +167,8 @@ def _begin(
         require_room(plan)
         if not plan_only:
             folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob(".*.safetensors.*"):
-                unfinished.unlink()
+            remove_unfinished(folder, "*.safetensors")
+            remove_unfinished(folder, "*.json")
             write_manifest(folder, manifest._replace(complete=False, shards={}))
     return work
 
@@ -181,7 +183,9 @@ def _finish(folder: Path, work: Work) -> None:
 
 
 def _require_new_or_cache(folder: Path) -> None:
-    if folder.is_file() or (folder.is_dir() and not is_cache(folder) and any(folder.iterdir())):
+    unfinished = f".{FILE}."  # of a process that was killed while it wrote the first manifest
+    files = [folder] if folder.is_file() else folder.glob("*")
+    if not is_cache(folder) and not all(file.name.startswith(unfinished) for file in files):
         raise ValueError(
             f"Expected argument `output` to be a new or empty folder, or a cache to continue, "
             f"but {folder} holds other files: choose another folder."

@@ -22,7 +22,7 @@ from lightning_sae.data.datamodule import ActivationDataModule
 from lightning_sae.data.scaling import require_precision
 from lightning_sae.data.stream import REASONS
 from lightning_sae.data.tokens import TokenBlocks
-from lightning_sae.files import read_json, write_json
+from lightning_sae.files import read_json, require_checksum, with_checksum, write_json
 
 Told = Callable[[int], Any]
 """Called with the number of tokens of each forward pass."""
@@ -114,6 +114,7 @@ def read_records(folder: Path, part: int) -> dict[Split, dict[str, Any]]:
     """
     path = record_path(folder, part)
     records = read_json(path) if path.is_file() else {}
+    require_checksum(path, records)
     found: dict[Split, dict[str, Any]] = {"held_out": new_record(), "training": new_record()}
     for split in found:
         found[split] |= records.get(split, {})
@@ -124,11 +125,11 @@ def read_records(folder: Path, part: int) -> dict[Split, dict[str, Any]]:
 
 
 def _write_records(folder: Path, part: int, records: dict[Split, dict[str, Any]]) -> None:
-    plain = {
+    plain: dict[str, Any] = {
         split: {**record, "shards": [shard._asdict() for shard in record["shards"]]}
         for split, record in records.items()
     }
-    write_json(record_path(folder, part), plain)
+    write_json(record_path(folder, part), with_checksum(plain))
 
 
 # Writing.

@@ -29,6 +29,7 @@ from lightning_sae.data.cache import shuffled
 from lightning_sae.data.cache.rows import Rows
 from lightning_sae.data.cache.shuffled import Order, ShuffledRows
 from lightning_sae.data.scaling import estimate_scaling
+from lightning_sae.files import with_checksum
 
 HOOKS = ["blocks.1.hook_resid_post", "blocks.0.mlp.hook_post"]
 WIDTHS = {HOOKS[0]: 16, HOOKS[1]: 24}
@@ -325,7 +326,7 @@ def test_without_the_model_a_test_gives_the_rest_and_says_so(
     folder = shutil.copytree(cache, tmp_path / "moved")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["data"]["model"] = str(tmp_path / "gone")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
     evaluation = HeldOutEvaluation(n_tokens=256)
     run = trainer(3, callbacks=[evaluation], default_root_dir=tmp_path)
     data = open_cache(folder, hook_name=HOOKS[0])
@@ -382,7 +383,7 @@ def test_a_shard_that_is_cut_short_missing_or_of_another_cache_is_named(own: Pat
     save_file({HOOKS[0]: torch.zeros(3, 16)}, path)
     manifest = json.loads((own / "manifest.json").read_text())
     manifest["shards"]["training"][1]["nbytes"] = path.stat().st_size
-    (own / "manifest.json").write_text(json.dumps(manifest))
+    (own / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
     with pytest.raises(ValueError, match="to hold float32 of shape .* but it holds"):
         open_cache(own)
 
@@ -531,7 +532,15 @@ def test_the_command_line_trains_and_tests_on_a_cache_and_on_a_file(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("source", 3), ("complete", "yes"), ("dtype", 1), ("shards", {}), ("widths", [])],
+    [
+        ("source", 3),
+        ("source", {}),
+        ("source", {"hook_name": HOOKS[0]}),
+        ("complete", "yes"),
+        ("dtype", 1),
+        ("shards", {}),
+        ("widths", []),
+    ],
 )
 def test_a_manifest_of_other_types_is_refused(
     name: str, value: Any, cache: Path, tmp_path: Path
@@ -540,3 +549,15 @@ def test_a_manifest_of_other_types_is_refused(
     (tmp_path / "manifest.json").write_text(json.dumps({**content, name: value}))
     with pytest.raises(ValueError, match=r"manifest\.json: it is damaged"):
         open_cache(tmp_path)
+
+
+def test_a_manifest_that_is_not_what_was_written_is_refused(cache: Path, own: Path) -> None:
+    path = own / "manifest.json"
+    written = json.loads(path.read_text())
+    altered = {**written, "statistics": {name: {"scale": 1.0} for name in HOOKS}}
+    path.write_text(json.dumps(altered))
+    with pytest.raises(ValueError, match=r"manifest\.json: it is not what was written"):
+        open_cache(own)
+    written.pop("checksum")  # as of an earlier version
+    path.write_text(json.dumps(written))
+    assert open_cache(own).source == open_cache(cache).source
