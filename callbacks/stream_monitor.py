@@ -39,6 +39,8 @@ class StreamMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if batch is None:  # which Lightning skips
+            return
         self._activations += activations_in(batch) * copies_of(trainer).n
         self._in_steps += time.perf_counter() - self._step_began
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -247,7 +247,8 @@ def test_a_member_is_read_from_a_checkpoint_without_other_weights(tmp_path: Path
         "hyper_parameters": {"d_in": 4, "d_sae": 6},
     }
     for other in ("saes.1.W_dec", "W_dec"):
-        torch.save({"state_dict": {**weights, other: torch.ones(3)}, "members": [own]}, path)
+        too_many = {**weights, other: torch.ones(3)}
+        torch.save({"state_dict": too_many, "members": [own]}, path)
         with pytest.raises(ValueError, match=f"last.ckpt: beside .* a it has {other}, which are"):
             lightning_sae.load(path, member="a")
     torch.save({"state_dict": weights, "members": [own]}, path)
