@@ -32,6 +32,8 @@ from lightning_sae import (
     JumpReLUSAE,
     MatryoshkaSAE,
     ReLUSAE,
+    RescaleAndShiftSAE,
+    RescaledSAE,
     SideBySide,
     TiedSAE,
     TopKSAE,
@@ -39,7 +41,10 @@ from lightning_sae import (
 )
 
 D_IN, D_SAE = 8, 48
-KINDS = ReLUSAE, TiedSAE, TopKSAE, BatchTopKSAE, MatryoshkaSAE, GatedSAE, JumpReLUSAE
+KINDS = (
+    *(ReLUSAE, TiedSAE, TopKSAE, BatchTopKSAE, MatryoshkaSAE, GatedSAE, JumpReLUSAE),
+    *(RescaleAndShiftSAE, RescaledSAE),
+)
 PLAIN: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -98,7 +103,7 @@ def originals(root: Path) -> list[Original]:
 
     for kind in KINDS:
         torch.manual_seed(0)
-        sae, name = kind(D_IN, D_SAE), kind.__name__
+        sae, name = made(kind), kind.__name__
         trainer = fitted(sae, None, 2)
         sae.source = {"model": "some/model", "hook_name": "blocks.1.hook_resid_post"}
         add(f"folder of a {name}", sae.save_pretrained(root / name / "sae"), loaded)
@@ -111,6 +116,13 @@ def originals(root: Path) -> list[Original]:
     fitted(SideBySide(pair), None, 2).save_checkpoint(path)
     add("checkpoint side by side", path, partial(loaded, member="b"))
     return found
+
+
+def made(kind: Any) -> Any:
+    """An SAE of a class."""
+    sae = kind(D_IN, D_SAE)
+    sae.is_trained = kind is RescaledSAE  # which starts from a trained one
+    return sae
 
 
 def fitted(sae: LightningModule, ckpt_path: Path | None, max_steps: int) -> Trainer:
@@ -127,9 +139,9 @@ def loaded(path: Path, member: str | None = None) -> Any:
     return {"kind": type(sae).__name__, "source": sae.source, **arguments(sae), **state(sae)}
 
 
-def resumed(kind: Callable[[int, int], LightningModule], path: Path) -> Any:
+def resumed(kind: Any, path: Path) -> Any:
     """The weights one step later."""
-    sae = kind(D_IN, D_SAE)
+    sae = made(kind)
     fitted(sae, path, 3)
     return state(sae)
 

@@ -115,11 +115,15 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = Manifest(**{name: content[name] for name in Manifest._fields})
-        _require_types(manifest._asdict(), KINDS)
+        require_types(manifest._asdict(), KINDS)
+        settings = {name: manifest.settings[name] for name in ("parts", "shard_bytes")}
+        require_types(settings, dict.fromkeys(settings, int))
+        require_types(manifest.probe, dict.fromkeys(manifest.probe, list))
         given: Any = content["shards"]
+        require_types(given, dict.fromkeys(given, list))
         shards = {split: [Shard(**own) for own in each] for split, each in given.items()}
         for shard in (shard for each in shards.values() for shard in each):
-            _require_types(shard._asdict(), KINDS_OF_SHARD)
+            require_types(shard._asdict(), KINDS_OF_SHARD)
         if manifest.complete and shards.keys() != {*SPLITS}:
             raise KeyError(f"shards of {SPLITS}")
         _require_hooks(manifest)
@@ -137,7 +141,7 @@ KINDS = {**dict.fromkeys(Manifest._fields, dict), "dtype": str, "complete": bool
 KINDS_OF_SHARD = {"file": str, "rows": int, "nbytes": int, "sha256": str}
 
 
-def _require_types(found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+def require_types(found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
     """Raise a TypeError if an entry is of another type."""
     for name, value in found.items():
         if type(value) is not kinds[name]:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sae.data.cache.manifest import Shard, Split, require_size
+from lightning_sae.data.cache.manifest import Shard, Split, require_size, require_types
 from lightning_sae.data.cache.shards import POSITIONS, TOKENS, write_shard
 from lightning_sae.data.datamodule import ActivationDataModule
 from lightning_sae.data.scaling import require_precision
@@ -110,18 +110,38 @@ def read_records(folder: Path, part: int) -> dict[Split, dict[str, Any]]:
     """The records of a part by split.
 
     Raises:
-        ValueError: If a recorded shard is missing.
+        ValueError: If the record is damaged, or a recorded shard is missing.
     """
     path = record_path(folder, part)
     records = read_json(path) if path.is_file() else {}
     require_checksum(path, records)
     found: dict[Split, dict[str, Any]] = {"held_out": new_record(), "training": new_record()}
-    for split in found:
-        found[split] |= records.get(split, {})
-        found[split]["shards"] = [Shard(**shard) for shard in found[split]["shards"]]
-        for shard in found[split]["shards"]:
-            require_size(folder, shard)
+    try:
+        for split, record in found.items():
+            record |= records.get(split, {})
+            require_types({**record, "state": record["state"] or {}}, KINDS)
+            record["shards"] = [Shard(**shard) for shard in record["shards"]]
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"Could not read {path}: it is damaged ({error}). Restore the file, or write the cache "
+            "again into another folder."
+        ) from error
+    for shard in (shard for record in found.values() for shard in record["shards"]):
+        require_size(folder, shard)
     return found
+
+
+KINDS: dict[str, type] = {
+    "shards": list,
+    "passes": int,
+    "tokens": int,
+    "ended": bool,
+    "left_out": dict,
+    "sums": dict,
+    "norms": dict,
+    "state": dict,
+}
+"""Types of a record's entries; `state` may also be None."""
 
 
 def _write_records(folder: Path, part: int, records: dict[Split, dict[str, Any]]) -> None:

@@ -196,6 +196,40 @@ def test_a_shard_that_came_to_be_before_its_record_is_written_again(
     assert not list(folder.glob(".*"))
 
 
+def test_a_process_that_was_killed_in_its_first_write_left_nothing_in_the_way(
+    cache: Path, make_data: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    (folder / ".manifest.json.ab12").write_text("{")
+    write_cache(make_data(HOOKS), folder, **SMALL)
+    assert hashes(folder) == hashes(cache)
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"passes": 3}, "it is not what was written"),
+        ({"passes": "3"}, "it is damaged"),
+        ({"shards": [{"file": "a"}]}, "it is damaged"),
+        ({"state": [1]}, "it is damaged"),
+        ({"colour": 1}, "it is damaged"),
+    ],
+)
+def test_a_record_that_is_not_what_was_written_is_not_continued(
+    change: dict[str, Any], said: str, cache: Path, make_data: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(cache, tmp_path / "own")
+    record = json.loads((folder / "part-0.json").read_text())
+    if said == "it is damaged":
+        record.pop("checksum")
+    record["training"] |= change
+    (folder / "part-0.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"part-0.json: {said}"):
+        write_cache(make_data(HOOKS), folder, **{**SMALL, "tokens": 2000})
+
+
 def test_more_tokens_prolong_a_cache_and_fewer_end_one_that_was_stopped(
     cache: Path, make_data: Any, kill_after: Any, tmp_path: Path
 ) -> None:
