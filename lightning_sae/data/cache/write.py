@@ -159,6 +159,9 @@ def _begin(
         if not all(_is_done(record[split], passes[split]) for record in records)
     }
     work = Work(n_parts, manifest.settings["shard_bytes"], passes, sum(tokens.values()))
+    if not plan_only:
+        remove_unfinished(folder, "*.safetensors")
+        remove_unfinished(folder, "*.json")
     if left:
         done = sum(s.rows for r in records for split in SPLITS for s in r[split]["shards"])
         left = {split: left.get(split, 0) for split in SPLITS}
@@ -167,8 +170,6 @@ def _begin(
         require_room(plan)
         if not plan_only:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(folder, "*.safetensors")
-            remove_unfinished(folder, "*.json")
             write_manifest(folder, manifest._replace(complete=False, shards={}))
     return work
 

@@ -205,6 +205,9 @@ def test_a_process_that_was_killed_in_its_first_write_left_nothing_in_the_way(
     write_cache(make_data(HOOKS), folder, **SMALL)
     assert hashes(folder) == hashes(cache)
     assert not list(folder.glob(".*"))
+    (folder / ".manifest.json.cd34").write_text("{")  # or in the last one
+    write_cache(make_data(HOOKS), folder, **SMALL)
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize(
