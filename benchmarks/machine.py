@@ -20,7 +20,7 @@ def surroundings(threads: int, module: str) -> dict[str, str]:
     """Date, command (`python -m module ...`), machine and versions, as the page shows them."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": "`" + shlex.join(["python", "-m", module, *sys.argv[1:]]) + "`",
+        "command": "`" + shlex.join(["python", "-m", module, *_arguments()]) + "`",
         "processor": f"{_processor()}; {os.cpu_count()} cores, {threads} used",
         "memory": f"{_memory_gib():.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -28,6 +28,11 @@ def surroundings(threads: int, module: str) -> dict[str, str]:
         "with": ", ".join(_versions({name: name for name in PACKAGES})),
         "commit": _commit(),
     }
+
+
+def _arguments() -> list[str]:
+    """The arguments of the command; of an absolute path only its last part."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
 
 
 def _processor() -> str:

@@ -1,6 +1,7 @@
 """What is in a cache, or somebody else's file, trains an SAE: each row once, in random order."""
 
 import copy
+import inspect
 import json
 import shutil
 from itertools import pairwise
@@ -251,12 +252,22 @@ def test_scaling_is_that_of_all_rows(cache: Path, rows: Any) -> None:
         assert found is not None
         torch.testing.assert_close(found.mean, expected.mean)
         torch.testing.assert_close(found.scale, expected.scale)
-    assert open_cache(cache, hook_name=HOOKS[0]).scaling() is None
+    assert open_cache(cache, hook_name=HOOKS[0], center=False, scale=False).scaling() is None
+
+
+def test_defaults_are_those_of_the_stream() -> None:
+    streamed, cached = (
+        {name: given.default for name, given in inspect.signature(kind).parameters.items()}
+        for kind in (ActivationDataModule, CachedDataModule)
+    )
+    shared = streamed.keys() & cached.keys() - {"hook_name"}  # which a cache names
+    assert {"batch_size", "buffer_size", "center", "scale", "n_test", "seed"} <= shared
+    assert {name: cached[name] for name in shared} == {name: streamed[name] for name in shared}
 
 
 def test_saes_side_by_side_train_each_at_its_hook(cache: Path) -> None:
     part = {"class_path": "lightning_sae.TopKSAE", "init_args": {"d_sae": 64, "k": 4}}
-    data = open_cache(cache, scale=True)
+    data = open_cache(cache)
     together = SideBySide(
         [{"name": hook[7:8], "hook_name": hook, "sae": part, "seed": 0} for hook in HOOKS],
         data.d_in,
@@ -266,7 +277,7 @@ def test_saes_side_by_side_train_each_at_its_hook(cache: Path) -> None:
     for hook in HOOKS:
         torch.manual_seed(0)
         alone = TopKSAE(WIDTHS[hook], 64, k=4)
-        trainer(5).fit(alone, open_cache(cache, hook_name=hook, scale=True))
+        trainer(5).fit(alone, open_cache(cache, hook_name=hook))
         member = together[hook[7:8]]
         assert member.source == alone.source
         assert member.W_dec.equal(alone.W_dec)
