@@ -6,6 +6,7 @@ recipe.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -164,7 +165,7 @@ def page(results: Row) -> str:
         "- **Matryoshka**: widths 1/16 to 1/1 of the latents, which the others want given; with",
         "  its defaults ours draws five prefixes at random.",
         "",
-        f"Figures are means over seeds, ± half the range. In **bold**: the least FVU among",
+        "Figures are means over seeds, ± half the range. In **bold**: the least FVU among",
         f"those whose L0 is within {NEAR:.0%} of the target.",
     ]
     for name, part in results.items():
@@ -217,11 +218,14 @@ def _is_near(group: Sequence[Row], l0: int) -> bool:
 
 
 def _mean(group: Sequence[Row], name: str) -> float:
-    return statistics.mean(row.get(name, float("nan")) for row in group)
+    values = [row.get(name, math.nan) for row in group]
+    return statistics.mean(values) if values else math.nan
 
 
 def _cell(group: Sequence[Row], name: str, digits: int) -> str:
     for error in _failed(group):
         return f"failed: {error}" if name == "fvu" else ""
     values = [row[name] for row in group]
+    if not values:
+        return ""
     return f"{_mean(group, name):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
