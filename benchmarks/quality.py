@@ -69,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
         "--rates",
         type=float,
         nargs="+",
-        default=[1e-3, 3e-3],
-        help="learning rates of the recipe (%(default)s)",
+        default=[2e-3],
+        help="learning rates of the recipe to choose from (%(default)s)",
     )
     sizes = {
         "latents": 512,
@@ -92,7 +92,6 @@ def _stream(asked: argparse.Namespace) -> ActivationDataModule:
         absolute(asked.model),
         text=absolute(asked.text),
         batch_size=asked.batch_size,
-        n_validation=HELD_OUT,
     )
 
 
@@ -147,18 +146,18 @@ def page(results: Row) -> str:
         "",
         "All libraries train by their own trainers on the same saved activations of a language",
         "model, with the same seeds, batches and number of steps, and are evaluated by one formula",
-        "on the same held-out activations. FVU is the squared error over the variance.",
+        "on the same activations, which follow in the stream of text. FVU is the squared error over the variance.",
         "",
         "- **Defaults**: everything is as the library has it, but what sets L0.",
         "  dictionary_learning's warm-ups are 5 % and 10 % of the run, because its own are longer",
         "  than the run and it refuses them.",
         "- **One recipe**: the same learning rate, warmed up over 5 % and decayed over the last",
         "  25 % of the run, a penalty warmed up over 10 %, and latents dead after 10 % of the run.",
-        "  Of the given learning rates, each library and architecture has the one that is best",
-        "  with the first seed.",
+        "  Of several learning rates, each library and architecture has the one that is best with",
+        "  the first seed.",
         "- **L0**: `k`, `target_l0` (ours), or the library's own target (JumpReLU; SAELens' mode",
         "  `quadratic`). Where others have only a coefficient (ReLU, gated), it is searched with",
-        "  the first seed in up to 4 trainings, and the closest counts.",
+        "  the first seed in up to 3 trainings, and the closest counts.",
         "- **Units**: activations are scaled to the norm that each library would scale them to.",
         "- **BatchTopK and Matryoshka**: the others select per batch of 1,024 also in the",
         "  evaluation, so that their L0 is exact; ours uses its threshold, as in use.",

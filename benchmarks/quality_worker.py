@@ -34,7 +34,7 @@ from lightning_sae.callbacks import L1Warmup
 EVALUATED = 1024  # activations in a batch of the evaluation
 NEAR = 0.1  # relative distance to the target L0 within which it counts as reached
 CLOSE = 0.05  # relative distance to the target L0 at which the search for a coefficient ends
-ATTEMPTS = 4  # trainings of the search
+ATTEMPTS = 3  # trainings of the search
 STEEPEST = 4.0  # factor by which the search changes a coefficient at most
 FIRST = {"SAELens": 1.0, "dictionary_learning": 0.1}  # the libraries' default coefficients
 
@@ -104,11 +104,13 @@ def save_activations(
 ) -> dict[str, int]:
     """Save shuffled training and held-out activations, scaled to mean norm sqrt(d_in).
 
+    The held-out ones follow the training ones in the stream, so that L0 of both is the same.
+
     Args:
         path: The new file.
-        data: The stream; `n_validation` of it is at least `n_held_out`.
+        data: The stream.
         n_train: Number of training activations, rounded up to whole batches.
-        n_held_out: Largest number of held-out activations.
+        n_held_out: Number of held-out activations, likewise.
 
     Returns:
         How many of each, and their width.
@@ -116,8 +118,10 @@ def save_activations(
     data.prepare_data()
     data.setup("fit")
     batches = iter(data.train_dataloader())
-    train = torch.cat([next(batches) for _ in range(math.ceil(n_train / data.batch_size))])
-    held_out = torch.cat(list(data.val_dataloader()))[:n_held_out]
+    train, held_out = (
+        torch.cat([next(batches) for _ in range(math.ceil(n / data.batch_size))])
+        for n in (n_train, n_held_out)
+    )
     scale = math.sqrt(train.shape[1]) / train.norm(dim=1).mean()
     save_file({"train": train * scale, "held_out": held_out * scale}, path)
     return {"n_train": len(train), "n_held_out": len(held_out), "d_in": train.shape[1]}
