@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def merged(before: Row | None, about: Row, plan: Row, rows: list[Row]) -> Row:
-    """The part of a hook: new rows replace those of their architectures, others of the plan stay."""
+    """The part of a hook: new rows replace those of their architectures, the others stay."""
     kept, commands = [], []
     if before is not None and before["plan"] == plan:
         again = {row["architecture"] for row in rows}

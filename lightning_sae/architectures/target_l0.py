@@ -62,10 +62,11 @@ class TargetL0(Callback):
     where c is the SAE's `penalty_factor`, which multiplies the coefficient, and r the largest
     increase. So it reacts to the L0 expected h steps ahead if the trend continues, and does not
     counteract an L0 that is already falling, as at the start of training. It lowers c faster than
-    it raises it, because silent latents come back slowly. The term with 15 is there because L0 keeps
-    falling while c stays: without it L0 of a ReLU SAE ended 7 % below a target of 16 after 500
-    steps, and with it 2 %. It is left out in runs of unknown length. L0 is the mean over all micro-batches and ranks of a step. While `L1Warmup` raises the
-    penalty, only the mean is updated. The factor is logged as `train/penalty_factor`.
+    it raises it, because silent latents come back slowly. The term with 15 is there because L0
+    keeps falling while c stays: without it L0 of a ReLU SAE ended 7 % below a target of 16 after
+    500 steps, and with it 2 %. It is left out in runs of unknown length. L0 is the mean over all
+    micro-batches and ranks of a step. While `L1Warmup` raises the penalty, only the mean is
+    updated. The factor is logged as `train/penalty_factor`.
 
     L0 approaches the target as :math:`e^{-t/h}`, so h has to be short at the end of a run. In a run
     of T steps it is half of the steps left until 0.8 T, but at least T / 25 (within 20 and 100) and
