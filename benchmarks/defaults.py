@@ -164,8 +164,27 @@ def page(results: Row) -> str:
             *(f"Made by {command}." for command in part["commands"]),
             "",
             *table(("", "latents", *HEADINGS), _rows(part["rows"])),
+            "",
+            *summary(part["rows"]),
         ]
     return "\n".join(lines) + "\n"
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """How far L0 is from its target at most, and what is dead."""
+    found = [row for row in rows if None not in (row[name] for name in COLUMNS)]
+    if not found:
+        return []
+    far = max(found, key=lambda row: abs(row["l0"] / L0 - 1))
+    dead = max(found, key=lambda row: row["dead_fraction"])
+    return [
+        f"- Furthest from an L0 of {L0}: {_name(far)}, {far['l0'] / L0 - 1:+.1%}.",
+        f"- Most dead latents: {_name(dead)}, {dead['dead_fraction']:.1%}.",
+    ]
+
+
+def _name(row: Row) -> str:
+    return f"`{row['architecture']}` with {row['d_sae']} latents, seed {row['seed']}"
 
 
 def _rows(rows: Sequence[Row]) -> list[list[str]]:

@@ -165,6 +165,10 @@ def page(results: Row) -> str:
         "- **Matryoshka**: widths 1/16 to 1/1 of the latents, which the others want given; with",
         "  its defaults ours draws five prefixes at random.",
         "",
+        "Runs are short. Default learning rates of the others are meant for longer ones, and so are",
+        "their thresholds of JumpReLU, which L0 far from the target shows: there FVU says nothing.",
+        "The learning rate of the recipe was chosen for no library.",
+        "",
         "Figures are means over seeds, ± half the range. In **bold**: the least FVU among",
         f"those whose L0 is within {NEAR:.0%} of the target.",
     ]
