@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def merged(before: Row | None, about: Row, plan: Row, rows: list[Row]) -> Row:
     """The part of a hook: new rows replace those of their architectures, the others stay."""
-    kept, commands = [], []
+    kept: list[Row] = []
+    commands: list[str] = []
     if before is not None and before["plan"] == plan:
         again = {row["architecture"] for row in rows}
         kept = [row for row in before["rows"] if row["architecture"] not in again]
