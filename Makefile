@@ -17,6 +17,7 @@ help:
 	@echo "make test         every check: ruff, mypy, tests and doctests, on WORKERS=$(WORKERS) cores"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make benchmark    step time, memory and whole runs beside other libraries, into docs/benchmark.md"
+	@echo "                  (BENCHMARK=quality: error at the same L0, into docs/quality.md)"
 	@echo "make interop      SAEs handed to other libraries and back, judged by them, into docs/interop.md"
 	@echo "make setup        the pinned environment alone, in $(VENV)"
 	@echo "make clean        remove caches and build products, not the environment and not the runs"

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks import quality
 from benchmarks.command_line import add_option, say
 from benchmarks.language_model_source import Source, absolute, layer_of
 from benchmarks.libraries.base import LIBRARIES
@@ -22,6 +23,10 @@ PLANNED = {field.name for field in fields(Plan)}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the given sections one after another, and write the page after each."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["quality"]:  # with options and a page of its own
+        quality.main(words[1:])
+        return
     asked = parser().parse_args(arguments)
     plan, sections = plan_of(asked), sections_of(asked.sections)
     output = Path(asked.output).with_suffix(".json")
@@ -46,7 +51,9 @@ def write(results: dict[str, Any], output: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line; every size is an option."""
     found = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    found.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(CHOICES))
+    found.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=", ".join(CHOICES) + "; or quality"
+    )
     found.add_argument("--output", default="docs/benchmark", help="path of the page, less .md")
     found.add_argument("--libraries", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
     found.add_argument("--model", default="embedded", help="a transformers folder")

@@ -50,10 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.argv[1:] = []  # or Lightning's command line warns that it is given others
     with tempfile.TemporaryDirectory() as folder:
         found = trained(asked, Path(folder))
-    results[asked.name] = {"surroundings": about, "plan": plan, "rows": found}
+    results[asked.name] = merged(results.get(asked.name), about, plan, found)
     output.write_text(json.dumps(results, indent=1) + "\n")
     output.with_suffix(".md").write_text(page(results))
     say(f"Wrote {output.with_suffix('.md')} and {output}.")
+
+
+def merged(before: Row | None, about: Row, plan: Row, rows: list[Row]) -> Row:
+    """The part of a hook: new rows replace those of their architectures, the others stay."""
+    kept: list[Row] = []
+    commands: list[str] = []
+    if before is not None and before["plan"] == plan:
+        again = {row["architecture"] for row in rows}
+        kept = [row for row in before["rows"] if row["architecture"] not in again]
+        commands = before["commands"] if kept else []
+    order = [*ARCHITECTURES]
+    everything = sorted([*kept, *rows], key=lambda row: order.index(row["architecture"]))
+    commands = [*commands, f"{about['command']}, {about['date']}"]
+    return {"commands": commands, "surroundings": about, "plan": plan, "rows": everything}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--hook", default="blocks.2.hook_resid_post", help="%(default)s")
     found.add_argument("--output", default="docs/settings", help="path of the page, less .md")
     found.add_argument("--latents", type=int, nargs="+", default=(512, 1024), help="%(default)s")
+    found.add_argument(
+        "--architectures", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES]
+    )
     sizes = {"steps": 1000, "batch-size": 1024, "seeds": 2, "n-tokens": 32768}
     for name, default in sizes.items():
         found.add_argument(f"--{name}", type=int, default=default, help="%(default)s")
@@ -80,7 +97,7 @@ def trained(asked: argparse.Namespace, folder: Path) -> list[Row]:
     lightning_sae(["test", "--config", str(config), "--ckpt_path", str(last)])
     return [
         {"architecture": kind, "d_sae": d_sae, "seed": seed, **figures(folder / "run", name)}
-        for kind in ARCHITECTURES
+        for kind in asked.architectures
         for d_sae in asked.latents
         for seed in range(asked.seeds)
         for name in [f"{kind}-d_sae={d_sae}-seed={seed}"]
@@ -95,7 +112,7 @@ def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "sae": {"class_path": f"lightning_sae.{kind}", "init_args": arguments},
             "sweep": {"d_sae": list(asked.latents), "seed": list(range(asked.seeds))},
         }
-        for kind, arguments in ARCHITECTURES.items()
+        for kind, arguments in ((name, ARCHITECTURES[name]) for name in asked.architectures)
     ]
     data = {
         "hook_name": asked.hook,
@@ -145,11 +162,30 @@ def page(results: Row) -> str:
             f"## {name}, `{plan['hook']}`",
             "",
             f"{plan['steps']} steps of {plan['batch_size']} activations, {plan['seeds']} seeds.",
-            f"Made by {part['surroundings']['command']}, {part['surroundings']['date']}.",
+            *(f"Made by {command}." for command in part["commands"]),
             "",
             *table(("", "latents", *HEADINGS), _rows(part["rows"])),
+            "",
+            *summary(part["rows"]),
         ]
     return "\n".join(lines) + "\n"
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """How far L0 is from its target at most, and what is dead."""
+    found = [row for row in rows if None not in (row[name] for name in COLUMNS)]
+    if not found:
+        return []
+    far = max(found, key=lambda row: abs(row["l0"] / L0 - 1))
+    dead = max(found, key=lambda row: row["dead_fraction"])
+    return [
+        f"- Furthest from an L0 of {L0}: {_name(far)}, {far['l0'] / L0 - 1:+.1%}.",
+        f"- Most dead latents: {_name(dead)}, {dead['dead_fraction']:.1%}.",
+    ]
+
+
+def _name(row: Row) -> str:
+    return f"`{row['architecture']}` with {row['d_sae']} latents, seed {row['seed']}"
 
 
 def _rows(rows: Sequence[Row]) -> list[list[str]]:

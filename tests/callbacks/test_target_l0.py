@@ -52,7 +52,8 @@ def by_hand(fired: list[float], target: float, per_step: int, **settings: float)
         mean = last + (y - last) / (min(n, max(5, total / 50)) if total else n)
         left = (0.8 * total - (i // per_step + 1)) / 2
         h = min(longest, max(left, min(total / 25, 100), 20)) if total else longest
-        factor *= (1 + change) ** max(-5, min(1, 3 * (mean + h * (mean - last))))
+        below = 15 * min(0.05, max(0.0, -mean)) if total else 0.0
+        factor *= (1 + change) ** max(-5, min(1, 3 * (mean + h * (mean - last)) - below))
     return factors
 
 
