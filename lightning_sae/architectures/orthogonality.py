@@ -109,7 +109,7 @@ class WithOrthogonality(SparseAutoencoder):
         if self.orthogonality_scale == 0:
             return {"orthogonality": x.new_zeros(())}
         v = self._pre_of(x, f) if v is None else v
-        strong = f.values.detach() > f.at(self.orthogonality_scale * self.peaks.thresholds())
+        strong = self.peaks.strong(f, self.orthogonality_scale)
         cost = orthogonality(
             self.encoder_input(x),
             self.W_enc,

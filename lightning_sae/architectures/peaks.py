@@ -47,6 +47,10 @@ class PeakThreshold(nn.Module):
         """The threshold of each latent."""
         return self.share * self.peaks()
 
+    def strong(self, f: Code, scale: float = 1.0) -> Bool[Tensor, "..."]:
+        """Which activations are above the threshold times `scale`, in the shape of `f.values`."""
+        return f.values.detach() > f.at(scale * self.thresholds())
+
     def open(self) -> None:
         """Begin a batch."""
         self.current.zero_()

@@ -6,6 +6,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from lightning_sae.studies.broken_latents.study import broken_latents
+from lightning_sae.studies.broken_latents_lm.study import broken_latents_lm
 from lightning_sae.studies.gated.study import gated
 from lightning_sae.studies.ground_truth.study import ground_truth
 from lightning_sae.studies.low_activations.study import low_activations
@@ -16,6 +17,7 @@ from lightning_sae.studies.suppression.study import suppression
 
 STUDIES: dict[str, Any] = {
     "broken-latents": broken_latents,
+    "broken-latents-lm": broken_latents_lm,
     "ground-truth": ground_truth,
     "gated": gated,
     "penalties": penalties,
