@@ -71,9 +71,9 @@ def draw_histograms(rows: Sequence[Row], path: Path) -> Path:
             if line == 0:
                 axes.set_title(name, fontsize=9)
         if names:
-            label = f"{row['kind']}, {RULES[row['rule']].label}"
-            weight = f", {row['coefficient']:g}" if row["coefficient"] else ""
-            found[line * len(names)].set_ylabel(f"{label}{weight}\nfirings", fontsize=7)
+            parts = [row["kind"], RULES[row["rule"]].label]
+            parts += [f"weight {row['coefficient']:g}"] if row["coefficient"] else []
+            found[line * len(names)].set_ylabel("\n".join([*parts, "firings"]), fontsize=7)
     figure.supxlabel("activation of the property's own latent, over its largest", fontsize=9)
     return save(figure, path)
 

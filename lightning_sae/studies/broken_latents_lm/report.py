@@ -1,8 +1,9 @@
 """Tables, pictures and the page of the study of broken latents on a language model."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from lightning_sae.studies.broken_latents_lm.measure import scalars
@@ -14,6 +15,7 @@ from lightning_sae.studies.shared.rows import Row, distinct, known, select, with
 SOURCE = (
     "Chanin et al., Broken latents: studying SAEs and feature co-occurrence in toy models (2024)"
 )
+ALIKE = 0.005  # nats within which two SAEs count as nearly the same
 MAIN = {
     "l0": ("L0", ".1f"),
     "fvu": ("FVU", ".3f"),
@@ -71,7 +73,7 @@ def report(folder: Path, settings: Row, results: Sequence[Sequence[Row]]) -> Pag
         [
             Section(
                 "What the loss costs and gains",
-                list(gains_in_words(rows)),
+                [*gains_in_words(rows), *noise_in_words(rows)],
                 [figures_table(groups, MAIN, MAIN_NOTE)],
                 {draw_cost(rows, folder / "cost.png"): COST_CAPTION},
             ),
@@ -108,7 +110,8 @@ METHOD = [
     "input and encoder row. By rule it is over: pairs up to .7 of a latent's largest activation, "
     "silent ones included, as in the source; pairs up to the valley between two fitted peaks, or "
     ".05 of the largest activation where there is one peak; firings alone, up to .7; and, of "
-    "latents with two peaks, firings of the lower, the higher or the smaller peak.",
+    "latents with two peaks, firings of the lower, the higher or the smaller peak. Firings are few, "
+    "so that the loss over them has 100 times the weight.",
     "Absorption is measured for properties of tokens that a probe finds in the activation. A "
     "property's own latents are those of the smallest sparse probe; the fraction is the share of "
     "the tokens' projection on the probe that other latents have taken over.",
@@ -151,12 +154,32 @@ def label(row: Row) -> str:
 
 
 def _drawn(rows: Sequence[Row]) -> list[Row]:
-    """The SAEs whose histograms are drawn: untied and tied of the first width."""
+    """The SAEs whose histograms are drawn: untied and tied of the first width, least weights."""
     first = select(rows, d_sae=rows[0]["d_sae"])
-    own = [row for kind in (UNTIED, TIED) for row in select(first, kind=kind)]
-    least = min((row["coefficient"] for row in own if row["coefficient"]), default=0.0)
-    shown = (NONE, "share", "low")
-    return [row for row in own if row["rule"] in shown and row["coefficient"] in (0.0, least)]
+    drawn = []
+    for kind in (UNTIED, TIED):
+        for rule in (NONE, "share", "low"):
+            own = select(first, kind=kind, rule=rule)
+            drawn += sorted(own, key=lambda row: float(row["coefficient"]))[:1]
+    return drawn
+
+
+def noise_in_words(rows: Sequence[Row]) -> Iterator[str]:
+    """How far absorption differs between SAEs that add the same to the cross-entropy."""
+    known_rows = [row for row in rows if row["absorbed"] is not None]
+    alike = [
+        abs(a["absorbed"] - b["absorbed"])
+        for a, b in combinations(known_rows, 2)
+        if all(a[key] == b[key] for key in ("kind", "d_sae", "seed"))
+        and abs(a["ce_added"] - b["ce_added"]) < ALIKE
+    ]
+    if alike:
+        yield (
+            f"Of SAEs of one kind, width and seed, {len(alike)} pairs add the same to the "
+            f"cross-entropy within {ALIKE:g} nats. Their absorption differs by {median(alike):.3f} "
+            f"in the median, and by up to {max(alike):.3f}: differences of this size are no "
+            "evidence."
+        )
 
 
 def gains_in_words(rows: Sequence[Row]) -> Iterator[str]:

@@ -35,6 +35,7 @@ class Rule:
         peaks: Makes what chooses the pairs, from the number of latents; None for the package's.
         everywhere: Whether it is tried at all widths, and with all weights at the first; else it is
             tried at the first width, with the first weight.
+        factor: Multiple of the study's weights that it is tried with.
     """
 
     label: str
@@ -42,10 +43,13 @@ class Rule:
     arguments: dict[str, Any]
     peaks: Callable[[int], PeakThreshold] | None = None
     everywhere: bool = True
+    factor: float = 1.0
 
 
 OWN = {"orthogonality_side": "high", "orthogonality_window": WINDOW}
 NONE = "none"
+FEWER = 100.0
+"""Weight of a loss over firings alone, relative to that over all pairs, which is so much larger."""
 
 RULES = {
     NONE: Rule("no loss", tuple(KINDS), {}),
@@ -69,12 +73,14 @@ RULES = {
         OWN,
         lambda d_sae: WeakOfShare(d_sae, SHARE, WINDOW),
         everywhere=False,
+        factor=FEWER,
     ),
     "low": Rule(
         "firings of the low peak",
         (UNTIED, TIED, JUMPING),
         OWN,
         lambda d_sae: LowPeak(d_sae, WINDOW),
+        factor=FEWER,
     ),
     "small": Rule(
         "firings of the smaller peak",
@@ -82,6 +88,7 @@ RULES = {
         OWN,
         lambda d_sae: SmallPeak(d_sae, WINDOW),
         everywhere=False,
+        factor=FEWER,
     ),
     "high": Rule(
         "firings of the high peak",
@@ -89,18 +96,21 @@ RULES = {
         OWN,
         lambda d_sae: HighPeak(d_sae, WINDOW),
         everywhere=False,
+        factor=FEWER,
     ),
     "inner-low": Rule(
         "low peak, inner levels",
         (NESTED,),
         OWN,
         lambda d_sae: LowPeak(d_sae, WINDOW, d_sae // INNER),
+        factor=FEWER,
     ),
     "inner-high": Rule(
         "high peak, inner levels",
         (NESTED,),
         OWN,
         lambda d_sae: HighPeak(d_sae, WINDOW, d_sae // INNER),
+        factor=FEWER,
     ),
 }
 """The rules, by the name in files."""
@@ -176,5 +186,5 @@ def variants(widths: Sequence[int], coefficients: Sequence[float]) -> list[Varia
                 continue
             weights = coefficients if place == 0 and rule.everywhere else coefficients[:1]
             for weight in [0.0] if name == NONE else weights:
-                found += [Variant(kind, d_sae, name, weight) for kind in rule.kinds]
+                found += [Variant(kind, d_sae, name, rule.factor * weight) for kind in rule.kinds]
     return found

@@ -28,7 +28,7 @@ def broken_latents_lm(
     hook_name: str = "blocks.2.hook_resid_post",
     steps: int = 800,
     batch_size: int = 1024,
-    held_out_tokens: int = 32768,
+    held_out_tokens: int = 16384,
     **common: Any,
 ) -> None:
     """Train SAEs of a language model with the orthogonality loss, and look for broken latents.

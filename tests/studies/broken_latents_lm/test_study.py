@@ -20,7 +20,7 @@ from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.patterns import SparsePattern
 from lightning_sae.studies import main
 from lightning_sae.studies.broken_latents_lm.measure import overlaps_of, parts_of, peaks_of
-from lightning_sae.studies.broken_latents_lm.report import gains_in_words
+from lightning_sae.studies.broken_latents_lm.report import gains_in_words, noise_in_words
 from lightning_sae.studies.broken_latents_lm.rules import (
     HighPeak,
     LowPeak,
@@ -113,12 +113,13 @@ def test_only_the_first_width_has_all_weights() -> None:
     found = variants((16, 32), (1.0, 10.0))
     assert len({each.name for each in found}) == len(found)
     weights = {(each.d_sae, each.coefficient) for each in found}
-    assert weights == {(16, 0.0), (16, 1.0), (16, 10.0), (32, 0.0), (32, 1.0)}
+    first = {(16, 0.0), (16, 1.0), (16, 10.0), (16, 100.0), (16, 1000.0)}
+    assert weights == first | {(32, 0.0), (32, 1.0), (32, 100.0)}
     assert {(each.d_sae, each.rule) for each in found} == {
         *((16, name) for name in RULES),
         *((32, name) for name, rule in RULES.items() if rule.everywhere),
     }
-    assert {each.coefficient for each in found if each.rule == "small"} == {1.0}
+    assert {each.coefficient for each in found if each.rule == "small"} == {100.0}
 
 
 def test_saes_are_of_their_kind_and_begin_with_equal_rows() -> None:
@@ -208,6 +209,14 @@ def test_gains_are_counted_against_the_same_seed() -> None:
     assert "of 3 SAEs with the loss" in words
     assert "2 have less absorption" in words
     assert "1 of these add no more" in words
+
+
+def test_the_noise_of_absorption_is_that_of_saes_with_the_same_cost() -> None:
+    rows = [row("none", 0.3, 1.0), row("low", 0.2, 1.001), row("share", 0.0, 2.0)]
+    (words,) = noise_in_words(rows)
+    assert "1 pairs" in words
+    assert "up to 0.100" in words
+    assert not list(noise_in_words(rows[1:]))
 
 
 # The command.
