@@ -110,8 +110,8 @@ METHOD = [
     "input and encoder row. By rule it is over: pairs up to .7 of a latent's largest activation, "
     "silent ones included, as in the source; pairs up to the valley between two fitted peaks, or "
     ".05 of the largest activation where there is one peak; firings alone, up to .7; and, of "
-    "latents with two peaks, firings of the lower, the higher or the smaller peak. Firings are few, "
-    "so that the loss over them has 100 times the weight.",
+    "latents with two peaks, firings of the lower, the higher or the smaller peak. Firings are "
+    "few, so that the loss over them has 100 times the weight.",
     "Absorption is measured for properties of tokens that a probe finds in the activation. A "
     "property's own latents are those of the smallest sparse probe; the fraction is the share of "
     "the tokens' projection on the probe that other latents have taken over.",
