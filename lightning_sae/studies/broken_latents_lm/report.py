@@ -23,6 +23,8 @@ MAIN = {
     "absorbed": ("absorbed", ".3f"),
     "in_full": ("in full", ".3f"),
     "own": ("latents per property", ".2f"),
+    "precision": ("firings with it", ".2f"),
+    "recall": ("fires with it", ".2f"),
     "token_1": ("probe, 1", ".3f"),
     "token_5": ("probe, 5", ".3f"),
     "dead": ("dead", ".3f"),
@@ -60,7 +62,7 @@ def report(folder: Path, settings: Row, results: Sequence[Sequence[Row]]) -> Pag
         settings: The study's.
         results: Of each seed, a row for each SAE.
     """
-    rows = [row for each in results for row in each]
+    rows = [row | _of_own_latents(row) for each in results for row in each]
     groups = {label(row): select(rows, sae=row["sae"]) for row in results[0]}
     properties = list(_properties(rows))
     shown = scalars(rows)
@@ -118,7 +120,9 @@ METHOD = [
 ]
 MAIN_NOTE = (
     "Nats added: cross-entropy with the reconstruction in place of the activation, less that "
-    "without. Absorbed and in full: means over properties. Probe: accuracy of the best one and "
+    "without. Absorbed and in full: means over properties. Firings with it: share of the firings "
+    "of a property's own latent that have the property; fires with it: share of the tokens with "
+    "the property on which it fires; means over properties. Probe: accuracy of the best one and "
     "five latents, mean over properties. Mean ± standard deviation over seeds."
 )
 COST_CAPTION = (
@@ -151,6 +155,15 @@ def label(row: Row) -> str:
     """Name of an SAE in tables."""
     name = f"{row['kind']}, {row['d_sae']}: {RULES[row['rule']].label}"
     return f"{name}, {row['coefficient']:g}" if row["coefficient"] else name
+
+
+def _of_own_latents(row: Row) -> Row:
+    """Means over properties of how exactly their own latents fire."""
+    own = row["properties"].values()
+    return {
+        "precision": mean(each["of_property"] for each in own) if own else None,
+        "recall": mean(each["fires_with"] for each in own) if own else None,
+    }
 
 
 def _drawn(rows: Sequence[Row]) -> list[Row]:
