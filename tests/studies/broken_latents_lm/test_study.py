@@ -17,7 +17,7 @@ from lightning_sae.analysis.evaluation.passages import Blocks
 from lightning_sae.analysis.evaluation.sample import Sample
 from lightning_sae.functional.geometry import unit_rows
 from lightning_sae.functional.sparse.code import Code
-from lightning_sae.functional.sparse.patterns import SparsePattern
+from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern
 from lightning_sae.studies import main
 from lightning_sae.studies.broken_latents_lm.measure import overlaps_of, parts_of, peaks_of
 from lightning_sae.studies.broken_latents_lm.report import gains_in_words, noise_in_words
@@ -82,25 +82,30 @@ def test_inner_levels_are_the_first_latents() -> None:
     assert found.int().tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
-def test_the_loss_over_weak_firings_is_that_of_a_naive_loop() -> None:
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_loss_over_weak_firings_is_that_of_a_naive_loop(dense: bool) -> None:
     torch.manual_seed(0)
     sae: Any = Variant(UNTIED, 7, "weak", 2.0).sae(5, 3.0)
     assert isinstance(sae.peaks, WeakOfShare)
     with torch.no_grad():
         sae.b_enc.normal_()
+        sae.W_enc.mul_(2.0)
     x = torch.randn(11, 5)
+    sae.layout.dense = dense
     f = sae.latents(x)
-    dense = sae.activate(sae.pre_activations(x))
-    sae.peaks.recent[0] = dense.amax(0)
+    assert isinstance(f.pattern, DensePattern) == dense
+    latents = sae.activate(sae.pre_activations(x))
+    sae.peaks.recent[0] = latents.amax(0)
     sae.eval()
     cosines = unit_rows(x) @ unit_rows(sae.W_enc.T.detach()).T
     pairs = [
         float(cosines[i, j] ** 2)
         for i in range(11)
         for j in range(7)
-        if 0 < dense[i, j] <= 0.7 * dense[:, j].max()
+        if 0 < latents[i, j] <= 0.7 * latents[:, j].max()
     ]
     assert len(pairs) > 3
+    assert not (sae.peaks.strong(f) & (f.values <= 0)).any()
     assert float(sae.orthogonality(x, f)["orthogonality"].detach()) == pytest.approx(
         2.0 * sum(pairs) / 77, rel=1e-5
     )
@@ -148,6 +153,7 @@ def test_peaks_are_counted_over_latents_that_fire_often() -> None:
     assert peaks_of(csr_matrix(rare[:, None].numpy()))["two_peaks"] is None
 
 
+@torch.no_grad()
 def test_the_parts_of_the_loss_are_those_of_a_naive_loop() -> None:
     torch.manual_seed(1)
     sae = ReLUSAE(4, 6).eval()
