@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 from lightning_sae.studies.broken_latents_lm.measure import scalars
 from lightning_sae.studies.broken_latents_lm.plots import draw_cost, draw_histograms
@@ -28,6 +27,15 @@ MAIN = {
     "token_1": ("probe, 1", ".3f"),
     "token_5": ("probe, 5", ".3f"),
     "dead": ("dead", ".3f"),
+}
+CHANGES = {
+    "fvu": ("FVU", "+.3f"),
+    "ce_added": ("nats added", "+.2f"),
+    "absorbed": ("absorbed", "+.2f"),
+    "precision": ("firings with it", "+.2f"),
+    "recall": ("fires with it", "+.2f"),
+    "token_1": ("probe, 1", "+.3f"),
+    "token_5": ("probe, 5", "+.3f"),
 }
 PEAKS = {
     "two_peaks": ("two peaks", ".2f"),
@@ -76,7 +84,7 @@ def report(folder: Path, settings: Row, results: Sequence[Sequence[Row]]) -> Pag
             Section(
                 "What the loss costs and gains",
                 [*gains_in_words(rows), *noise_in_words(rows)],
-                [figures_table(groups, MAIN, MAIN_NOTE)],
+                [figures_table(groups, MAIN, MAIN_NOTE), _changes(rows)],
                 {draw_cost(rows, folder / "cost.png"): COST_CAPTION},
             ),
             Section(
@@ -125,6 +133,7 @@ MAIN_NOTE = (
     "the property on which it fires; means over properties. Probe: accuracy of the best one and "
     "five latents, mean over properties. Mean ± standard deviation over seeds."
 )
+CHANGES_NOTE = "Changes against the SAE without the loss of the same kind, width and seed."
 COST_CAPTION = (
     "Absorption against nats added. Open marks have no auxiliary loss; larger marks have a larger "
     "weight. Bars one standard deviation over seeds."
@@ -164,6 +173,22 @@ def _of_own_latents(row: Row) -> Row:
         "precision": mean(each["of_property"] for each in own) if own else None,
         "recall": mean(each["fires_with"] for each in own) if own else None,
     }
+
+
+def changes(rows: Sequence[Row]) -> Iterator[Row]:
+    """For each SAE with the loss, the changes against that without of the same kind and seed."""
+    for before in select(rows, rule=NONE):
+        same = {name: before[name] for name in ("kind", "d_sae", "seed")}
+        for row in select(rows, **same):
+            if row["rule"] != NONE:
+                known_both = [c for c in CHANGES if None not in (row.get(c), before.get(c))]
+                yield row | {c: row[c] - before[c] if c in known_both else None for c in CHANGES}
+
+
+def _changes(rows: Sequence[Row]) -> Table:
+    found = list(changes(rows))
+    groups = {label(row): select(found, sae=row["sae"]) for row in found}
+    return figures_table(groups, CHANGES, CHANGES_NOTE)
 
 
 def _drawn(rows: Sequence[Row]) -> list[Row]:
@@ -252,22 +277,10 @@ def _comparison(rows: Sequence[Row]) -> list[Compared]:
             f"{seen('two_peaks', '.0%')} of latents, with a dip for {seen('dips', '.0%')}",
         ),
     ]
-    tied = select(rows, kind=TIED)
+    found = list(changes(select(rows, kind=TIED)))
     for name, words in (("share", "threshold .7"), ("mixture", "a mixture's threshold")):
-        own = [row for row in select(tied, rule=name) if row["absorbed"] is not None]
-        changes: list[Any] = [
-            (row["absorbed"] - before["absorbed"], row["ce_added"] - before["ce_added"])
-            for row in own
-            for before in select(tied, rule=NONE, seed=row["seed"], d_sae=row["d_sae"])
-            if before["absorbed"] is not None
-        ]
-        if changes:
-            absorbed, added = (mean(column) for column in zip(*changes, strict=True))
-            lines.append(
-                (
-                    f"tied, {words}",
-                    "struggled" if name == "share" else "proposed",
-                    f"absorption {absorbed:+.3f}, nats {added:+.3f}, mean over widths and weights",
-                )
-            )
+        own = select(found, rule=name)
+        there = "struggled" if name == "share" else "proposed"
+        here = f"absorption {seen('absorbed', '+.2f', own)}, nats {seen('ce_added', '+.2f', own)}"
+        lines.append((f"tied, {words}", there, f"{here}, over widths, weights and seeds"))
     return lines

@@ -20,7 +20,7 @@ from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern
 from lightning_sae.studies import main
 from lightning_sae.studies.broken_latents_lm.measure import overlaps_of, parts_of, peaks_of
-from lightning_sae.studies.broken_latents_lm.report import gains_in_words, noise_in_words
+from lightning_sae.studies.broken_latents_lm.report import changes, gains_in_words, noise_in_words
 from lightning_sae.studies.broken_latents_lm.rules import (
     HighPeak,
     LowPeak,
@@ -215,6 +215,15 @@ def test_gains_are_counted_against_the_same_seed() -> None:
     assert "of 3 SAEs with the loss" in words
     assert "2 have less absorption" in words
     assert "1 of these add no more" in words
+
+
+def test_changes_are_against_the_same_seed() -> None:
+    of_two = [row("none", 0.3, 1.0), row("share", 0.2, 2.0)]
+    other = [each | {"seed": 1, "absorbed": each["absorbed"] / 2} for each in of_two]
+    found = list(changes([*of_two, *other]))
+    assert [each["absorbed"] for each in found] == pytest.approx([-0.1, -0.05])
+    assert [each["ce_added"] for each in found] == [1.0, 1.0]
+    assert found[0]["fvu"] is None
 
 
 def test_the_noise_of_absorption_is_that_of_saes_with_the_same_cost() -> None:
