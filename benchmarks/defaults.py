@@ -161,7 +161,7 @@ def page(results: Row) -> str:
             "",
             f"## {name}, `{plan['hook']}`",
             "",
-            f"{plan['steps']} steps of {plan['batch_size']} activations, {plan['seeds']} seeds.",
+            f"{plan['steps']} steps of {plan['batch_size']} activations, {plan['seeds']} seed(s).",
             *(f"Made by {command}." for command in part["commands"]),
             "",
             *table(("", "latents", *HEADINGS), _rows(part["rows"])),
