@@ -473,6 +473,7 @@ class ActivationDataModule(ActivationSource):
         trainer: Any = self.trainer
         if stage == "fit":
             require_an_end(trainer, self.batch_size)
+            self._devices()  # refuses one that there is not
         if trainer is not None:
             self.language_model.to(trainer.strategy.root_device)
         if stage == "fit":

@@ -30,9 +30,15 @@ def place_of_buffer(asked: str, training: torch.device, nbytes: float) -> torch.
             has room.
         training: The device of training.
         nbytes: Size of the buffer and of the rows that are read for it.
+
+    Raises:
+        ValueError: If there is no such device.
     """
     if asked != "auto":
-        return torch.device(asked)
+        place = torch.device(asked)
+        there = place.type == "cpu" or (place.index or 0) < torch.cuda.device_count()
+        expect(there, "buffer_device", "one of the devices of this machine", f"{asked}: use `auto`")
+        return place
     has_room = training.type == "cuda" and nbytes <= SHARE_OF_FREE * free_memory(training)
     return training if has_room else torch.device("cpu")
 
