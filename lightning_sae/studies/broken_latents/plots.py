@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_sae.data.toy.datamodule import ToySample
-from lightning_sae.studies.broken_latents.measure import BINS, FAINT, Measured
+from lightning_sae.studies.broken_latents.measure import FAINT, Measured
+from lightning_sae.studies.shared.peaks import BINS
 from lightning_sae.studies.shared.plots import COLORS
 
 PART = 0.15  # |cosine| from which a feature counts as part of a latent

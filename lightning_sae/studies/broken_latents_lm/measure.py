@@ -15,13 +15,8 @@ from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.functional.geometry import unit_rows
 from lightning_sae.functional.peaks import LEAST_COUNT, two_peaks
-from lightning_sae.studies.broken_latents.measure import (
-    PEAK_BINS,
-    count_peaks,
-    histogram,
-    overlap,
-)
 from lightning_sae.studies.broken_latents_lm.settings import SHARE
+from lightning_sae.studies.shared.peaks import PEAK_BINS, count_peaks, histogram, overlap
 from lightning_sae.studies.shared.rows import Row
 
 BINS = 64  # of the histograms that two components are fitted to, as in training

@@ -7,6 +7,8 @@ the threshold is the point between them, and the others have no loss; for `WeakO
 share of each latent's largest activation.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -27,7 +29,7 @@ class WeakOfShare(PeakThreshold):
         return (f.values > 0) & ~super().strong(f, scale)
 
 
-class OfTwoPeaks(MixtureThreshold):
+class OfTwoPeaks(MixtureThreshold, ABC):
     """Base of rules for latents with two peaks.
 
     Args:
@@ -50,9 +52,9 @@ class OfTwoPeaks(MixtureThreshold):
         low, ours = f.at(self.low_is_penalised().float()) > 0, f.at(applies.float()) > 0
         return ours & (f.values > 0) & (above ^ low)
 
+    @abstractmethod
     def low_is_penalised(self) -> Bool[Tensor, " d_sae"]:
         """Whether the loss is over a latent's lower peak; else it is over its higher one."""
-        raise NotImplementedError
 
 
 class LowPeak(OfTwoPeaks):

@@ -12,9 +12,8 @@ from lightning_sae.studies.broken_latents_lm.measure import asked, measure
 from lightning_sae.studies.broken_latents_lm.report import report
 from lightning_sae.studies.broken_latents_lm.settings import Variant, variants
 from lightning_sae.studies.broken_latents_lm.train import train
-from lightning_sae.studies.replication.measure import without_nan
 from lightning_sae.studies.shared.folder import computed_once
-from lightning_sae.studies.shared.rows import Row
+from lightning_sae.studies.shared.rows import Row, without_nan
 from lightning_sae.studies.shared.seeds import run_seeds
 from lightning_sae.studies.shared.setting import Setting
 

@@ -17,9 +17,8 @@ from lightning_sae.studies.rare_latents.measure import measure, over_time, sampl
 from lightning_sae.studies.rare_latents.report import report
 from lightning_sae.studies.rare_latents.settings import Variant, variants
 from lightning_sae.studies.rare_latents.train import initial_sum, train
-from lightning_sae.studies.replication.measure import without_nan
 from lightning_sae.studies.shared.folder import computed_once
-from lightning_sae.studies.shared.rows import Row
+from lightning_sae.studies.shared.rows import Row, without_nan
 from lightning_sae.studies.shared.seeds import run_seeds
 from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.shared.snapshots import frequencies_path, read_snapshots

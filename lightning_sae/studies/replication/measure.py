@@ -1,7 +1,6 @@
 """Figures of the SAEs of the study of replication."""
 
 import copy
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,13 +69,6 @@ def measure(
         },
         "per_latent": {name: _per_latent(sae, rare[name]) for name, sae in saes.items()},
     }
-
-
-def without_nan(figures: Any) -> Any:
-    """Figures with None in place of NaN, which JSON does not have."""
-    if isinstance(figures, dict):
-        return {name: without_nan(value) for name, value in figures.items()}
-    return None if isinstance(figures, float) and math.isnan(figures) else figures
 
 
 def _together(

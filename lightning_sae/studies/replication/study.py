@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sae.checks import require_positive
-from lightning_sae.studies.replication.measure import measure, rare_of, snapshots_of, without_nan
+from lightning_sae.studies.replication.measure import measure, rare_of, snapshots_of
 from lightning_sae.studies.replication.report import report
 from lightning_sae.studies.replication.settings import OUT, PLAIN, RESAMPLE_EVERY
 from lightning_sae.studies.replication.train import constrained, members_of
 from lightning_sae.studies.shared.folder import computed_once
+from lightning_sae.studies.shared.rows import without_nan
 from lightning_sae.studies.shared.seeds import run_seeds
 from lightning_sae.studies.shared.setting import Setting
 from lightning_sae.studies.shared.training import train_together

@@ -1,5 +1,6 @@
 """Rows of tables: choosing them, and their figures as text."""
 
+import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -21,6 +22,13 @@ def select(rows: Sequence[Row], **values: Any) -> list[Row]:
 def distinct(rows: Sequence[Row], column: str) -> list[Any]:
     """The different values of a column, in the order in which they first appear."""
     return list(dict.fromkeys(row[column] for row in rows))
+
+
+def without_nan(figures: Any) -> Any:
+    """Figures with None in place of NaN, which JSON does not have."""
+    if isinstance(figures, dict):
+        return {name: without_nan(value) for name, value in figures.items()}
+    return None if isinstance(figures, float) and math.isnan(figures) else figures
 
 
 def known(rows: Sequence[Row], column: str) -> list[float]:

@@ -5,7 +5,8 @@ import torch
 
 from lightning_sae.architectures import ReLUSAE, TiedSAE
 from lightning_sae.data import ToyDataModule
-from lightning_sae.studies.broken_latents.measure import count_peaks, histogram, measure, overlap
+from lightning_sae.studies.broken_latents.measure import measure
+from lightning_sae.studies.shared.peaks import count_peaks, histogram, overlap
 
 
 def counts(*values: float) -> torch.Tensor:

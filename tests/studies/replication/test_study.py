@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,11 +132,6 @@ def test_directions_of_seeds_are_compared_where_there_are_rare_latents() -> None
     results = [seed([1.0, 0.0], True), seed([0.6, 0.8], True), seed([0.0, 0.0], False)]
     assert across_seeds(results, PLAIN) == pytest.approx([0.6])
     assert across_seeds(results, CONSTRAINED) == []
-
-
-def test_figures_that_are_not_there_are_null_in_json() -> None:
-    found = measure.without_nan({"a": math.nan, "b": {"c": 1.0, "d": [True]}})
-    assert found == {"a": None, "b": {"c": 1.0, "d": [True]}}
 
 
 def test_a_finished_study_trains_and_measures_nothing(

@@ -1,6 +1,15 @@
 """Rows: which are chosen, and their figures as text."""
 
-from lightning_sae.studies.shared.rows import distinct, known, select, spread, with_spread
+import math
+
+from lightning_sae.studies.shared.rows import (
+    distinct,
+    known,
+    select,
+    spread,
+    with_spread,
+    without_nan,
+)
 
 ROWS = [
     {"sae": "b", "seed": 0, "l0": 3.0},
@@ -28,3 +37,8 @@ def test_mean_and_spread_are_those_of_a_sample() -> None:
     assert with_spread([2.0]) == "2.000"
     assert (with_spread([]), with_spread([], none="diverged")) == ("", "diverged")
     assert (spread([7.0]), spread([1.0, 3.0])) == (0.0, 2**0.5)
+
+
+def test_figures_that_are_not_there_are_null_in_json() -> None:
+    found = without_nan({"a": math.nan, "b": {"c": 1.0, "d": [True]}})
+    assert found == {"a": None, "b": {"c": 1.0, "d": [True]}}
