@@ -255,6 +255,14 @@ def test_a_member_is_read_from_a_checkpoint_without_other_weights(tmp_path: Path
     assert torch.equal(lightning_sae.load(path, member="a").W_dec, weights["saes.0.W_dec"])
 
 
+def test_a_member_is_refused_for_a_checkpoint_of_one_sae(sae: ReLUSAE, tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(sae)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match=r"`member` to be None, for .*one\.ckpt is of one SAE"):
+        lightning_sae.load(tmp_path / "one.ckpt", member="a")
+
+
 def test_tensors_without_values_are_named(sae: ReLUSAE, tmp_path: Path) -> None:
     with torch.device("meta"):
         x, f, absent = torch.ones(3, 4), torch.ones(3, 6), ReLUSAE(4, 6)
