@@ -43,6 +43,7 @@ from lightning_sae.callbacks import (
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, require_new_run
 from lightning_sae.commands import configs
+from lightning_sae.data import ActivationDataModule, CachedDataModule, ToyDataModule
 from lightning_sae.distributed.ranks import require_agreement
 from lightning_sae.files import (
     AtomicCheckpointIO,
@@ -66,6 +67,12 @@ BESIDE = {
     "steer": "lightning_sae.analysis.steering:main",
 }
 """Commands without a run. Imported only when used: `fit` needs no scikit-learn."""
+
+STREAMS = ActivationDataModule, CachedDataModule, ToyDataModule
+"""Data that has no end."""
+
+VALIDATE_EVERY = 1000
+"""Batches between two validations of a stream, where the configuration does not say."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -195,6 +202,8 @@ class SAECLI(LightningCLI):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if isinstance(self.model, SideBySide):
             self._give_each(self.model)
+        if self.subcommand == "fit":
+            kwargs |= self._validation()
         try:
             return super().instantiate_trainer(**kwargs)
         except RuntimeError as error:
@@ -205,6 +214,20 @@ class SAECLI(LightningCLI):
                 f"Expected argument `trainer.callbacks` to have one `{kind}` but got more, or one "
                 "beside that of the command itself: remove it."
             ) from error
+
+    def _validation(self) -> dict[str, Any]:
+        """How often to validate in a stream without epochs, where the configuration has no answer.
+
+        Lightning would wait for the end of an epoch. A run that is shorter validates at its end.
+        """
+        given = self._get(self.config_init, "trainer")
+        by_epochs = given.limit_train_batches or given.overfit_batches or given.fast_dev_run
+        is_given = given.val_check_interval is not None or given.check_val_every_n_epoch != 1
+        if by_epochs or is_given or not isinstance(self.datamodule, STREAMS):
+            return {}
+        run = given.max_steps * given.accumulate_grad_batches
+        interval = min(VALIDATE_EVERY, run) if run > 0 else VALIDATE_EVERY
+        return {"val_check_interval": interval, "check_val_every_n_epoch": None}
 
     def _give_each(self, model: SideBySide) -> None:
         """Give the callbacks for a single SAE to each member instead of to the run."""
