@@ -2,7 +2,9 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Integral
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,19 +17,59 @@ from torch import Tensor, nn
 
 from lightning_sae.files import UNFINISHED, not_finite
 
+_NOTED: ContextVar[list[str] | None] = ContextVar("noted", default=None)
+
+
+def refuse(message: str) -> None:
+    """Raise a ValueError about an argument, or note it inside `all_at_once`."""
+    noted = _NOTED.get()
+    if noted is None:
+        raise ValueError(message)
+    if message not in noted:
+        noted.append(message)
+
+
+@contextmanager
+def all_at_once() -> Iterator[None]:
+    """Note all bad arguments inside, and raise one ValueError with a line for each.
+
+    If something else fails after the first of them, it is taken for its consequence and not shown,
+    unless it is about an argument too.
+    """
+    noted: list[str] = []
+    token = _NOTED.set(noted)
+    try:
+        yield
+    except Exception as error:
+        if not noted:
+            raise
+        last = str(_origin(error))
+        noted += [last] if last.startswith("Expected argument") and last not in noted else []
+    finally:
+        _NOTED.reset(token)
+    if noted:
+        raise ValueError("\n".join(noted))
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The error that others were raised from; jsonargparse wraps those of constructors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
 
 def require_positive(**values: int | float) -> None:
     """Raise a ValueError if an argument is not positive."""
     for name, value in values.items():
         if not value > 0:  # nor not a number
-            raise ValueError(f"Expected argument `{name}` to be positive but got {value}.")
+            refuse(f"Expected argument `{name}` to be positive but got {value}.")
 
 
 def require_integers(**values: Any) -> None:
     """Raise a ValueError if an argument is not an integer; True and False are refused."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise ValueError(f"Expected argument `{name}` to be a whole number but got {value!r}.")
+            refuse(f"Expected argument `{name}` to be a whole number but got {value!r}.")
 
 
 def require_not_negative(**values: int | float) -> None:
@@ -39,7 +81,7 @@ def require_at_least(least: float, **values: int | float | None) -> None:
     """Raise a ValueError if an argument is below `least`; None, a default, is accepted."""
     for name, value in values.items():
         if value is not None and not value >= least:
-            raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value}.")
+            refuse(f"Expected argument `{name}` to be at least {least} but got {value}.")
 
 
 def require_between(least: float, most: float, **values: float | Tensor) -> None:
@@ -48,7 +90,7 @@ def require_between(least: float, most: float, **values: float | Tensor) -> None
         numbers = torch.as_tensor(value)
         wrong = numbers[~((numbers >= least) & (numbers <= most) & numbers.isfinite())]
         if len(wrong):
-            raise ValueError(
+            refuse(
                 f"Expected argument `{name}` to be from {least} to {most} but got "
                 f"{wrong[0].item():g}."
             )
@@ -57,18 +99,14 @@ def require_between(least: float, most: float, **values: float | Tensor) -> None
 def require_k(k: Any, d_sae: int) -> None:
     """Raise a ValueError unless 0 < `k` <= `d_sae`."""
     if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= d_sae:
-        raise ValueError(
-            f"Expected argument `k` to be above 0 and at most `d_sae`={d_sae} but got {k!r}."
-        )
+        refuse(f"Expected argument `k` to be above 0 and at most `d_sae`={d_sae} but got {k!r}.")
 
 
 def require_one_of(allowed: tuple[str, ...], **values: str) -> None:
     """Raise a ValueError if an argument is not one of the allowed words."""
     for name, value in values.items():
         if value not in allowed:
-            raise ValueError(
-                f"Expected argument `{name}` to be one of {allowed} but got {value!r}."
-            )
+            refuse(f"Expected argument `{name}` to be one of {allowed} but got {value!r}.")
 
 
 def require_types(kind: type, arguments: Mapping[str, Any]) -> None:
@@ -214,7 +252,7 @@ def require_betas(betas: Any) -> None:
     """Raise a ValueError unless `betas` are two numbers of at least 0 and below 1."""
     numbers = isinstance(betas, tuple | list) and len(betas) == 2
     if not numbers or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
-        raise ValueError(
+        refuse(
             "Expected argument `betas` to be two numbers of at least 0 and below 1 but got "
             f"{betas!r}."
         )
@@ -404,4 +442,4 @@ def require_new_folder(name: str, folder: Path) -> None:
 def expect(holds: bool, name: str, expected: str, value: object) -> None:
     """Raise a ValueError about the argument `name` unless `holds`."""
     if not holds:
-        raise ValueError(f"Expected argument `{name}` to be {expected} but got {value}.")
+        refuse(f"Expected argument `{name}` to be {expected} but got {value}.")

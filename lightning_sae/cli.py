@@ -42,6 +42,7 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, require_new_run
+from lightning_sae.checks import all_at_once
 from lightning_sae.commands import configs
 from lightning_sae.data import ActivationDataModule, CachedDataModule, ToyDataModule
 from lightning_sae.distributed.ranks import require_agreement
@@ -184,6 +185,12 @@ class SAECLI(LightningCLI):
             if _is_moved(folder, Path(own.ckpt_path), Path(trainer.default_root_dir)):
                 say(f"The run's folder is {folder}, not {trainer.default_root_dir} as it was.")
                 trainer.default_root_dir = str(folder)
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Like Lightning's, but names all bad arguments at once."""
+        with all_at_once():
+            super().instantiate_classes()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -341,6 +341,16 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(
     assert not list(Path("runs").rglob("config.yaml"))
 
 
+def test_all_bad_arguments_are_named_at_once() -> None:
+    bad = {"data.batch_size": 1024, "data.refill_fraction": 2, "model.lr": -1, "model.k": 0}
+    words = [f"--{name}={value}" for name, value in bad.items()]
+    with pytest.raises(ValueError, match="batch_size") as refused:
+        main(["fit", *SMALL, "--model=TopKSAE", "--model.d_sae=256", *words])
+    lines = str(refused.value).splitlines()
+    assert len(lines) == len(bad)
+    assert all(f"`{name.split('.')[1]}`" in line for name, line in zip(bad, lines, strict=True))
+
+
 def test_seed_is_fixed_unless_the_user_sets_one() -> None:
     weights = []
     for seed in (0, 0, 1):

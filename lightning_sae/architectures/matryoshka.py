@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_sae.architectures.batch_topk import BatchTopKSAE
 from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.threshold import ThresholdCalibration
-from lightning_sae.checks import require_at_least, require_not_negative
+from lightning_sae.checks import refuse, require_at_least, require_not_negative
 from lightning_sae.functional.penalties import L1, Penalty, batch_penalty
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import Above
@@ -139,7 +139,7 @@ def _check_prefixes(prefixes: Sequence[int] | int, d_sae: int) -> None:
         return
     widths = list(prefixes)
     if not widths or sorted(set(widths)) != widths or widths[0] < 1 or widths[-1] != d_sae:
-        raise ValueError(
+        refuse(
             f"Expected argument `prefixes` to rise from 1 or more up to `d_sae`={d_sae} but got "
             f"{widths}: end it with {d_sae}."
         )

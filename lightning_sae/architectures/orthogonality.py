@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_sae.architectures.base import SparseAutoencoder
 from lightning_sae.architectures.peaks import MixtureThreshold, PeakThreshold
 from lightning_sae.checks import (
+    refuse,
     require_not_negative,
     require_one_of,
     require_positive,
@@ -78,7 +79,7 @@ class WithOrthogonality(SparseAutoencoder):
         require_one_of(("low", "high"), orthogonality_side=orthogonality_side)
         require_one_of(("share", "mixture"), orthogonality_threshold=orthogonality_threshold)
         if orthogonality_threshold_share > 1:
-            raise ValueError(
+            refuse(
                 "Expected argument `orthogonality_threshold_share` to be at most 1 but got "
                 f"{orthogonality_threshold_share}: it is a share of the largest activation."
             )

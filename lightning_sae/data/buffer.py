@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sae.checks import refuse
 from lightning_sae.data.devices import current, picked, sent
 
 PATIENCE = 100
@@ -219,12 +220,12 @@ class ShuffleBuffer(Iterator[Tensor]):
 def check_buffer(capacity: int, batch_size: int, refill_fraction: float) -> None:
     """Raise a ValueError if the buffer cannot have these sizes."""
     if not 0 < batch_size <= capacity:
-        raise ValueError(
+        refuse(
             f"Expected argument `batch_size` to be between 1 and `buffer_size`={capacity} but got "
             f"{batch_size}: make the batch smaller or the buffer larger."
         )
     if not 0 < refill_fraction <= 1:
-        raise ValueError(
+        refuse(
             f"Expected argument `refill_fraction` to be in (0, 1] but got {refill_fraction}: "
             "0.5 refills when half of the buffer is served."
         )

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sae.checks import expect, require_integers, require_positive
+from lightning_sae.checks import expect, refuse, require_integers, require_positive
 from lightning_sae.data.buffer import ShuffleBuffer, check_buffer
 from lightning_sae.data.devices import place_of_buffer, require_device
 from lightning_sae.data.embedded import EMBEDDED_MODEL
@@ -675,7 +675,7 @@ def _check(data: ActivationDataModule) -> None:
     check_buffer(data.buffer_size, data.batch_size, data.refill_fraction)
     require_device(data.buffer_device)
     if positions is not None and not 0 <= positions[0] < min(positions[1], length):
-        raise ValueError(
+        refuse(
             "Expected argument `positions` to be the first position kept and the one after the "
             f"last, within `context_length`={length}, but got {positions}: give two positions of "
             "a block."

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import Callback
 
 from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.checks import all_at_once
 from lightning_sae.side_by_side.member import Member
 from lightning_sae.side_by_side.sweeps import expanded
 
@@ -132,7 +133,12 @@ def _instantiated(kind: type[T], description: Any) -> T:
     parsed = parser.parse_object({"part": description})
     # In a context of its own: the command line leaves `SideBySide`'s arguments in the present one,
     # and Lightning would take them for the hyper-parameters of what is built here.
-    return Context().run(parser.instantiate_classes, parsed).part
+    return Context().run(_checked, parser, parsed)
+
+
+def _checked(parser: ArgumentParser, parsed: Namespace) -> Any:
+    with all_at_once():
+        return parser.instantiate_classes(parsed).part
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_sae.checks import refuse
+
 Length = int | float
 """Optimizer steps, as `200`, or a share of `trainer.max_steps` between 0 and 1, as `0.05`."""
 
@@ -22,7 +24,7 @@ def require_lengths(least: int, **values: Length) -> None:
         else:
             holds = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
         if not holds:
-            raise ValueError(
+            refuse(
                 f"Expected argument `{name}` to be at least {least} and a whole number of steps, "
                 f"or a share of the run between 0 and 1, but got {value}."
             )
