@@ -15,6 +15,7 @@ from lightning_sae.callbacks.moments import reset_moments
 from lightning_sae.checks import expect, refuse_second
 from lightning_sae.distributed.parts import ALONE
 from lightning_sae.distributed.split import copies_of
+from lightning_sae.distributed.undrawn import without_drawing
 from lightning_sae.functional.geometry import random_unit_rows, unit_rows
 from lightning_sae.functional.resampling import dead_latents, mean_norm, sample_directions
 from lightning_sae.training.lengths import (
@@ -334,7 +335,8 @@ class DeadFeatureResampling(Callback):
 
 def _is_replaceable(sae: SparseAutoencoder) -> bool:
     """Whether all weights of a latent are trained parameters."""
-    trained = {name for name, weight in sae.named_parameters() if weight.requires_grad}
+    with without_drawing(sae):
+        trained = {name for name, weight in sae.named_parameters() if weight.requires_grad}
     return ({"W_dec"} if sae.tied else {"W_enc", "W_dec", "b_enc"}) <= trained
 
 

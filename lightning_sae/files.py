@@ -144,7 +144,14 @@ def _constant(name: str) -> float:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint I/O that writes atomically: first beside the old file, then in its place."""
+    """Checkpoint I/O that writes atomically: first beside the old file, then in its place.
+
+    Attributes:
+        mapped: Whether weights and moments are read from the file when they are used, see
+            `read_checkpoint`; for processes that use a part of them.
+    """
+
+    mapped = False
 
     @override
     def save_checkpoint(
@@ -167,7 +174,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: If it is damaged, or not a checkpoint of Lightning.
         """
-        content = read_checkpoint(path, map_location, weights_only=weights_only is not False)
+        content = read_checkpoint(
+            path, map_location, weights_only=weights_only is not False, mapped=self.mapped
+        )
         missing = [name for name in OF_LIGHTNING if name not in content]
         if missing:
             raise _refusal(path, f"it lacks {_listed(missing)}, which Lightning writes")
@@ -199,6 +208,7 @@ def read_checkpoint(
     map_location: Any | None = "cpu",
     needed: tuple[str, ...] | None = None,
     weights_only: bool = True,
+    mapped: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint, and check that it is undamaged.
 
@@ -209,6 +219,9 @@ def read_checkpoint(
             default all.
         weights_only: Whether to read only tensors and plain values. Reading other objects can run
             code.
+        mapped: Whether weights and moments stay in the file, of which the system reads what is
+            used; it may not be changed in place as long as they are. Elsewhere than on a local
+            disk they are read.
 
     Raises:
         FileNotFoundError: If there is no file at `path`.
@@ -224,7 +237,10 @@ def read_checkpoint(
         if lost:
             raise _refusal(path, _what_is_left(path, damaged))
         file.seek(0)
-        content = _content(path, file, map_location, weights_only)
+        if mapped and "://" not in str(path):
+            content = _mapped(path, file, map_location, weights_only)
+        else:
+            content = _content(path, file, map_location, weights_only)
     if damaged:
         warnings.warn(
             f"{path} is damaged in {_listed(damaged)}, which are not needed here; the rest of it "
@@ -235,9 +251,36 @@ def read_checkpoint(
     return {name: value for name, value in content.items() if name not in damaged}
 
 
-def _content(path: str | Path, file: BinaryIO, map_location: Any, weights_only: bool) -> Any:
+IN_FILE = {"state_dict", "optimizer_states"}
+"""Entries of a checkpoint that are read when they are used, if it is mapped."""
+
+
+def _mapped(path: str | Path, file: BinaryIO, map_location: Any, weights_only: bool) -> Any:
+    """The content of a file that was checked, of which `IN_FILE` is not read yet."""
+    content = _content(path, path, map_location, weights_only, mmap=True)
+    checked, present = os.fstat(file.fileno()), os.stat(path)
+    if (checked.st_ino, checked.st_mtime_ns) != (present.st_ino, present.st_mtime_ns):
+        raise ValueError(f"Could not read {path}: it was replaced meanwhile. Start again.")
+    if not isinstance(content, dict):
+        return content
+    return {name: v if name in IN_FILE else _in_memory(v) for name, v in content.items()}
+
+
+def _in_memory(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: _in_memory(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_in_memory, value))
+    return value
+
+
+def _content(
+    path: str | Path, file: Any, map_location: Any, weights_only: bool, mmap: bool = False
+) -> Any:
     try:
-        return torch.load(file, map_location, weights_only=weights_only)
+        return torch.load(file, map_location, weights_only=weights_only, mmap=mmap)
     except UnpicklingError as error:
         kinds = re.findall(r"(?:GLOBAL|class|type) ([\w.]+\.\w+)", str(error))
         kind = f"a {kinds[0]}" if kinds else "an object"
@@ -292,6 +335,10 @@ def _states(content: dict[str, Any]) -> list[Any]:
     return states
 
 
+PIECE = 2**24
+"""Entries of a weight that are looked at together."""
+
+
 def not_finite(weights: Mapping[str, Tensor], buffers: Collection[str] | None = None) -> list[str]:
     """Names of the weights that are not finite.
 
@@ -304,10 +351,16 @@ def not_finite(weights: Mapping[str, Tensor], buffers: Collection[str] | None = 
 
 
 def _is_bad(name: str, weight: Tensor, buffers: Collection[str] | None) -> bool:
-    if not weight.is_floating_point() or torch.isfinite(weight).all():
+    if not weight.is_floating_point():
         return False
     may_be_low = weight.dim() < 2 if buffers is None else name in buffers
-    return not (may_be_low and (torch.isfinite(weight) | (weight == -torch.inf)).all())
+    ordered = weight if weight.is_contiguous() or weight.dim() < 2 else weight.mT
+    # Piece by piece, because comparing all of a large dictionary takes as much memory again.
+    return any(
+        not torch.isfinite(piece).all()
+        and not (may_be_low and (torch.isfinite(piece) | (piece == -torch.inf)).all())
+        for piece in ordered.reshape(-1).split(PIECE)
+    )
 
 
 # Damage. `torch.load` checks nothing, but the zip archive has a checksum for each record. One

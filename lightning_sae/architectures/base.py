@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_sae.architectures import hub, portable
 from lightning_sae.architectures.decoder_norm import DecoderNormProjection, keep_unit_rows
+from lightning_sae.architectures.initial import create_directions
 from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
 from lightning_sae.architectures.silence import Silence
 from lightning_sae.architectures.target_l0 import TargetL0
@@ -53,8 +54,8 @@ from lightning_sae.distributed.split import (
     require_whole,
     whole_shapes,
 )
+from lightning_sae.distributed.undrawn import without_drawing
 from lightning_sae.files import AtomicCheckpointIO, first_line
-from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.functional.revival import auxk, ghost_gradients, variance
 from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_rows, encode
@@ -267,9 +268,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
 
         The encoder is stored with one latent after another, as are its sparse gradients.
         """
-        directions = random_unit_rows(self.d_sae, self.d_in)
-        self.W_enc = nn.Parameter(directions.clone().T)
-        self.W_dec = nn.Parameter(directions)
+        create_directions(self, self.d_sae, self.d_in, {"W_enc": 1, "W_dec": 0})
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
 
     def _create_weights(self) -> None:
@@ -441,9 +440,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         keep_freed_blocks()
         if stage == "fit":
             refuse_lengths(self.trainer, self)
-        require_supported_features(self, self.trainer, stage)
-        if self.trainer.precision == "64-true":
-            self.double()  # Lightning does so only after it has restored the weights
+        with without_drawing(self):
+            require_supported_features(self, self.trainer, stage)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         data = source_of(self.trainer)
@@ -464,6 +462,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         if self.parts.n != parts.n:
             require_whole(self.parts)
             self._axes = keep_own_part(self, parts, self.trainer.strategy.root_device)
+        if self.trainer.precision == "64-true":
+            self.double()  # Lightning does so only after it has restored the weights
         if parts.n > 1:
             self.parts = parts
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.checks import refuse_second
+from lightning_sae.distributed.undrawn import without_drawing
 from lightning_sae.training.optimizer import AfterOptimizerSteps
 
 
@@ -54,7 +55,9 @@ class DecoderNormProjection(AfterOptimizerSteps):
         """Check the module and the trainer before data is loaded."""
         if stage != "fit":
             return
-        if _with_decoder(pl_module).decoder_norm == "free":
+        with without_drawing(pl_module):
+            free = _with_decoder(pl_module).decoder_norm == "free"
+        if free:
             raise ValueError(
                 "`DecoderNormProjection` keeps decoder rows at norm 1 but the SAE was built with "
                 '`decoder_norm="free"`: set `decoder_norm="unit"` or remove the callback.'

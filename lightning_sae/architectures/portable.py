@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from lightning_sae.checks import expect, require_new_folder, require_types
 from lightning_sae.distributed.parts import Parts
+from lightning_sae.distributed.undrawn import leave_undrawn
 from lightning_sae.files import (
     first_line,
     not_finite,
@@ -330,6 +331,7 @@ def build(
     """
     require_fit(description, weights, of, *architectures)
     sae: Any = _made(description, of, *architectures)
+    leave_undrawn(sae)
     bad = not_finite(weights, dict(sae.named_buffers()))
     if bad:
         raise _refusal(of, f"its weights are not finite ({', '.join(bad)})")

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_sae.architectures.initial import create_directions
 from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.relu import ReLUSAE
 from lightning_sae.checks import require_not_negative, require_positive
-from lightning_sae.functional.geometry import random_unit_rows
 from lightning_sae.functional.jumprelu import jumprelu
 from lightning_sae.functional.sparse.code import Code
 from lightning_sae.functional.sparse.selection import Above
@@ -73,7 +73,7 @@ class TiedSAE(ReLUSAE):
         return self.W_dec.T
 
     def _create_dictionary(self) -> None:
-        self.W_dec = nn.Parameter(random_unit_rows(self.d_sae, self.d_in))
+        create_directions(self, self.d_sae, self.d_in, {"W_dec": 0})
         self.register_buffer("b_enc", torch.zeros(self.d_sae))
 
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:

@@ -121,6 +121,11 @@ class Parts:
         """Index of this part's first latent, of `n_latents` in all."""
         return self.index * (n_latents // self.n)
 
+    def latents(self, n_latents: int) -> range:
+        """This part's latents, of `n_latents` in all."""
+        first = self.first(n_latents)
+        return range(first, first + n_latents // self.n)
+
     def cut(self, whole: Tensor, axis: int) -> Tensor:
         """This part of a tensor of all latents, as a view."""
         size = whole.shape[axis] // self.n

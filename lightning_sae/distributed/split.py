@@ -24,6 +24,8 @@ from typing_extensions import override
 
 from lightning_sae.checks import require_positive
 from lightning_sae.distributed.parts import ALONE, Parts
+from lightning_sae.distributed.undrawn import drawn_for, without_drawing
+from lightning_sae.files import AtomicCheckpointIO
 
 
 class Copies(NamedTuple):
@@ -164,7 +166,7 @@ class SplitDictionary(DDPStrategy):
         """State of the module with the whole dictionary, in the process that writes it."""
         state = super().lightning_module_state_dict()
         axes = self._axes()
-        return {k: self._whole(v, axes[k]) if k in axes else v for k, v in state.items()}
+        return {k: self._whole(v, axes.get(k)) for k, v in state.items()}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -173,10 +175,19 @@ class SplitDictionary(DDPStrategy):
         return {**found, "state": self._each_moment(optimizer, found["state"], self._whole)}
 
     @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Read a checkpoint; if it can be, only what this device needs of weights and moments."""
+        checkpoint_io = self.checkpoint_io
+        if isinstance(checkpoint_io, AtomicCheckpointIO):
+            checkpoint_io.mapped = self.parts.n > 1
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load this device's part of the weights of a checkpoint."""
         axes, whole = self._axes(), checkpoint["state_dict"]
-        own = {k: self._own(v, axes[k]) if k in axes else v for k, v in whole.items()}
+        # As views: the module copies them.
+        own = {k: self.parts.cut(v, axes[k]) if k in axes else v for k, v in whole.items()}
         super().load_model_state_dict({**checkpoint, "state_dict": own}, strict)
 
     @override
@@ -195,22 +206,25 @@ class SplitDictionary(DDPStrategy):
             return {}
         return cast(HasLatents, self.lightning_module).latent_axes()
 
-    def _whole(self, own: Tensor, axis: int) -> Tensor | None:
+    def _whole(self, own: Tensor, axis: int | None) -> Tensor | None:
+        if axis is None:
+            return own
         # Only the first copy is saved.
         return self.parts.whole(own, axis) if self.copies.own == 0 else None
 
-    def _own(self, whole: Tensor, axis: int) -> Tensor:
-        return self.parts.cut(whole, axis).clone()
+    def _own(self, whole: Tensor, axis: int | None) -> Tensor:
+        # Copied, because the whole may be that in the file.
+        return (whole if axis is None else self.parts.cut(whole, axis)).clone()
 
     def _each_moment(self, optimizer: Optimizer, state: Any, convert: Any) -> dict[int, Any]:
-        """The state of each weight, in which tensors with an axis of latents are converted."""
+        """The state of each weight, with its tensors converted by their axis of latents."""
         axes, module = self._axes(), cast(nn.Module, self.lightning_module)
         of_weight = {id(w): axes[name] for name, w in module.named_parameters() if name in axes}
         weights = [w for group in optimizer.param_groups for w in group["params"]]
         return {
             i: {
-                name: convert(value, of_weight[id(weights[i])])
-                if id(weights[i]) in of_weight and isinstance(value, Tensor) and value.dim()
+                name: convert(value, of_weight.get(id(weights[i])) if value.dim() else None)
+                if isinstance(value, Tensor)
                 else value
                 for name, value in moments.items()
             }
@@ -233,11 +247,16 @@ def _agreed(n_parts: int) -> int:
 def keep_own_part(module: nn.Module, parts: Parts, device: torch.device) -> dict[str, int]:
     """Reduce the weights of a whole module to those of its part, and return the axes of latents.
 
-    Weights that are not split, such as `b_dec`, become those of the first part.
+    Of weights that are not drawn yet, the part alone is drawn. Weights that are not split, such as
+    `b_dec`, become those of the first part.
     """
-    axes = cast(HasLatents, module).latent_axes()
+    with without_drawing(module):
+        axes = cast(HasLatents, module).latent_axes()
+    of_own = drawn_for(module, parts.latents(cast(HasLatents, module).d_sae))
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         tensor.grad = None
+        if name in of_own:
+            continue
         if name in axes:
             tensor.data = parts.cut(tensor.data, axes[name]).clone()
         else:

@@ -22,6 +22,7 @@ from tests.ranks.split_cases import (
     sent_by,
     toy_run,
 )
+from tests.ranks.split_memory import drawn_later, large, peaks
 
 
 def of_two(rank: int, folder: Path) -> dict[str, Any]:
@@ -35,10 +36,13 @@ def of_two(rank: int, folder: Path) -> dict[str, Any]:
         "sent": {name: sent_by(case) for name, case in SENT.items()},
         "refused": [refused(partial(ends_with, parts)) for parts in (3, 1 + rank)],
         "not_finite": refused(partial(ends_with, 2, Spoils(rank=1))),
+        "later": drawn_later(),
+        "peaks": peaks(folder / "memory"),
     }
     found |= stopped_and_whole(rank, folder / "toy")
     last = folder / "two" / "checkpoints" / "last.ckpt"
-    lightning_sae(["fit", "--config", str(folder / "two.yaml")])
+    with large() as found["drawn"]:
+        lightning_sae(["fit", "--config", str(folder / "two.yaml")])
     lightning_sae(["test", "--config", str(folder / "two.yaml"), "--ckpt_path", str(last)])
     return found
 

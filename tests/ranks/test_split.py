@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 import lightning_sae
 from benchmarks.scaling import sent_a_step
 from lightning_sae.cli import main
-from tests.ranks.cases import CASES, activations, train
+from tests.ranks.cases import CASES, D_SAE, activations, train
 from tests.ranks.command import write_config
 from tests.ranks.conftest import OfParts
 from tests.ranks.split_cases import IN_FOUR, IN_GRID, SENT, SENT_ROWS, SENT_WIDTH, SPLIT, toy_run
+from tests.ranks.split_memory import LATER, MATRIX
 
 # Runs of a few steps.
 pytestmark = pytest.mark.filterwarnings("ignore:.TargetL0. did not reach its target:UserWarning")
@@ -106,6 +107,30 @@ def test_each_rank_holds_its_own_latents_alone(of_parts: OfParts) -> None:
     for found in of_parts.two:
         sizes = found["sizes"]
         assert sizes == {"W_enc": (12, 12), "W_dec": (12, 12), "b_enc": (12,), "b_dec": (12,)}
+
+
+def test_each_rank_draws_its_own_latents_alone(of_parts: OfParts) -> None:
+    """With the same results bit for bit, and so does the command line with its callbacks."""
+    for found in of_parts.two:
+        later = found["later"]
+        assert later["drawn"] == [D_SAE // 2] * len(LATER)
+        for name, run in later["runs"].items():
+            expected = found["cases"][name]
+            assert run.keys() == expected.keys()
+            for part in ("state", "moments"):
+                torch.testing.assert_close(run[part], expected[part], rtol=0, atol=0)
+        assert found["drawn"] == [128]
+
+
+def test_a_rank_needs_memory_for_its_part_alone(of_parts: OfParts) -> None:
+    """At the start for half of both matrices; on resume for that of their moments too.
+
+    Vectors of all latents and pieces take less than .4 of a matrix here, where the whole would take
+    2 matrices more to start with.
+    """
+    for found in of_parts.two:
+        assert 1 <= found["peaks"]["started"] / MATRIX < 1.5
+        assert 3 <= found["peaks"]["resumed"] / MATRIX < 3.5
 
 
 def test_devices_that_cannot_be_divided_are_refused(of_parts: OfParts) -> None:
