@@ -157,9 +157,21 @@ def test_shapes_are_known_without_values(drawn: list[range]) -> None:
     with without_drawing(sae):
         shapes = {name: tuple(weight.shape) for name, weight in sae.named_parameters()}
         assert sae.W_dec.is_meta
+        sae.W_enc.requires_grad_(False)
     assert shapes == {"W_enc": (8, 96), "W_dec": (96, 8), "b_enc": (96,), "b_dec": (8,)}
     assert drawn == []
     assert not sae.W_dec.is_meta
+    assert [sae.W_enc.requires_grad, sae.W_dec.requires_grad] == [False, True]
+
+
+def test_a_parameter_that_was_replaced_is_not_drawn(drawn: list[range]) -> None:
+    sae = later(TopKSAE)
+    sae._parameters["W_enc"] = nn.Parameter(torch.ones(8, 96))
+    del sae._parameters["b_enc"]
+    assert drawn == []
+    assert not sae.W_dec.is_meta
+    assert torch.equal(sae.W_enc, torch.ones(8, 96))
+    assert list(dict(sae.named_parameters())) == ["W_enc", "W_dec", "b_dec"]
 
 
 def test_small_dictionaries_are_drawn_at_once() -> None:

@@ -16,7 +16,7 @@ def test_any_rows_are_those_drawn_at_once(
     rows: int, d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, over pieces, and torch's generator is left in the same state."""
-    monkeypatch.setattr(directions, "PIECE", 32 * d)
+    monkeypatch.setattr(directions, "PIECE", 20 * d)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
