@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sae.analysis.weights import latent_geometry
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.architectures.orthogonality import WithOrthogonality
 from lightning_sae.callbacks.histograms import latent_statistics
@@ -33,8 +32,7 @@ class LatentFigures(Callback):
     - `latents/activations_and_thresholds`, with the auxiliary loss of orthogonality: histograms of
       how strongly the most frequent latents fire, with the threshold in force.
 
-    With loggers that accept no images, nothing is drawn; of a dictionary that is split over
-    devices, only the first.
+    With loggers that accept no images, nothing is drawn.
     """
 
     def __init__(self) -> None:
@@ -63,12 +61,16 @@ class LatentFigures(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows, self._rows = self._rows, None
-        if trainer.sanity_checking or not trainer.is_global_zero or rows is None:
+        if trainer.sanity_checking or rows is None or not isinstance(pl_module, SparseAutoencoder):
             return
-        if not isinstance(pl_module, SparseAutoencoder) or not hold_figures(trainer.loggers):
+        shown = trainer.is_global_zero and hold_figures(trainer.loggers)
+        if not shown and pl_module.parts.n == 1:
+            return
+        points = frequency_and_projection(pl_module)  # which parts of a dictionary exchange
+        if not shown:
             return
         self._count(trainer.global_step, pl_module)
-        for name, figure in self._draw(pl_module, rows).items():
+        for name, figure in self._draw(pl_module, rows, points).items():
             log_figure(trainer.loggers, f"latents/{name}", figure, trainer.global_step)
 
     def _count(self, step: int, sae: SparseAutoencoder) -> None:
@@ -81,12 +83,13 @@ class LatentFigures(Callback):
         self.steps.append(step)
         self.counts.append(torch.bincount(place.cpu(), minlength=n + 1).tolist())
 
-    def _draw(self, sae: SparseAutoencoder, rows: Tensor) -> dict[str, Figure]:
+    def _draw(
+        self, sae: SparseAutoencoder, rows: Tensor, points: tuple[Tensor, Tensor]
+    ) -> dict[str, Figure]:
         found = {
             "frequency_over_training": frequency_over_training(self.steps, self.counts),
+            "frequency_against_projection": frequency_against_projection(*points),
         }
-        if sae.parts.n == 1:
-            found["frequency_against_projection"] = frequency_against_projection(sae)
         if isinstance(sae, WithOrthogonality) and sae.peaks is not None:
             found["activations_and_thresholds"] = activations_and_thresholds(sae, rows)
         return found
@@ -132,13 +135,23 @@ def frequency_over_training(steps: list[int], counts: list[list[int]]) -> Figure
     return figure
 
 
-def frequency_against_projection(sae: SparseAutoencoder) -> Figure:
-    """A point for each latent."""
+@torch.no_grad()
+def frequency_and_projection(sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
+    """The log10 of each latent's frequency, and the product of its encoder and decoder rows.
+
+    Of a split dictionary those of all parts; each part has to call this.
+    """
+    projection = sae.parts.joined((sae.W_enc.T * sae.W_dec).sum(-1))
+    return latent_statistics(sae)["log10_frequency"], projection.float().cpu()
+
+
+def frequency_against_projection(
+    frequency: Float[Tensor, " d_sae"], projection: Float[Tensor, " d_sae"]
+) -> Figure:
+    """A point for each latent, at the log10 of its frequency and its projection."""
     figure, axes = _axes(
         "log10 of the frequency on held-out activations", "encoder row · decoder row"
     )
-    frequency = latent_statistics(sae)["log10_frequency"]
-    projection = latent_geometry(sae)["projection"].cpu()
     axes.plot(frequency.numpy(), projection.numpy(), ".", markersize=3, alpha=0.6)
     axes.axhline(0, color="gray", linewidth=0.6)
     return figure

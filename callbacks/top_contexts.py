@@ -15,6 +15,7 @@ from lightning_sae.callbacks.loggers import log_table, writers
 from lightning_sae.checks import expect
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.source import source_of
+from lightning_sae.distributed.split import copies_of
 
 N_CONTEXTS = 4  # contexts of each latent
 BEFORE, AFTER = 12, 6  # tokens shown around the one on which it fires
@@ -30,9 +31,9 @@ class TopContexts(Callback):
     - TensorBoard's projector: decoder rows of the most frequent latents, labelled by the tokens on
       which each fires most.
 
-    Needs an `ActivationDataModule` with a tokenizer; with other data nothing is shown, nor of a
-    dictionary that is split over devices. For more text and all latents, use `lightning-sae
-    analyze`.
+    Needs an `ActivationDataModule` with a tokenizer; with other data nothing is shown. The parts of
+    a split dictionary read the same text, each for its own latents. For more text and all latents,
+    use `lightning-sae analyze`.
 
     Args:
         n_tokens: Approximate number of held-out tokens to read; at most those of a validation.
@@ -51,39 +52,29 @@ class TopContexts(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = source_of(trainer)
-        shown = trainer.is_global_zero and bool(trainer.loggers)
+        # Also on ranks that hold a part of the dictionary of rank 0.
+        shown = copies_of(trainer).own == 0 and bool(trainer.loggers)
         if not shown or trainer.fast_dev_run or not isinstance(data, ActivationDataModule):  # type: ignore[attr-defined]
             return
         if not isinstance(pl_module, SparseAutoencoder) or data.language_model.tokenizer is None:
             return
-        if pl_module.parts.n > 1:
-            return
         found = read(pl_module, data, min(self.n_tokens, data.n_validation))
-        step = trainer.global_step
         rows = table(found, data, self.n_latents)
-        if rows:
-            log_table(trainer.loggers, "latents/top_contexts", COLUMNS, rows, step)
         most = found.frequency.topk(min(self.n_rows, pl_module.d_sae)).indices
-        labels = self._labels(found, data, most)
-        for writer in writers(trainer.loggers):
-            header = ["latent", "tokens", "log10 frequency"]
-            decoder = pl_module.W_dec.detach().float().cpu()[most]
-            writer.add_embedding(decoder, labels, None, step, "decoder", header)
+        labels, decoder = labels_of(found, data, most), found.of(pl_module.W_dec, most)
+        if trainer.is_global_zero:
+            self._log(trainer, rows, labels, decoder.float().cpu())
 
     @staticmethod
-    def _labels(
-        found: "Found", data: ActivationDataModule, latents: Int[Tensor, " n"]
-    ) -> list[list[str]]:
-        partners = found.on_tokens.first(len(found.frequency), N_LABELS)[0]
-        log_frequency = found.frequency.clamp_min(0.5 / found.n_tokens).log10()
-        return [
-            [
-                str(latent),
-                " ".join(spelled(data, [t for t in partners[latent].tolist() if t >= 0])) or "-",
-                f"{log_frequency[latent]:.2f}",
-            ]
-            for latent in latents.tolist()
-        ]
+    def _log(
+        trainer: Trainer, rows: list[list[str]], labels: list[list[str]], decoder: Tensor
+    ) -> None:
+        step = trainer.global_step
+        if rows:
+            log_table(trainer.loggers, "latents/top_contexts", COLUMNS, rows, step)
+        for writer in writers(trainer.loggers):
+            header = ["latent", "tokens", "log10 frequency"]
+            writer.add_embedding(decoder, labels, None, step, "decoder", header)
 
 
 class Found(NamedTuple):
@@ -91,10 +82,11 @@ class Found(NamedTuple):
 
     Attributes:
         blocks: The text in blocks.
-        contexts: The strongest firings of each latent.
-        on_tokens: The tokens on which each latent fires.
-        frequency: Share of the tokens on which each latent fires, [d_sae].
+        contexts: The strongest firings of each latent of this device.
+        on_tokens: The tokens on which each of them fires.
+        frequency: Share of the tokens on which each latent of all devices fires, [d_sae].
         n_tokens: Number of these tokens.
+        sae: The SAE.
     """
 
     blocks: Int[Tensor, "blocks context_length"]
@@ -102,21 +94,29 @@ class Found(NamedTuple):
     on_tokens: PairCounts
     frequency: Tensor
     n_tokens: int
+    sae: SparseAutoencoder
+
+    def of(self, own: Tensor, latents: Int[Tensor, " n"]) -> Tensor:
+        """Rows of some latents, from a table of those of this device; on all parts alike."""
+        rows, device = own.detach().to(self.sae.device), self.sae.device
+        return self.sae.parts.picked(rows, latents.to(device), self.sae.d_sae).cpu()
 
 
 @torch.no_grad()
 def read(sae: SparseAutoencoder, data: ActivationDataModule, n_tokens: int) -> Found:
-    """Read this rank's held-out text."""
-    contexts = Contexts(sae.d_sae, N_CONTEXTS, 0, 1.0)
+    """Read this rank's held-out text, for the latents of this device."""
+    n_own = sae.d_sae // sae.parts.n
+    contexts = Contexts(n_own, N_CONTEXTS, 0, 1.0)
     on_tokens = PairCounts(data.language_model.vocabulary, by="sums")
-    counts, n_kept = torch.zeros(sae.d_sae), 0
+    counts, n_kept = torch.zeros(n_own), 0
     blocks: list[Tensor] = []
     for tokens in data.held_out_tokens(n_tokens):
-        x = data.language_model.activations(tokens)
+        # The same on all parts, whose language models may differ by rounding.
+        x = sae.parts.as_first(data.language_model.activations(tokens).to(sae.device))
         kept = data.filter.kept(tokens, x).flatten()
         before = sum(len(block) for block in blocks) * data.context_length
         numbers = kept.nonzero().squeeze(1) + before
-        size = max(1, 2**23 // sae.d_sae)  # rows whose latents may be held as a dense matrix
+        size = max(1, 2**23 // n_own)  # rows whose latents may be held as a dense matrix
         for own, rows in zip(
             numbers.split(size), x.flatten(0, 1)[kept.to(x.device)].split(size), strict=True
         ):
@@ -124,14 +124,15 @@ def read(sae: SparseAutoencoder, data: ActivationDataModule, n_tokens: int) -> F
             contexts.update(firings, data.context_length)
             token = tokens.flatten()[firings.token - before]
             on_tokens.update(firings.latent, token, firings.value)
-            counts += torch.bincount(firings.latent, minlength=sae.d_sae)
+            counts += torch.bincount(firings.latent, minlength=n_own)
         n_kept += len(numbers)
         blocks.append(tokens)
-    return Found(torch.cat(blocks), contexts, on_tokens, counts / max(1, n_kept), n_kept)
+    frequency = sae.parts.joined((counts / max(1, n_kept)).to(sae.device)).cpu()
+    return Found(torch.cat(blocks), contexts, on_tokens, frequency, n_kept, sae)
 
 
 def _firings(sae: SparseAutoencoder, rows: Tensor, numbers: Tensor) -> Firings:
-    f = sae.encode(rows)
+    f = sae.own_latents(rows)
     row, latent = f.nonzero(as_tuple=True)
     return Firings(numbers[row.cpu()], latent.cpu(), f[row, latent].float().cpu())
 
@@ -143,10 +144,10 @@ def table(found: Found, data: ActivationDataModule, n_latents: int) -> list[list
     if len(order) == 0:
         return []
     some = torch.linspace(0, len(order) - 1, min(n_latents, len(order))).round().long()
-    rows = []
-    for latent in order[some].tolist():
-        values, places = found.contexts.top_values[latent], found.contexts.top_tokens[latent]
-        for value, place in zip(values.tolist(), places.tolist(), strict=True):
+    shown, rows = order[some], []
+    of_each = (found.of(t, shown) for t in (found.contexts.top_values, found.contexts.top_tokens))
+    for latent, values, places in zip(shown.tolist(), *(t.tolist() for t in of_each), strict=True):
+        for value, place in zip(values, places, strict=True):
             if place >= 0:
                 frequency = f"{found.frequency[latent]:.5f}"
                 rows.append([str(latent), frequency, f"{value:.2f}", _context(found, data, place)])
@@ -158,6 +159,25 @@ def _context(found: Found, data: ActivationDataModule, place: int) -> str:
     parts = (block[max(0, at - BEFORE) : at], block[at : at + 1], block[at + 1 : at + 1 + AFTER])
     before, token, after = ("".join(spelled(data, part.tolist())) for part in parts)
     return f"{before}«{token}»{after}"
+
+
+def labels_of(
+    found: Found, data: ActivationDataModule, latents: Int[Tensor, " n"]
+) -> list[list[str]]:
+    """Number, tokens and frequency of some latents."""
+    n_own = len(found.contexts.top_values)
+    tokens = found.of(found.on_tokens.first(n_own, N_LABELS)[0], latents)
+    log_frequency = found.frequency[latents].clamp_min(0.5 / found.n_tokens).log10()
+    return [
+        [
+            str(latent),
+            " ".join(spelled(data, [token for token in own if token >= 0])) or "-",
+            f"{frequency:.2f}",
+        ]
+        for latent, own, frequency in zip(
+            latents.tolist(), tokens.tolist(), log_frequency.tolist(), strict=True
+        )
+    ]
 
 
 def spelled(data: ActivationDataModule, tokens: Sequence[int]) -> list[str]:

@@ -303,9 +303,10 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         """
         require_width(x, self.d_in)
         require_on(self.W_dec.device, x, "activations")
-        return self.parts.joined(self._own_latents(x))
+        return self.parts.joined(self.own_latents(x))
 
-    def _own_latents(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_own"]:
+    def own_latents(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_own"]:
+        """As `encode`, but of a split dictionary the latents of this device alone."""
         return self.activate(self.pre_activations(self.scaled(x))) / self.input_scale
 
     def decode(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
@@ -326,7 +327,7 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         """Reconstruct raw activations."""
         if self.parts.n > 1:  # latents stay where they are
             require_width(x, self.d_in)
-            return self._decode_own(self._own_latents(x))
+            return self._decode_own(self.own_latents(x))
         return self.decode(self.encode(x))
 
     # The same on centred and scaled activations.

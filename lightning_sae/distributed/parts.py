@@ -131,6 +131,16 @@ class Parts:
         size = whole.shape[axis] // self.n
         return whole.narrow(axis, self.index * size, size)
 
+    def picked(self, own: Tensor, latents: Tensor, n_latents: int) -> Tensor:
+        """Rows of some latents, on all devices, from a table with the rows of each one's own."""
+        if self.n == 1:
+            return own[latents]
+        place = latents - self.first(n_latents)
+        mine = (place >= 0) & (place < len(own))
+        found = own.new_zeros(len(latents), *own.shape[1:])
+        found[mine] = own.detach()[place[mine]]
+        return self._reduced(found, distributed.ReduceOp.SUM)
+
     def whole(self, own: Tensor, axis: int) -> Tensor | None:
         """The tensor of all latents, in the memory of the first part's CPU; None on the others.
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import distributed
 from torch.utils.data import DataLoader
 
 from lightning_sae import (
+    ActivationDataModule,
     GatedSAE,
     MatryoshkaSAE,
     ReLUSAE,
@@ -21,7 +23,12 @@ from lightning_sae import (
     TopKSAE,
     ToyDataModule,
 )
-from lightning_sae.callbacks import DeadFeatureResampling, RunCheckpoint
+from lightning_sae.callbacks import (
+    DeadFeatureResampling,
+    LatentFigures,
+    RunCheckpoint,
+    TopContexts,
+)
 from tests.ranks.cases import CASES, D_IN, D_SAE, Case, activations, reinitialized, resampled
 
 
@@ -121,6 +128,40 @@ class Spoils(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if (trainer.global_rank, trainer.global_step) == (self.rank, trainer.max_steps):
             pl_module.W_enc.data[0, 0] = torch.nan
+
+
+# What one sees of a split dictionary.
+
+
+def watched(folder: Path, parts: int | None = None) -> None:
+    """A short run whose latents TensorBoard shows, in a folder; with parts, split."""
+    torch.manual_seed(2)
+    sae = TopKSAE(128, 48, k=4, lr=0.01)
+    data = ActivationDataModule(
+        "blocks.1.hook_resid_post",
+        text=folder.parent / "text.txt",
+        validation_fraction=0.3,
+        context_length=16,
+        blocks_per_pass=2,
+        batch_size=32,
+        buffer_size=128,
+        n_validation=256,
+    )
+    settings = {**SILENT, "logger": TensorBoardLogger(folder, "tb", ""), "accelerator": "cpu"}
+    split: dict[str, Any] = (
+        {} if parts is None else {"strategy": SplitDictionary(parts), "devices": parts}
+    )
+    trainer = Trainer(
+        default_root_dir=folder,
+        max_steps=6,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[LatentFigures(), TopContexts(300, n_latents=12, n_rows=20)],
+        **settings,
+        **split,
+    )
+    trainer.fit(sae, datamodule=data)
 
 
 # What a split dictionary sends.

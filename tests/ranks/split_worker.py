@@ -21,6 +21,7 @@ from tests.ranks.split_cases import (
     refused,
     sent_by,
     toy_run,
+    watched,
 )
 from tests.ranks.split_memory import drawn_later, large, peaks
 
@@ -39,6 +40,7 @@ def of_two(rank: int, folder: Path) -> dict[str, Any]:
         "later": drawn_later(),
         "peaks": peaks(folder / "memory"),
     }
+    watched(folder / "watched", parts=2)
     found |= stopped_and_whole(rank, folder / "toy")
     last = folder / "two" / "checkpoints" / "last.ckpt"
     with large() as found["drawn"]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_sae
 from benchmarks.scaling import sent_a_step
@@ -13,7 +14,16 @@ from lightning_sae.cli import main
 from tests.ranks.cases import CASES, D_SAE, activations, train
 from tests.ranks.command import write_config
 from tests.ranks.conftest import OfParts
-from tests.ranks.split_cases import IN_FOUR, IN_GRID, SENT, SENT_ROWS, SENT_WIDTH, SPLIT, toy_run
+from tests.ranks.split_cases import (
+    IN_FOUR,
+    IN_GRID,
+    SENT,
+    SENT_ROWS,
+    SENT_WIDTH,
+    SPLIT,
+    toy_run,
+    watched,
+)
 from tests.ranks.split_memory import LATER, MATRIX
 
 # Runs of a few steps.
@@ -101,6 +111,28 @@ def test_a_run_of_the_command_line_is_that_of_one_rank(of_parts: OfParts) -> Non
         for name in ("single", "two")
     )
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_what_one_sees_is_of_all_latents(of_parts: OfParts) -> None:
+    """Contexts, labelled decoder rows and pictures are those of one rank."""
+    watched(of_parts.folder / "watched-alone")
+    one, two = (of_parts.folder / name / "tb" for name in ("watched-alone", "watched"))
+    seen = [EventAccumulator(str(at), {"images": 0, "tensors": 0}).Reload() for at in (one, two)]
+    texts = [each.Tensors("latents/top_contexts/text_summary") for each in seen]
+    tables = [text.tensor_proto.string_val[0].decode() for (text,) in texts]
+    assert len(tables[0].splitlines()) > 12
+    assert tables[1] == tables[0]
+    for name in ("frequency_over_training", "frequency_against_projection"):
+        pictures = [each.Images(f"latents/{name}") for each in seen]
+        assert [len(each) for each in pictures] == [2, 2]
+        assert pictures[1][-1].encoded_image_string == pictures[0][-1].encoded_image_string
+    labels = [next(at.rglob("metadata.tsv")).read_text() for at in (one, two)]
+    assert labels[1] == labels[0]
+    rows = [
+        [[float(value) for value in line.split()] for line in table.read_text().splitlines()]
+        for table in (next(at.rglob("tensors.tsv")) for at in (one, two))
+    ]
+    torch.testing.assert_close(torch.tensor(rows[1]), torch.tensor(rows[0]), **close)
 
 
 def test_each_rank_holds_its_own_latents_alone(of_parts: OfParts) -> None:
