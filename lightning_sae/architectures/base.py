@@ -3,40 +3,34 @@
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin
 from jaxtyping import Bool, Float, Int
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from lightning_sae.architectures import hub, portable
 from lightning_sae.architectures.decoder_norm import DecoderNormProjection, keep_unit_rows
+from lightning_sae.architectures.held_out import Evaluated
 from lightning_sae.architectures.initial import create_directions
 from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
+from lightning_sae.architectures.saving import Saved
 from lightning_sae.architectures.silence import Silence
 from lightning_sae.architectures.target_l0 import TargetL0
 from lightning_sae.checks import (
-    compare_sources,
     require_a_batch,
     require_batch,
     require_betas,
     require_finite_weights,
     require_integers,
     require_latents,
-    require_matching,
     require_on,
-    require_one_loader,
     require_one_of,
     require_positive,
     require_trainable_norm,
@@ -45,14 +39,13 @@ from lightning_sae.checks import (
 )
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed.parts import ALONE, Parts
-from lightning_sae.distributed.ranks import Devices, Ranks, require_agreement, take_part, trainer_of
+from lightning_sae.distributed.ranks import Devices, Ranks, require_agreement, trainer_of
 from lightning_sae.distributed.split import (
     copies_of,
     keep_own_part,
     norm_over_parts,
     parts_of,
     require_whole,
-    whole_shapes,
 )
 from lightning_sae.distributed.undrawn import without_drawing
 from lightning_sae.files import AtomicCheckpointIO, first_line
@@ -65,7 +58,7 @@ from lightning_sae.functional.waiting import Behind
 from lightning_sae.metrics import held_out_metrics
 from lightning_sae.training.finite import LossCheck
 from lightning_sae.training.lengths import Length, refuse_lengths, require_lengths
-from lightning_sae.training.logging import Logged
+from lightning_sae.training.logging import QuickLogging
 from lightning_sae.training.optimizer import (
     NAMES,
     adam_with_schedule,
@@ -74,7 +67,6 @@ from lightning_sae.training.optimizer import (
     schedule_problems,
     set_peak_rates,
 )
-from lightning_sae.training.resuming import Settings, compare_settings, note_settings, settings_of
 from lightning_sae.training.supported import (
     require_supported_callbacks,
     require_supported_features,
@@ -84,7 +76,7 @@ from lightning_sae.training.supported import (
 SAE = TypeVar("SAE", bound="SparseAutoencoder")
 
 
-class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
+class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
     """Base class of all architectures. A subclass defines the activation and the loss.
 
     Training may use centred and scaled inputs, `(x - input_mean) * input_scale`; `encode`, `decode`
@@ -137,12 +129,8 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
     input_scale: Float[Tensor, ""]
     silent_for: Int[Tensor, " d_sae"]
 
-    metrics: MetricCollection
-    held_out_frequency: Float[Tensor, " d_sae"] | None = None
-    held_out_count: int = 0
     parts: Parts = ALONE
     _axes: dict[str, int] | None = None  # of a part
-    _held_out_not_finite: int = 0
 
     # Whether the latents and losses of a row do not depend on other rows of the batch, so that a
     # batch may be evaluated in chunks. A class that defines `activate`, `latents` or `objective`
@@ -244,7 +232,6 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
         self._silence = Silence()
         self._loss_check = LossCheck()
         self._behind = Behind()
-        self._logged = Logged()
         self._lengths_are_unknown = False
         self._create_weights()
         self.metrics = held_out_metrics(d_in, d_sae)
@@ -724,268 +711,6 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             self.layout.workspace.recycle(parameter.grad for parameter in self.parameters())
         optimizer.zero_grad()
 
-    # Evaluation on held-out activations.
-
-    @override
-    def validation_step(
-        self, batch: Float[Tensor, "batch d_in"], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Add a batch of held-out raw activations to the metrics.
-
-        Raises:
-            ValueError: If `batch` is not of shape [batch, d_in], or there are several loaders.
-        """
-        require_one_loader(dataloader_idx)
-        require_batch(batch, self.d_in)
-        self._held_out_not_finite += int((~torch.isfinite(batch)).any(-1).sum())
-        # A split dictionary may be so large that the latents of a whole batch are not.
-        size = len(batch) if self.parts.n == 1 else max(1, 2**25 // self.d_sae)
-        for rows in batch.split(max(1, size)):
-            f = self.encode(rows)
-            self.metrics.update(x=rows, x_hat=self.decode(f), f=f)
-        trainer = trainer_of(self)
-        self.held_out_count += len(batch) * (1 if trainer is None else copies_of(trainer).n)
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        """Reset the counts."""
-        self.held_out_count = self._held_out_not_finite = 0
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        """Log the held-out metrics as `val/...`."""
-        self._log_metrics("val")
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        """Reset the counts."""
-        self.held_out_count = self._held_out_not_finite = 0
-
-    @override
-    def test_step(
-        self, batch: Float[Tensor, "batch d_in"], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Add a batch of held-out raw activations to the metrics."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        """Log the held-out metrics as `test/...`."""
-        self._log_metrics("test")
-
-    def _log_metrics(self, stage: str) -> None:
-        if self._held_out_not_finite:
-            warnings.warn(
-                f"{self._held_out_not_finite} held-out activations are not finite, so neither are "
-                "the metrics: check the model and its dtype, or leave them out with "
-                "`data.max_norm_multiple`.",
-                stacklevel=2,
-            )
-        values = self.metrics.compute()
-        self.held_out_frequency = values.pop("frequency")
-        named = {f"{stage}/{name}": value.float() for name, value in values.items()}
-        # Already the same on all ranks, but Lightning warns without `sync_dist`.
-        self.log_dict(named, sync_dist=True)
-        self.metrics.reset()
-
-    @override
-    def predict_step(
-        self, batch: Float[Tensor, "batch d_in"], batch_idx: int
-    ) -> Float[Tensor, "batch d_sae"]:
-        """Latent activations of a batch."""
-        require_batch(batch, self.d_in)
-        return self.encode(batch)
-
-    # Portable folders and checkpoints.
-
-    def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
-        """Change biases in a folded state so that pre-activations change by `by`."""
-        state["b_enc"] = state["b_enc"] + by
-
-    def adopt_scaling(self, mean: Float[Tensor, " d_in"], scale: Float[Tensor, ""]) -> None:
-        """Centre and scale inputs as `(x - mean) * scale`, without changing what the SAE computes.
-
-        A loaded SAE is then trained further in the same space as a new one. If `activate` does not
-        scale with its input, nothing is changed.
-        """
-        portable.adopt_scaling(self, mean, scale)
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        folder: str | Path,
-        *,
-        model_card_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,  # noqa: ARG002  `push_to_hub` gives a configuration, and the SAE has its own
-    ) -> Path:
-        """Write the SAE to a new folder as safetensors and JSON.
-
-        Centring and scaling are folded into the weights, which then act on raw activations. With a
-        split dictionary all processes have to call this, and one writes the whole.
-
-        Args:
-            folder: The folder.
-            model_card_kwargs: Arguments of `generate_model_card`; without them no card is written.
-            kwargs: Nothing of use.
-
-        Raises:
-            ValueError: If `folder` exists and is not empty.
-        """
-        written = portable.save_pretrained(self, Path(folder))
-        if model_card_kwargs is not None and (written / portable.CONFIG).exists():
-            self.generate_model_card(**model_card_kwargs).save(written / "README.md")
-        return written
-
-    def push_to_hub(
-        self, repo_id: str, *, figures: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> str:
-        """Put the SAE and its card into a repository on the Hugging Face hub.
-
-        `lightning_sae.load(repo_id)` reads it, and `lightning-sae push` does the same with a run.
-
-        Args:
-            repo_id: `owner/name`; the repository is made if there is none.
-            figures: Figures on held-out text, for the card.
-            kwargs: As `huggingface_hub.ModelHubMixin.push_to_hub` takes them: `private`, `token`,
-                `branch`, `create_pr`, `commit_message` and so on.
-
-        Returns:
-            The address of the commit.
-        """
-        card = {"name": repo_id, "figures": figures}
-        return super().push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
-
-    def generate_model_card(
-        self, name: str = "Sparse autoencoder", figures: Mapping[str, Any] | None = None
-    ) -> ModelCard:
-        """The card of this SAE: how to load it, settings, source, tokens, versions, figures."""
-        return hub.card_of(portable.described(self), name, figures)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls: type[SAE], folder: str | Path, *, revision: str | None = None
-    ) -> SAE:
-        """Read a folder of `save_pretrained`. Unlike `lightning_sae.load`, it reads any subclass.
-
-        Args:
-            folder: The folder, or the name `owner/name[/folder]` of one on the hub.
-            revision: Branch, tag or commit of a repository on the hub.
-
-        Raises:
-            ValueError: If `folder` holds no SAE or one of another architecture.
-        """
-        return portable.read(hub.on_disk(folder, revision), cls)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the architecture, the data's source and the settings of the run to the checkpoint.
-
-        Raises:
-            FloatingPointError: If weights are not finite, because the run could not be resumed.
-        """
-        trainer = trainer_of(self)
-        checkpoint["lightning_sae"] = {
-            "architecture": type(self).__name__,
-            "source": self.source,
-            "dense": self._of_parts(self.layout.dense),
-            "density": self._of_parts(self.layout.last_share),
-            "n_trained": self.n_trained,
-            "is_trained": self.is_trained,  # False if a tuner saves before its trial steps
-            "ranks": 1 if trainer is None else copies_of(trainer).n,
-        }
-        if trainer is not None:
-            note_settings(checkpoint, self._settings())
-        if "hyper_parameters" in checkpoint:
-            checkpoint["hyper_parameters"] = plain_arguments(checkpoint["hyper_parameters"])
-        require_finite_weights(self, 0 if trainer is None else trainer.global_step, self._any_part)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check a checkpoint before it is loaded; on resume, add what only this rank had saved.
-
-        Raises:
-            ValueError: If it has another architecture or shape, or settings that cannot change.
-        """
-        require_matching(self, checkpoint, whole_shapes(self, self.parts))
-        trainer = trainer_of(self)
-        if trainer is not None:
-            compare_settings(checkpoint, self._settings(), trainer)
-        if trainer is not None and trainer.state.fn == "fit":
-            self._take_part(checkpoint)
-        source = checkpoint["lightning_sae"]["source"]
-        if self.source:
-            compare_sources(source, self.source)
-        self.source = self.source or source
-        self.is_trained = checkpoint["lightning_sae"].get("is_trained", True)
-        self.n_trained = checkpoint["lightning_sae"].get("n_trained", 0)
-        # Layouts differ by rounding, so an exact resume needs the same one.
-        self.layout.dense = bool(self._own(checkpoint["lightning_sae"]["dense"]))
-        self.layout.last_share = self._own(checkpoint["lightning_sae"].get("density", -1.0))
-
-    def _of_parts(self, value: float) -> float | list[float]:
-        """A number of this device; with a split dictionary, a list with that of each part."""
-        if self.parts.n == 1:
-            return value
-        return self.parts.gathered(torch.tensor(value, device=self.device)).tolist()
-
-    def _own(self, saved: float | list[float]) -> float:
-        if not isinstance(saved, list):
-            return saved
-        return saved[self.parts.index if len(saved) == self.parts.n else 0]
-
-    def _settings(self) -> Settings:
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return settings_of(self.trainer, {"model.": self}, {"": callbacks})
-
-    def _take_part(self, checkpoint: dict[str, Any]) -> None:
-        index, present, _ = copies_of(self.trainer)
-        saved = checkpoint["lightning_sae"].get("ranks", 1)
-        if saved != present:
-            rank_zero_warn(
-                f"The checkpoint is of a run of {saved} ranks and goes on with {present}. Weights, "
-                "moments, schedules and counts are those of the checkpoint, but batches have "
-                f"{present}/{saved} of their size and other text: the resume is not exact."
-            )
-        elif index > 0:
-            take_part(Path(self.trainer.ckpt_path), index, checkpoint)  # type: ignore[arg-type]
-
-    @override
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As a module's. With a `b_dec` that is not zero, as after `ddp_spawn`, it is trained."""
-        found = super().load_state_dict(*args, **kwargs)
-        self.is_trained |= bool(self.b_dec.any())
-        return found
-
-    @classmethod
-    @override
-    def load_from_checkpoint(
-        cls: type[SAE],
-        checkpoint_path: Any,
-        map_location: Any = None,
-        hparams_file: Any = None,
-        strict: bool | None = None,
-        weights_only: bool | None = True,
-        **kwargs: Any,
-    ) -> SAE:
-        """As Lightning's, but unpickles nothing, and restores penalties as objects.
-
-        `lightning_sae.load` does the same for any architecture of the package.
-
-        Raises:
-            ValueError: If the penalty is not from this package: then give it as `penalty`; or if
-                the file is damaged, or does not fit the class.
-        """
-        if weights_only is not False:
-            portable.require_sound(checkpoint_path, kwargs)
-        try:
-            if "penalty" not in kwargs:
-                kwargs |= portable.penalty_of(checkpoint_path)
-            return super().load_from_checkpoint(
-                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
-            )
-        except (TypeError, KeyError, AttributeError) as error:
-            reason = f"its `hyper_parameters` give no {cls.__name__}: {first_line(error)}"
-            raise ValueError(f"Could not read {checkpoint_path}: {reason}.") from error
-
     @override
     def _apply(self: SAE, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
         """As a module's (`to`, `half`, ...), but keep `kept_in_float32` in float32 or more."""
@@ -1002,34 +727,3 @@ class SparseAutoencoder(LightningModule, ModelHubMixin, ABC):
             if now.dtype.itemsize < min(4, before.dtype.itemsize):
                 now.data, now.grad = before.to(now.device), None
         return self
-
-    # Faster versions of Lightning's bookkeeping, which can take longer than a small SAE's step.
-
-    @override
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but faster in the steps after the first; see `training.logging`.
-
-        With a barebones trainer, which logs nothing, it returns at once: 0.3 us instead of 6.3
-        (timeit, one thread). Numbers stay on the CPU: Lightning would copy them to a GPU, and wait.
-        """
-        trainer: Any = trainer_of(self)
-        if trainer is not None and trainer.barebones:
-            return
-        if isinstance(value, int | float) and not args and not kwargs.get("sync_dist"):
-            value = torch.tensor(value, dtype=torch.get_default_dtype())
-        hook = self._current_fx_name
-        if args or trainer is None or not self._logged.again(trainer, hook, name, value, kwargs):
-            super().log(name, value, *args, **kwargs)
-            if not args:
-                self._logged.note(trainer, hook, name, kwargs)
-
-    @override
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As a module's, but faster for `_current_fx_name`, where Lightning notes the current hook.
-
-        It sets this 46 times a step: 0.09 us instead of 0.95 each (timeit, one thread) saves 40 us.
-        """
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)

@@ -2,7 +2,12 @@
 
 from typing import Any
 
+import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
+from typing_extensions import override
+
+from lightning_sae.distributed.ranks import trainer_of
 
 
 class Logged:
@@ -47,3 +52,40 @@ class Logged:
 
     def __getstate__(self) -> dict[str, Any]:
         return Logged().__dict__  # the metrics belong to a trainer
+
+
+class QuickLogging(LightningModule):
+    """Faster versions of Lightning's bookkeeping, which can take longer than a small SAE's step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logged = Logged()
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, but faster in the steps after the first; see `training.logging`.
+
+        With a barebones trainer, which logs nothing, it returns at once: 0.3 us instead of 6.3
+        (timeit, one thread). Numbers stay on the CPU: Lightning would copy them to a GPU, and wait.
+        """
+        trainer: Any = trainer_of(self)
+        if trainer is not None and trainer.barebones:
+            return
+        if isinstance(value, int | float) and not args and not kwargs.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.get_default_dtype())
+        hook = self._current_fx_name
+        if args or trainer is None or not self._logged.again(trainer, hook, name, value, kwargs):
+            super().log(name, value, *args, **kwargs)
+            if not args:
+                self._logged.note(trainer, hook, name, kwargs)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module's, but faster for `_current_fx_name`, where Lightning notes the current hook.
+
+        It sets this 46 times a step: 0.09 us instead of 0.95 each (timeit, one thread) saves 40 us.
+        """
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
