@@ -1,4 +1,4 @@
-"""Ablations of the gated SAE: a ReLU encoder with a scale and shift against shrinkage."""
+"""Relatives of the gated SAE: a ReLU encoder with a scale and shift against shrinkage."""
 
 from typing import Any
 
@@ -22,8 +22,10 @@ class RescaleAndShiftSAE(GatedSAE):
 
     The loss is that of `GatedSAE`. Unlike there, the magnitude of a latent depends on `b_enc`,
     which the penalty lowers. Source: Rajamanoharan et al., Improving dictionary learning with gated
-    sparse autoencoders (2024), "rescale and shift". With `use_b_mag=False` it is the paper's
-    variant without a Heaviside step, :math:`f = e^{r_{mag}}\,\mathrm{ReLU}(\pi)`.
+    sparse autoencoders (2024), section 5.2, "baseline + rescale & shift"; there the scale and shift
+    are trained after all other weights, which are frozen, and here together with them. With
+    `use_b_mag=False` it is the paper's variant without a Heaviside step,
+    :math:`f = e^{r_{mag}}\,\mathrm{ReLU}(\pi)`.
 
     Args:
         d_in: Width of the activations.

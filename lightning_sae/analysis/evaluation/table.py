@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
@@ -120,12 +122,51 @@ def markdown(results: Sequence[Mapping[str, Any]], references: Sequence[Mapping[
     return "\n".join(lines) + "\n"
 
 
+def over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table of means ± standard deviations over SAEs that differ in their seeds only.
+
+    Empty if there are none. A row has the name of its first SAE, without the seed at its end.
+    Cosines between seeds have no spread, because two SAEs share the figure of their pair.
+    """
+    by_name = {result["name"]: result for result in results}
+    groups = dict.fromkeys(
+        frozenset([name, *(pair["with"] for pair in result["figures"]["stability"]["pairs"])])
+        for name, result in by_name.items()
+    )
+    several = [[name for name in by_name if name in group] for group in groups if len(group) > 1]
+    if not several:
+        return ""
+    lines = ["| | n | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) + 1)]
+    for names in several:
+        rows = [flat(by_name[name]["figures"]) for name in names]
+        label = re.sub(r"[-_/]?(seed)?[-_=]?\d+$", "", names[0]) or names[0]
+        cells = [_mean_and_spread(column, rows) for column in COLUMNS.values()]
+        lines.append(f"| {label} | {len(names)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_spread(column: str, rows: Sequence[Mapping[str, float]]) -> str:
+    values = [row[column] for row in rows if column in row]
+    if not values:
+        return ""
+    found = [mean(values)]
+    if len(values) > 1 and column != "stability_cosine":
+        found.append(stdev(values))
+    return " ± ".join(_number(column, value) for value in found)
+
+
 def _cell(column: str, row: Mapping[str, float]) -> str:
     if column not in row:
         return ""
-    value = row[column]
+    text = _number(column, row[column])
     if column == "compute_share":
-        return f"{value:.2f} ({row['compute_share_low']:.2f} to {row['compute_share_high']:.2f})"
+        return f"{text} ({row['compute_share_low']:.2f} to {row['compute_share_high']:.2f})"
+    return text
+
+
+def _number(column: str, value: float) -> str:
+    if column == "compute_share":
+        return f"{value:.2f}"
     if column in ("l0", "latents_per_property"):
         return f"{value:.1f}"
     return f"{value:.3f}".lstrip("0") or "0"
@@ -184,10 +225,11 @@ TITLES = {
 def write(folder: Path, evaluation: Mapping[str, Any]) -> None:
     """Write `evaluation.json`, `.csv`, `.md` and `.png` into a folder."""
     results, references = evaluation["saes"], evaluation["references"]
+    tables = [markdown(results, references), over_seeds(results)]
     texts = {
         "evaluation.json": json.dumps(_plain(evaluation), indent=1) + "\n",
         "evaluation.csv": rows_of(results).to_csv(index=False),
-        "evaluation.md": markdown(results, references),
+        "evaluation.md": "\n".join(filter(None, tables)),
     }
     figure = picture(results)
     with written_whole(folder) as new:

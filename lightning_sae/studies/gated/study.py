@@ -5,7 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_sae.architectures import SparseAutoencoder
+from lightning_sae.loading import load
 from lightning_sae.studies.gated.equivalence import equivalence
+from lightning_sae.studies.gated.frozen import with_frozen
 from lightning_sae.studies.gated.report import LEVEL, report
 from lightning_sae.studies.shared.families import CALLBACKS, Family
 from lightning_sae.studies.shared.folder import computed_once
@@ -65,6 +68,7 @@ RESAMPLING = {
 def gated(
     families: str = OF_THE_PAPER,
     resampling: bool = False,
+    frozen: bool = False,
     output: str = "runs/gated",
     **common: Any,
 ) -> None:
@@ -83,6 +87,9 @@ def gated(
             the baseline and always has to be among them.
         resampling: Whether dead latents are resampled, as in the paper: set to inputs drawn by
             their squared loss after every 15 % of the run until 75 %.
+        frozen: Whether each trained ReLU SAE also gets a scale and a shift of each latent, which
+            are trained alone, by the squared error, for as many steps: the paper's "baseline +
+            rescale & shift".
         output: A new or empty folder, or that of this study with the same settings, which then
             resumes.
         common: As for every sweep; see `train_families`.
@@ -95,8 +102,16 @@ def gated(
     swept = train_families(
         kinds, families, "families", output, settings={"resampling": resampling}, **common
     )
+    if frozen:
+        swept = with_frozen(swept, {seed: _saes(swept, seed) for seed in range(swept.seeds)})
     answers = {family.name: against_baseline(swept, family) for family in swept.families}
     swept.publish(answers, report(swept, answers, _as_gated(swept)))
+
+
+def _saes(swept: Swept, seed: int) -> dict[str, SparseAutoencoder]:
+    """All SAEs of a seed by name."""
+    folder = swept.folder / f"seed-{seed}" / "saes"
+    return {path.name: load(path) for path in sorted(folder.iterdir())}
 
 
 def _as_gated(swept: Swept) -> list[Row]:

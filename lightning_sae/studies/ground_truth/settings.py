@@ -10,6 +10,7 @@ from lightning_sae.architectures import (
     JumpReLUSAE,
     MatryoshkaSAE,
     ReLUSAE,
+    RescaleAndShiftSAE,
     SparseAutoencoder,
     TiedSAE,
     TopKSAE,
@@ -68,6 +69,7 @@ ARCHITECTURES = {
     "sqrt": Architecture("ReLU, sqrt", ReLUSAE, {"penalty": Sqrt()}),
     "tied": Architecture("Tied, L1", TiedSAE),
     "gated": Architecture("Gated", GatedSAE),
+    "rescale-shift": Architecture("Rescaled and shifted", RescaleAndShiftSAE),
     "jumprelu": Architecture(
         "JumpReLU",
         JumpReLUSAE,
@@ -78,6 +80,9 @@ ARCHITECTURES = {
     "matryoshka": Architecture("Matryoshka", MatryoshkaSAE, FREE),
 }
 
+COMPARED = ",".join(name for name in ARCHITECTURES if name != "rescale-shift")
+"""Those trained by default."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -87,11 +92,14 @@ class World:
         n_features: Number of features.
         d_in: Width of the activations.
         noise: Standard deviation of the noise on each coordinate.
+        rare_magnitude: Mean magnitude of the rarest feature, where the most frequent has 1; a power
+            law of the rank between.
     """
 
     n_features: int
     d_in: int
     noise: float = 0.0
+    rare_magnitude: float = 1.0
 
     def requires(self) -> dict[int, int]:
         """The parent that each child needs to fire; an eighth of the features have none."""
@@ -113,6 +121,7 @@ class World:
             directions="orthogonal" if self.n_features <= self.d_in else "nearly_orthogonal",
             max_cosine=MAX_COSINE,
             probabilities=own,
+            magnitudes={"zipf": (1.0, self.rare_magnitude)},
             magnitude_spread=SPREAD,
             requires=requires,
             noise=self.noise,

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_sae.checks import require_at_least
+from lightning_sae.checks import require_at_least, require_positive
 from lightning_sae.studies.ground_truth.measure import held_out, measure
 from lightning_sae.studies.ground_truth.report import report
-from lightning_sae.studies.ground_truth.settings import ARCHITECTURES, RECIPE, World
+from lightning_sae.studies.ground_truth.settings import ARCHITECTURES, COMPARED, RECIPE, World
 from lightning_sae.studies.ground_truth.train import ArchitectureRun, train
 from lightning_sae.studies.shared.folder import computed_once, open_folder
 from lightning_sae.studies.shared.page import publish
@@ -18,12 +18,13 @@ from lightning_sae.studies.shared.rows import Row
 
 
 def ground_truth(
-    architectures: str = ",".join(ARCHITECTURES),
+    architectures: str = COMPARED,
     l0: str = "4,8,16",
     n_features: int = 256,
     d_in: int = 64,
     d_sae: int = 256,
     noise: float = 0.0,
+    rare_magnitude: float = 1.0,
     samples: int = 1_000_000,
     seeds: int = 3,
     decoder_norm: Literal["unit", "free"] | None = None,
@@ -39,13 +40,15 @@ def ground_truth(
     only the runs that are missing.
 
     Args:
-        architectures: Which of relu, sqrt, tied, gated, jumprelu, topk, batchtopk and matryoshka,
-            with commas between them.
+        architectures: Which of relu, sqrt, tied, gated, rescale-shift, jumprelu, topk, batchtopk
+            and matryoshka, with commas between them.
         l0: Target numbers of active latents, with commas between them.
         n_features: Features of the world.
         d_in: Width of the activations.
         d_sae: Latents of each SAE.
         noise: Standard deviation of noise on each coordinate; features have magnitude 1 on average.
+        rare_magnitude: Mean magnitude of the rarest feature; the most frequent has 1, and it is a
+            power law of the rank between. Above 1, rare features are strong.
         samples: Activations that each SAE is trained on.
         seeds: SAEs of each kind, with seeds from 0 on; world and weights follow from the seed.
         decoder_norm: Whether decoder rows of all SAEs have norm 1 (`unit`) or any (`free`); null
@@ -61,7 +64,8 @@ def ground_truth(
     names, targets = _names(architectures), _targets(l0, d_sae)
     require_at_least(2, n_features=n_features, d_in=d_in, d_sae=d_sae)
     require_at_least(1, samples=samples, seeds=seeds, workers=workers)
-    world = World(n_features, d_in, noise)
+    require_positive(rare_magnitude=rare_magnitude)
+    world = World(n_features, d_in, noise, rare_magnitude)
     world.data(0)  # raises if there are no such features
     settings: dict[str, Any] = {
         "world": asdict(world),

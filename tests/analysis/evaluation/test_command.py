@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning_sae import ActivationDataModule, ReLUSAE, TopKSAE, load
 from lightning_sae.analysis.evaluation import command
 from lightning_sae.analysis.evaluation.command import evaluate, function_of, names_of
-from lightning_sae.analysis.evaluation.table import flat
+from lightning_sae.analysis.evaluation.table import flat, over_seeds
 
 HOOK, LENGTH, TOKENS = "blocks.1.hook_resid_post", 32, 2048
 OWN = """
@@ -103,6 +103,27 @@ def test_all_forms_hold_the_same_figures(root: Path, evaluation: dict) -> None:
     assert f"| {table['l0'][0]:.1f} |" in text
     assert "| the whole activation |" in text
     assert (root / "out" / "evaluation.png").stat().st_size > 10_000
+
+
+def test_saes_that_differ_in_their_seeds_have_a_mean_and_a_spread(
+    root: Path, evaluation: dict
+) -> None:
+    text = (root / "out" / "evaluation.md").read_text()
+    first, _, second = text.partition("\n\n")
+    assert "| relu-1 |" in first
+    heading, _, *rows = second.splitlines()
+    assert [row.split(" | ")[:2] for row in rows] == [["| relu", "2"]]
+    cell = dict(zip(heading.split(" | "), rows[0].split(" | "), strict=True))["FVU"]
+    a, b = (result["figures"]["held_out"]["fvu"] for result in evaluation["saes"][:2])
+    half = abs(a - b) / 2
+    expected = [f"{(a + b) / 2:.3f}".lstrip("0"), f"{half * 2**0.5:.3f}".lstrip("0")]
+    assert cell.split(" ± ") == expected
+    assert over_seeds([evaluation["saes"][0] | {"figures": alone(evaluation)}]) == ""
+
+
+def alone(evaluation: dict) -> dict:
+    """Figures of an SAE that was evaluated without another of its kind."""
+    return evaluation["saes"][0]["figures"] | {"stability": {"pairs": []}}
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,15 @@ def test_worlds_of_different_seeds_have_other_features() -> None:
     assert torch.equal(World(8, 8).data(1).features, World(8, 8).data(1).features)
 
 
+def test_rare_features_are_as_strong_as_asked() -> None:
+    plain, strong = World(32, 32).data(0), World(32, 32, rare_magnitude=6.0).data(0)
+    assert torch.equal(plain.magnitudes, torch.ones(32))
+    expected = torch.arange(1, 33) ** (torch.log(torch.tensor(6.0)) / torch.log(torch.tensor(32.0)))
+    torch.testing.assert_close(strong.magnitudes, expected)
+    assert torch.equal(strong.features, plain.features)
+    assert torch.equal(strong.probabilities, plain.probabilities)
+
+
 def test_more_features_than_dimensions_lie_in_superposition() -> None:
     features = World(64, 32).data(0).features
     cosines = (features @ features.T).fill_diagonal_(0).abs()
@@ -77,7 +86,7 @@ def test_l0_is_set_or_steered_to(name: str) -> None:
 def test_decoder_rows_are_kept_where_their_norm_is_to_be_one(name: str) -> None:
     run = ArchitectureRun(name, 3, 0, World(16, 16), 16, 10_240)
     kept = any(isinstance(c, DecoderNormProjection) for c in run.callbacks())
-    sees_strength = name in ("relu", "sqrt", "tied", "gated")
+    sees_strength = name in ("relu", "sqrt", "tied", "gated", "rescale-shift")
     assert kept == (run.sae().decoder_norm == "unit") == sees_strength
 
 
@@ -245,6 +254,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
         ("seeds", "0", "`seeds` to be at least 1 but got 0"),
         ("workers", "0", "`workers` to be at least 1 but got 0"),
         ("noise", "-1", "`noise` to be"),
+        ("rare_magnitude", "0", "`rare_magnitude` to be"),
         ("n_features", "500", "`max_cosine` to be at least"),
     ],
 )
