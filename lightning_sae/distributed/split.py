@@ -120,14 +120,16 @@ class SplitDictionary(DDPStrategy):
                 f"Expected argument `parts` to divide the {self.world_size} devices of the run but "
                 f"got {n_parts}: choose another `parts`, or other `trainer.devices`."
             )
+        dealt = getattr(self.lightning_module, "deals_latents", False)
         if self.parts.n == n_parts and n_parts > 1:  # by an earlier run of this trainer
+            self.parts = Parts(self.parts.group, dealt)
             return
         ranks = torch.arange(self.world_size).view(-1, n_parts)
         own, across = (
             distributed.new_subgroups_by_enumeration(groups.tolist(), timeout=self._timeout)[0]
             for groups in (ranks, ranks.T)
         )
-        self.parts = Parts(own) if n_parts > 1 else ALONE
+        self.parts = Parts(own, dealt) if n_parts > 1 else ALONE
         self.copies = Copies(self.global_rank // n_parts, len(ranks), across)
 
     @property
