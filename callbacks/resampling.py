@@ -287,12 +287,13 @@ class DeadFeatureResampling(Callback):
     def _resample(self, trainer: Trainer, sae: SparseAutoencoder) -> None:
         min_frequency = self.min_frequency if self.scheme == "reinitialize" else 0.0
         dead = dead_latents(self._fired, self._n_counted, min_frequency).to(sae.device)
-        of_parts = sae.parts.gathered(dead.sum()).tolist()
-        n_dead = sum(of_parts)
+        all_dead = sae.parts.joined(dead)
+        n_dead = int(all_dead.sum())
         if n_dead:
             # All ranks draw the same, but different devices may round differently.
             drawn = trainer.strategy.broadcast(self._draw(trainer, sae, n_dead).cpu())
-            own = drawn.split(of_parts)[sae.parts.index]
+            place = sae.parts.own(all_dead.cumsum(0) - 1)[dead]  # among those of all parts
+            own = drawn[place.cpu()]
             if sae.W_dec.dtype == torch.float64:  # where float32 is not of norm 1, as on resume
                 own = unit_rows(own.double())
             self._replace(sae, dead, own.to(sae.device))

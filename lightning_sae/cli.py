@@ -438,9 +438,10 @@ def end_with(message: str) -> NoReturn:
 
 def lost_a_rank(error: RuntimeError) -> bool:
     """Whether an error means that another rank is gone."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not distributed.is_available():
         return False
-    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+    of_torch = isinstance(error, distributed.DistError)  # also before the ranks have met
+    return of_torch or (distributed.is_initialized() and "gloo" in str(error))
 
 
 def _study(args: list[str]) -> None:

@@ -414,3 +414,19 @@ def test_given_arguments_count_on_resume_and_are_written_down(run: Path, tmp_pat
     cli = main([*again, "--model.lr=0.0001", "--trainer.max_steps=7"])
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.0001
     assert "lr: 0.0001" in (root / "config-2.yaml").read_text()
+
+
+def test_a_rank_that_never_came_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, also before the ranks have met."""
+    error = torch.distributed.DistStoreError("Timed out after 9 seconds waiting for clients.")
+
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr("lightning_sae.cli.main", fails)
+    monkeypatch.setattr("sys.argv", ["lightning-sae", "fit"])
+    with pytest.raises(SystemExit, match=r"Another rank ended or cannot be reached.*9 seconds"):
+        command()
+    monkeypatch.setattr("lightning_sae.cli.main", lambda: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        command()

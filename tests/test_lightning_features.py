@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +32,12 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from torch.nn.utils import prune
@@ -57,6 +64,7 @@ from lightning_sae.callbacks import (
     StepMonitor,
     TargetL0,
 )
+from lightning_sae.distributed import waiting
 from lightning_sae.distributed.parts import Parts
 from lightning_sae.functional.penalties import Sqrt
 from lightning_sae.training.supported import require_supported_features
@@ -430,6 +438,23 @@ def test_what_a_split_dictionary_lacks_is_refused(
         monkeypatch.setattr(Trainer, "precision", flags["precision"])
     with pytest.raises(ValueError, match=message):
         require_supported_features(make(), trainer, stage)
+
+
+def test_a_process_that_waits_for_the_others_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, and only if it waits long; one that has met them says nothing."""
+    monkeypatch.setattr(waiting, "PATIENCE", 0.2)
+    monkeypatch.setattr(SplitDictionary, "_meet", lambda _: None)
+    for seconds, messages in ((0.0, 0), (0.9, 1)):
+        monkeypatch.setattr(DDPStrategy, "setup_environment", lambda _, s=seconds: time.sleep(s))
+        with caplog.at_level("WARNING", logger="lightning.pytorch"):
+            SplitDictionary(timeout=timedelta(minutes=5)).setup_environment()
+            time.sleep(0.4)
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == messages
+    assert "waited 0.2 s for the others" in said[0]
+    assert "0:05:00" in said[0]
 
 
 def test_a_split_dictionary_is_chosen_by_name() -> None:

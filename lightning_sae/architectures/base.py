@@ -140,6 +140,8 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
     # Whether these three exchange what they need of other latents through `parts`, so that the
     # dictionary may be split over devices. Not inherited either.
     may_be_split = False
+    # Whether latents are dealt to the parts in turn, because the first are active more often.
+    deals_latents = False
     tied = False  # whether `W_enc` is a view of `W_dec`
     length_names = NAMES  # of arguments that are lengths, see `lightning_sae.training.lengths`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty

@@ -51,6 +51,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     draws: Int[Tensor, ""]
 
     may_be_split = True
+    deals_latents = True
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def nested(self, f: Code, widths: Sequence[int]) -> list[Float[Tensor, "batch d_in"]]:
         """The reconstruction from each prefix."""
-        latents = self.parts.first(self.d_sae) + torch.arange(f.shape[1], device=self.device)
+        latents = self.parts.indices(self.d_sae, self.device)
         ring = torch.zeros_like(latents, dtype=torch.int32)
         for width in widths:  # not as a tensor, whose copy to a GPU would wait for it
             ring += latents >= width

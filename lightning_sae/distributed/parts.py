@@ -15,7 +15,7 @@ These are the two conjugate operators of Shoeybi et al., Megatron-LM (2019), sec
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor, distributed
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -29,14 +29,16 @@ class Parts:
 
     Args:
         group: The process group of these devices; None for one part.
+        dealt: Whether latents are dealt to the parts in turn, for an SAE whose first latents are
+            active more often. Otherwise part i of n has the i-th n-th of them.
 
     Attributes:
         n: Number of parts.
-        index: The part that this device holds. Part i of n has the i-th n-th of the latents.
+        index: The part that this device holds.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
+    def __init__(self, group: Any = None, dealt: bool = False) -> None:
+        self.group, self.dealt = group, dealt
         self.n = 1 if group is None else distributed.get_world_size(group)
         self.index = 0 if group is None else distributed.get_rank(group)
 
@@ -90,7 +92,10 @@ class Parts:
 
     def joined(self, f: Shaped[Tensor, "... own"]) -> Shaped[Tensor, "... d_sae"]:
         """The values of all latents from those of each part."""
-        return f if self.n == 1 else torch.cat(self._of_each(f), dim=-1)
+        if self.n == 1:
+            return f
+        of_each = self._of_each(f)
+        return torch.stack(of_each, -1).flatten(-2) if self.dealt else torch.cat(of_each, -1)
 
     def _of_each(self, value: Tensor) -> list[Tensor]:
         value = value.detach().contiguous()
@@ -117,28 +122,32 @@ class Parts:
 
     # Tensors of all latents and of this part.
 
-    def first(self, n_latents: int) -> int:
-        """Index of this part's first latent, of `n_latents` in all."""
-        return self.index * (n_latents // self.n)
-
     def latents(self, n_latents: int) -> range:
         """This part's latents, of `n_latents` in all."""
-        first = self.first(n_latents)
-        return range(first, first + n_latents // self.n)
+        if self.dealt:
+            return range(self.index, n_latents, self.n)
+        size = n_latents // self.n
+        return range(self.index * size, (self.index + 1) * size)
+
+    def indices(self, n_latents: int, device: torch.device) -> Int[Tensor, " own"]:
+        """The same as a tensor."""
+        own = self.latents(n_latents)
+        return torch.arange(own.start, own.stop, own.step, device=device)
 
     def cut(self, whole: Tensor, axis: int) -> Tensor:
         """This part of a tensor of all latents, as a view."""
-        size = whole.shape[axis] // self.n
-        return whole.narrow(axis, self.index * size, size)
+        own = self.latents(whole.shape[axis])
+        return whole.movedim(axis, 0)[own.start : own.stop : own.step].movedim(0, axis)
 
     def picked(self, own: Tensor, latents: Tensor, n_latents: int) -> Tensor:
         """Rows of some latents, on all devices, from a table with the rows of each one's own."""
         if self.n == 1:
             return own[latents]
-        place = latents - self.first(n_latents)
-        mine = (place >= 0) & (place < len(own))
+        of_own = self.latents(n_latents)
+        place = latents - of_own.start
+        mine = (place >= 0) & (latents < of_own.stop) & (place % of_own.step == 0)
         found = own.new_zeros(len(latents), *own.shape[1:])
-        found[mine] = own.detach()[place[mine]]
+        found[mine] = own.detach()[place[mine] // of_own.step]
         return self._reduced(found, distributed.ReduceOp.SUM)
 
     def whole(self, own: Tensor, axis: int) -> Tensor | None:
@@ -153,13 +162,15 @@ class Parts:
         if self.index > 0:
             distributed.send(ordered, group_dst=0, group=self.group)
             return None
-        found = torch.empty(self.n, *ordered.shape, dtype=ordered.dtype)
+        size = (len(ordered), self.n) if self.dealt else (self.n, len(ordered))
+        all_rows = torch.empty(*size, *ordered.shape[1:], dtype=ordered.dtype)
+        found = all_rows.transpose(0, 1) if self.dealt else all_rows
         found[0].copy_(ordered)
         for index in range(1, self.n):
             received = torch.empty_like(ordered)
             distributed.recv(received, group_src=index, group=self.group)
             found[index].copy_(received)
-        return found.flatten(0, 1).movedim(0, axis)
+        return all_rows.flatten(0, 1).movedim(0, axis)
 
 
 ALONE = Parts()

@@ -25,6 +25,7 @@ from typing_extensions import override
 from lightning_sae.checks import require_positive
 from lightning_sae.distributed.parts import ALONE, Parts
 from lightning_sae.distributed.undrawn import drawn_for, without_drawing
+from lightning_sae.distributed.waiting import told_of_waiting
 from lightning_sae.files import AtomicCheckpointIO
 
 
@@ -90,7 +91,8 @@ class SplitDictionary(DDPStrategy):
 
     Args:
         parts: Number of parts; all devices by default. Neighbouring ranks hold the parts of a copy.
-        kwargs: Arguments of Lightning's `DDPStrategy`.
+        kwargs: Arguments of Lightning's `DDPStrategy`, such as `timeout`, how long devices wait for
+            each other.
 
     Raises:
         ValueError: If `parts` does not divide the number of devices or, when fitting starts, the
@@ -107,19 +109,27 @@ class SplitDictionary(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         """Start the processes' communication, in the two dimensions of the grid."""
-        super().setup_environment()
+        with told_of_waiting(self._timeout):
+            super().setup_environment()
+            self._meet()
+
+    def _meet(self) -> None:
         n_parts = _agreed(self.world_size if self.n_parts is None else self.n_parts)
         if self.world_size % n_parts:
             raise ValueError(
                 f"Expected argument `parts` to divide the {self.world_size} devices of the run but "
                 f"got {n_parts}: choose another `parts`, or other `trainer.devices`."
             )
+        dealt = getattr(self.lightning_module, "deals_latents", False)
         if self.parts.n == n_parts and n_parts > 1:  # by an earlier run of this trainer
+            self.parts = Parts(self.parts.group, dealt)
             return
         ranks = torch.arange(self.world_size).view(-1, n_parts)
-        own = distributed.new_subgroups_by_enumeration(ranks.tolist())[0]
-        across = distributed.new_subgroups_by_enumeration(ranks.T.tolist())[0]
-        self.parts = Parts(own) if n_parts > 1 else ALONE
+        own, across = (
+            distributed.new_subgroups_by_enumeration(groups.tolist(), timeout=self._timeout)[0]
+            for groups in (ranks, ranks.T)
+        )
+        self.parts = Parts(own, dealt) if n_parts > 1 else ALONE
         self.copies = Copies(self.global_rank // n_parts, len(ranks), across)
 
     @property

@@ -40,17 +40,19 @@ class RandomUnitRows:
             self._normal(last - first, torch.default_generator)
 
     def draw(self, wanted: range) -> Float[Tensor, "wanted d"]:
-        """Some consecutive rows. Beside them it needs memory for one piece."""
+        """Some rows at equal distances. Beside them it needs memory for one piece."""
         found = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device="cpu")
         generator = torch.Generator()
         for (first, last), state in zip(self._pieces, self._states, strict=True):
-            own = range(max(first, wanted.start), min(last, wanted.stop))
+            before, until = (
+                len(range(wanted.start, bound, wanted.step)) for bound in (first, last)
+            )
+            own = wanted[before:until]
             if own:
                 generator.set_state(state)
                 # The whole piece, because the norm of a single row may be rounded otherwise.
                 piece = unit_rows(self._normal(last - first, generator))
-                rows = piece[own.start - first : own.stop - first]
-                found[own.start - wanted.start : own.stop - wanted.start] = rows
+                found[before:until] = piece[own[0] - first : own[-1] - first + 1 : own.step]
         return found
 
     def _normal(self, rows: int, generator: torch.Generator) -> Tensor:

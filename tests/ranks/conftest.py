@@ -10,7 +10,7 @@ import pytest
 from tests.ranks.cases import to_analyze
 from tests.ranks.command import kill, write_config
 from tests.ranks.launching import launch, results
-from tests.ranks.split_cases import toy_run
+from tests.ranks.split_cases import STREAMED, toy_run
 from tests.ranks.split_worker import of_four, of_two
 from tests.ranks.worker import fit_killed, of_rank
 
@@ -77,6 +77,7 @@ def of_parts(folder: Path) -> OfParts:
     at = folder / "split"
     at.mkdir()
     shutil.copy(folder / "text.txt", at)
-    toy_run(at / "toy" / "one", 4)
+    for name in STREAMED:
+        toy_run(at / name / "one", 4)
     write_config(at / "two", strategy="SplitDictionary")
     return OfParts(at, results(at, of_two), results(at, of_four, 4))

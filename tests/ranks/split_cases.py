@@ -67,10 +67,17 @@ IN_FOUR = ("gated", "topk", "matryoshka")
 # Runs of a split dictionary on a stream, stopped and continued.
 
 
+STREAMED: dict[str, Callable[..., Any]] = {
+    "toy": partial(TopKSAE, k=3),
+    "dealt": partial(MatryoshkaSAE, k=3, prefixes=(6, 12, 24)),
+}
+"""By the name of the folder: latents in the order of the parts, and dealt to them in turn."""
+
+
 def toy_run(folder: Path, steps: int, parts: int | None = None, **flags: Any) -> dict[str, Any]:
     """Weights after some steps of a run that begins, or goes on, in a folder; with parts, split."""
     torch.manual_seed(1)
-    sae = TopKSAE(12, 24, k=3, lr=0.01, dead_after=60)
+    sae = STREAMED[folder.parent.name](12, 24, lr=0.01, dead_after=60)
     data = ToyDataModule(
         16, 12, directions="random", batch_size=32, seed=3, center=True, scale=True, n_validation=64
     )

@@ -16,6 +16,7 @@ from tests.ranks.split_cases import (
     IN_GRID,
     SENT,
     SPLIT,
+    STREAMED,
     Spoils,
     ends_with,
     refused,
@@ -41,7 +42,7 @@ def of_two(rank: int, folder: Path) -> dict[str, Any]:
         "peaks": peaks(folder / "memory"),
     }
     watched(folder / "watched", parts=2)
-    found |= stopped_and_whole(rank, folder / "toy")
+    found["streamed"] = {name: stopped_and_whole(rank, folder / name) for name in STREAMED}
     last = folder / "two" / "checkpoints" / "last.ckpt"
     with large() as found["drawn"]:
         lightning_sae(["fit", "--config", str(folder / "two.yaml")])
@@ -74,7 +75,7 @@ def stopped_and_whole(rank: int, folder: Path) -> dict[str, Any]:
         "whole": whole,
         "used": used,
         "dense": continued.layout.dense,
-        "sizes": {name: tuple(weight.shape) for name, weight in sae.named_parameters()},
+        "own": {name: weight.detach().clone() for name, weight in sae.named_parameters()},
     }
 
 
@@ -89,7 +90,11 @@ def of_four(rank: int, folder: Path) -> dict[str, Any]:
     for name in IN_FOUR:
         strategy = SplitDictionary()
         found[name] = train(CASES[name], activations(), strategy=strategy, devices=4)
-    toy_run(folder / "grid" / "stopped", 4, parts=2, devices=4)
-    found["resumed"] = toy_run(folder / "grid" / "stopped", 8, parts=2, devices=4)["state"]
-    found["whole"] = toy_run(folder / "grid" / "whole", 8, parts=2, devices=4)["state"]
+    for name in STREAMED:
+        at = folder / "grid" / name
+        toy_run(at / "stopped", 4, parts=2, devices=4)
+        resumed, whole = (
+            toy_run(at / run, 8, parts=2, devices=4)["state"] for run in ("stopped", "whole")
+        )
+        found[f"streamed-{name}"] = {"resumed": resumed, "whole": whole}
     return found

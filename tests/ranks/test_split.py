@@ -21,6 +21,7 @@ from tests.ranks.split_cases import (
     SENT_ROWS,
     SENT_WIDTH,
     SPLIT,
+    STREAMED,
     toy_run,
     watched,
 )
@@ -52,48 +53,53 @@ def test_four_ranks_are_one(name: str, of_parts: OfParts) -> None:
     assert_same(of_parts.four[0][name], train(CASES[name], activations()))
 
 
-def test_a_run_that_goes_on_is_the_one_that_was_not_stopped(of_parts: OfParts) -> None:
-    found = of_parts.two[0]
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_run_that_goes_on_is_the_one_that_was_not_stopped(name: str, of_parts: OfParts) -> None:
+    found = of_parts.two[0]["streamed"][name]
     whole = found["whole"]["state"]
     assert all(torch.equal(found["resumed"][name], weight) for name, weight in whole.items())
 
 
 def test_each_part_goes_on_in_its_layout(of_parts: OfParts) -> None:
     """Layouts differ by rounding, and parts may have different ones."""
-    assert [found["dense"] for found in of_parts.two] == [False, True]
+    for name in STREAMED:
+        assert [found["streamed"][name]["dense"] for found in of_parts.two] == [False, True]
 
 
-def test_one_rank_goes_on_from_two_and_two_from_one(of_parts: OfParts) -> None:
-    found = of_parts.two[0]
-    one = toy_run(of_parts.folder / "toy" / "for-one", 8)
+@pytest.mark.parametrize("name", STREAMED)
+def test_one_rank_goes_on_from_two_and_two_from_one(name: str, of_parts: OfParts) -> None:
+    found = of_parts.two[0]["streamed"][name]
+    one = toy_run(of_parts.folder / name / "for-one", 8)
     for state in (one["state"], found["of_one"]):
         torch.testing.assert_close(state, found["whole"]["state"], **close)
     assert one["metrics"] == pytest.approx(found["whole"]["metrics"], rel=1e-5)
 
 
-def test_ranks_of_a_grid_go_on_with_their_own_streams(of_parts: OfParts) -> None:
-    found = of_parts.four[0]
+@pytest.mark.parametrize("name", STREAMED)
+def test_ranks_of_a_grid_go_on_with_their_own_streams(name: str, of_parts: OfParts) -> None:
+    found = of_parts.four[0][f"streamed-{name}"]
     assert all(torch.equal(found["resumed"][name], v) for name, v in found["whole"].items())
 
 
 def test_only_copies_have_files_beside_a_checkpoint(of_parts: OfParts) -> None:
     of_two = of_parts.folder / "toy" / "stopped" / "checkpoints"
     assert [path.name for path in of_two.iterdir() if path.name[0] != "."] == ["last.ckpt"]
-    names = {path.name for path in (of_parts.folder / "grid/stopped/checkpoints").iterdir()}
+    names = {path.name for path in (of_parts.folder / "grid/toy/stopped/checkpoints").iterdir()}
     assert {name for name in names if name[0] != "."} == {"last.ckpt", "last.ckpt.step-8.rank-1"}
 
 
-def test_what_is_exported_is_whole(of_parts: OfParts) -> None:
-    folder = of_parts.folder / "toy"
+@pytest.mark.parametrize("name", STREAMED)
+def test_what_is_exported_is_whole(name: str, of_parts: OfParts) -> None:
+    folder = of_parts.folder / name
     saved = lightning_sae.load(folder / "exported")
     resumable = lightning_sae.load(folder / "stopped" / "checkpoints" / "last.ckpt")
     for found in of_parts.two:
-        used = found["used"]
+        used = found["streamed"][name]["used"]
         for sae in (saved, resumable):
             assert sae.W_dec.shape == (24, 12)
             torch.testing.assert_close(sae.encode(used["x"]), used["f"], **close)
-            for name in ("x_hat", "decoded"):
-                torch.testing.assert_close(sae(used["x"]), used[name], **close)
+            for part in ("x_hat", "decoded"):
+                torch.testing.assert_close(sae(used["x"]), used[part], **close)
 
 
 def test_a_run_of_the_command_line_is_that_of_one_rank(of_parts: OfParts) -> None:
@@ -136,9 +142,17 @@ def test_what_one_sees_is_of_all_latents(of_parts: OfParts) -> None:
 
 
 def test_each_rank_holds_its_own_latents_alone(of_parts: OfParts) -> None:
-    for found in of_parts.two:
-        sizes = found["sizes"]
-        assert sizes == {"W_enc": (12, 12), "W_dec": (12, 12), "b_enc": (12,), "b_dec": (12,)}
+    """A half, or every second one, so that each has the same share of each Matryoshka prefix."""
+    latents = {"toy": (range(12), range(12, 24)), "dealt": (range(0, 24, 2), range(1, 24, 2))}
+    for name in STREAMED:
+        whole = of_parts.two[0]["streamed"][name]["whole"]["state"]
+        for own, found in zip(latents[name], of_parts.two, strict=True):
+            held, index = found["streamed"][name]["own"], torch.tensor(own)
+            assert held.keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
+            assert torch.equal(held["W_enc"], whole["W_enc"][:, index])
+            assert torch.equal(held["W_dec"], whole["W_dec"][index])
+            assert torch.equal(held["b_enc"], whole["b_enc"][index])
+            assert held["W_enc"].mT.is_contiguous()
 
 
 def test_each_rank_draws_its_own_latents_alone(of_parts: OfParts) -> None:
