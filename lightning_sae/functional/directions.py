@@ -40,7 +40,7 @@ class RandomUnitRows:
             self._normal(last - first, torch.default_generator)
 
     def draw(self, wanted: range) -> Float[Tensor, "wanted d"]:
-        """Some rows at equal distances. Beside them it needs memory for one piece."""
+        """Some rows at equal distances. Beside them it needs memory for two pieces."""
         found = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device="cpu")
         generator = torch.Generator()
         for (first, last), state in zip(self._pieces, self._states, strict=True):
