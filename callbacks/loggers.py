@@ -1,13 +1,13 @@
 """Images, histograms and text for loggers. What a logger cannot store is left out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Protocol, override, runtime_checkable
 
 
 @runtime_checkable

@@ -8,12 +8,13 @@ from contextvars import ContextVar
 from numbers import Integral
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, runtime_checkable
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_sae.files import UNFINISHED, not_finite
 

@@ -165,11 +165,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint, after a check for damage.
 
-        By default only tensors and plain values, because a pickle can run code.
+        By default only tensors and plain values, because a pickle can run code, and onto the CPU,
+        because the device that saved it may not be here, or belong to another process.
 
         Raises:
             ValueError: If it is damaged, or not a checkpoint of Lightning.

@@ -119,6 +119,20 @@ def test_weights_that_do_not_belong_are_refused(sae: ReLUSAE, tmp_path: Path) ->
     assert config["format"] == 1
 
 
+def test_a_checkpoint_of_a_gpu_is_read_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = {"pytorch-lightning_version": "2.6.6"}
+    saved = {"state_dict": {"w": torch.ones(2)}, "epoch": 0, "global_step": 0, **version}
+    with monkeypatch.context() as patch:  # as if the weights were on a GPU
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+        torch.save(saved, tmp_path / "of_gpu.ckpt")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "of_gpu.ckpt")
+    found = AtomicCheckpointIO().load_checkpoint(tmp_path / "of_gpu.ckpt")
+    assert found["state_dict"]["w"].device.type == "cpu"
+
+
 def test_a_checkpoint_loads_without_unpickling(tmp_path: Path) -> None:
     sae = ReLUSAE(4, 6, decoder_norm="free")
     trainer = Trainer(

@@ -1,7 +1,5 @@
 """Unit-norm decoder rows, kept through training."""
 
-from typing import Literal, Protocol, runtime_checkable
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -11,19 +9,6 @@ from typing_extensions import override
 from lightning_sae.checks import refuse_second
 from lightning_sae.distributed.undrawn import without_drawing
 from lightning_sae.training.optimizer import AfterOptimizerSteps
-
-
-@runtime_checkable
-class HasDecoder(Protocol):
-    """What `DecoderNormProjection` needs of a module; `SparseAutoencoder` has it.
-
-    Attributes:
-        W_dec: The decoder [d_sae, d_in].
-        decoder_norm: `unit`, or `free` for rows of any norm.
-    """
-
-    W_dec: Tensor
-    decoder_norm: Literal["unit", "free"]
 
 
 class DecoderNormProjection(AfterOptimizerSteps):
@@ -56,8 +41,8 @@ class DecoderNormProjection(AfterOptimizerSteps):
         if stage != "fit":
             return
         with without_drawing(pl_module):
-            free = _with_decoder(pl_module).decoder_norm == "free"
-        if free:
+            _decoder(pl_module)
+        if _norm_of(pl_module) == "free":
             raise ValueError(
                 "`DecoderNormProjection` keeps decoder rows at norm 1 but the SAE was built with "
                 '`decoder_norm="free"`: set `decoder_norm="unit"` or remove the callback.'
@@ -110,13 +95,14 @@ def keep_unit_rows(optimizer: Optimizer, w: Tensor) -> None:
 
 
 def _decoder(pl_module: LightningModule) -> Tensor:
-    return _with_decoder(pl_module).W_dec
-
-
-def _with_decoder(pl_module: LightningModule) -> HasDecoder:
-    if not isinstance(pl_module, HasDecoder):
+    # Not by a protocol, which does not see parameters from Python 3.12 on.
+    if not isinstance(w := getattr(pl_module, "W_dec", None), Tensor) or not _norm_of(pl_module):
         raise ValueError(
             "Expected a module with a decoder `W_dec` [d_sae, d_in] and its `decoder_norm` but "
             f"{type(pl_module).__name__} has none: train an SAE or remove the callback."
         )
-    return pl_module
+    return w
+
+
+def _norm_of(pl_module: LightningModule) -> str | None:
+    return getattr(pl_module, "decoder_norm", None)

@@ -1,13 +1,15 @@
 """SAEs in portable folders: safetensors and JSON that act on raw activations."""
 
 import json
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
@@ -29,10 +31,10 @@ CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 FORMAT = 1
 
 
-@runtime_checkable
-class Portable(Protocol):
+class Portable(LightningModule, ABC):
     """What this file asks of an SAE; see `SparseAutoencoder`."""
 
+    W_enc: Tensor
     input_mean: Tensor
     input_scale: Tensor
     latent_units: tuple[str, ...]
@@ -44,32 +46,17 @@ class Portable(Protocol):
     n_trained: int
     parts: Parts
 
+    @abstractmethod
     def latent_axes(self) -> dict[str, int]:
         """The axis of the latents, by name, of the tensors that have one."""
 
-    @property
-    def W_enc(self) -> Tensor:
-        """The encoder, [d_in, d_sae]."""
-
-    @property
-    def hparams(self) -> Any:
-        """The arguments with which it was built."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-
-    def activate(self, pre: Tensor) -> Tensor:
+    @abstractmethod
+    def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """Latents from pre-activations."""
 
-    def shift_pre_activations(self, state: dict[str, Tensor], by: Tensor) -> None:
-        """Change biases in a folded state so that all pre-activations change by so much."""
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Its weights."""
-
-    def named_buffers(self) -> Iterable[tuple[str, Tensor]]:
-        """Its buffers."""
+    def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
+        """Change biases in a folded state so that pre-activations change by `by`."""
+        state["b_enc"] = state["b_enc"] + by
 
 
 def save_pretrained(sae: Portable, folder: Path) -> Path:

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from jaxtyping import Float
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -26,7 +25,7 @@ from lightning_sae.training.resuming import Settings, compare_settings, note_set
 S = TypeVar("S", bound="Saved")
 
 
-class Saved(LightningModule, ModelHubMixin):
+class Saved(portable.Portable, ModelHubMixin):
     """The part of an SAE that writes and reads it.
 
     Attributes:
@@ -42,21 +41,13 @@ class Saved(LightningModule, ModelHubMixin):
     is_trained: bool
     n_trained: int
 
-    @property
-    def _portable(self) -> portable.Portable:
-        return cast(portable.Portable, self)  # the SAE has the rest of its attributes
-
-    def shift_pre_activations(self, state: dict[str, Tensor], by: Float[Tensor, " d_sae"]) -> None:
-        """Change biases in a folded state so that pre-activations change by `by`."""
-        state["b_enc"] = state["b_enc"] + by
-
     def adopt_scaling(self, mean: Float[Tensor, " d_in"], scale: Float[Tensor, ""]) -> None:
         """Centre and scale inputs as `(x - mean) * scale`, without changing what the SAE computes.
 
         A loaded SAE is then trained further in the same space as a new one. If `activate` does not
         scale with its input, nothing is changed.
         """
-        portable.adopt_scaling(self._portable, mean, scale)
+        portable.adopt_scaling(self, mean, scale)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -78,7 +69,7 @@ class Saved(LightningModule, ModelHubMixin):
         Raises:
             ValueError: If `folder` exists and is not empty.
         """
-        written = portable.save_pretrained(self._portable, Path(folder))
+        written = portable.save_pretrained(self, Path(folder))
         if model_card_kwargs is not None and (written / portable.CONFIG).exists():
             self.generate_model_card(**model_card_kwargs).save(written / "README.md")
         return written
@@ -106,7 +97,7 @@ class Saved(LightningModule, ModelHubMixin):
         self, name: str = "Sparse autoencoder", figures: Mapping[str, Any] | None = None
     ) -> ModelCard:
         """The card of this SAE: how to load it, settings, source, tokens, versions, figures."""
-        return hub.card_of(portable.described(self._portable), name, figures)
+        return hub.card_of(portable.described(self), name, figures)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -1,7 +1,7 @@
 """Adjusts the sparsity penalty to reach a target L0."""
 
 import math
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Protocol, override, runtime_checkable
 
 from lightning_sae.checks import expect, refuse_second, require_not_negative, require_positive
 from lightning_sae.distributed.parts import Parts

@@ -5,11 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_sae.checks import refuse
 from lightning_sae.data.devices import current, picked, sent

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 BYTE_ORDER_MARK = "\ufeff"
 

@@ -7,7 +7,9 @@ work word by word, and in practice for all that look only a short way ahead.
 
 from collections.abc import Iterator
 from itertools import takewhile
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
+
+from typing_extensions import Protocol, runtime_checkable
 
 WINDOW = 2**16
 OVERLAP = 2**11

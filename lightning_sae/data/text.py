@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_sae.data.documents import Document, Documents, named
 from lightning_sae.data.embedded import standard_library_documents

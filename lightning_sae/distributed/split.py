@@ -11,7 +11,7 @@ gradient and its moments: all that works with `ddp` works in the same way.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Protocol, override, runtime_checkable
 
 from lightning_sae.checks import require_positive
 from lightning_sae.distributed.parts import ALONE, Parts

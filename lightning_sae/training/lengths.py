@@ -1,9 +1,9 @@
 """Lengths of the parts of a run: a number of optimizer steps, or a share of the run."""
 
 from numbers import Integral
-from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_sae.checks import refuse
 

@@ -14,12 +14,12 @@ Both ways of drawing are exact. The rules of parents and children are applied af
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.special import log_ndtr, ndtr, ndtri
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_sae.data.toy.rules import Rules
 from lightning_sae.functional.sparse.patterns import DensePattern, SparsePattern

@@ -8,12 +8,13 @@ training whatever the precision of the products.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_sae.functional.waiting import waiting_is_slow
 
