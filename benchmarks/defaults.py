@@ -1,6 +1,7 @@
 """What every architecture gives with its defaults: `python -m benchmarks.defaults --model FOLDER`.
 
-All SAEs at a hook are trained in one run, two widths and several seeds of each architecture.
+All SAEs at a hook are trained in one run, two widths and several seeds of each architecture. With
+`--given lr_decay_steps=0.25` the classes get that argument, and the page what it changes.
 """
 
 import argparse
@@ -57,12 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def merged(before: Row | None, about: Row, plan: Row, rows: list[Row]) -> Row:
-    """The part of a hook: new rows replace those of their architectures, the others stay."""
+    """The part of a hook: new rows replace those that they repeat, the others stay."""
     kept: list[Row] = []
     commands: list[str] = []
     if before is not None and before["plan"] == plan:
-        again = {row["architecture"] for row in rows}
-        kept = [row for row in before["rows"] if row["architecture"] not in again]
+        again = {(row["architecture"], row.get("given", "")) for row in rows}
+        kept = [
+            row
+            for row in before["rows"]
+            if (row["architecture"], row.get("given", "")) not in again
+        ]
         commands = before["commands"] if kept else []
     order = [*ARCHITECTURES]
     everything = sorted([*kept, *rows], key=lambda row: order.index(row["architecture"]))
@@ -82,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--architectures", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES]
     )
+    found.add_argument("--given", nargs="+", default=[], metavar="NAME=VALUE", help="arguments")
     sizes = {"steps": 1000, "batch-size": 1024, "seeds": 2, "n-tokens": 32768}
     for name, default in sizes.items():
         found.add_argument(f"--{name}", type=int, default=default, help="%(default)s")
@@ -96,7 +102,13 @@ def trained(asked: argparse.Namespace, folder: Path) -> list[Row]:
     last = folder / "run" / "checkpoints" / "last.ckpt"
     lightning_sae(["test", "--config", str(config), "--ckpt_path", str(last)])
     return [
-        {"architecture": kind, "d_sae": d_sae, "seed": seed, **figures(folder / "run", name)}
+        {
+            "architecture": kind,
+            "given": " ".join(asked.given),
+            "d_sae": d_sae,
+            "seed": seed,
+            **figures(folder / "run", name),
+        }
         for kind in asked.architectures
         for d_sae in asked.latents
         for seed in range(asked.seeds)
@@ -106,10 +118,11 @@ def trained(asked: argparse.Namespace, folder: Path) -> list[Row]:
 
 def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The configuration of the run."""
+    given = {name: yaml.safe_load(value) for name, value in (g.split("=") for g in asked.given)}
     members = [
         {
             "name": kind,
-            "sae": {"class_path": f"lightning_sae.{kind}", "init_args": arguments},
+            "sae": {"class_path": f"lightning_sae.{kind}", "init_args": {**arguments, **given}},
             "sweep": {"d_sae": list(asked.latents), "seed": list(range(asked.seeds))},
         }
         for kind, arguments in ((name, ARCHITECTURES[name]) for name in asked.architectures)
@@ -164,11 +177,41 @@ def page(results: Row) -> str:
             f"{plan['steps']} steps of {plan['batch_size']} activations, {plan['seeds']} seed(s).",
             *(f"Made by {command}." for command in part["commands"]),
             "",
-            *table(("", "latents", *HEADINGS), _rows(part["rows"])),
+            *table(("", "latents", *HEADINGS), _rows(defaults_of(part["rows"]))),
             "",
-            *summary(part["rows"]),
+            *summary(defaults_of(part["rows"])),
+            *_changes(part["rows"]),
         ]
     return "\n".join(lines) + "\n"
+
+
+def defaults_of(rows: Sequence[Row]) -> list[Row]:
+    """The rows without other arguments."""
+    return [row for row in rows if not row.get("given")]
+
+
+def _changes(rows: Sequence[Row]) -> list[str]:
+    """A table of what other arguments change."""
+    body = []
+    for kind, d_sae, given in {
+        (r["architecture"], r["d_sae"], r.get("given", "")): 0 for r in rows
+    }:
+        sizes = [r for r in rows if (r["architecture"], r["d_sae"]) == (kind, d_sae)]
+        group = [row for row in sizes if row.get("given", "") == given]
+        before = [row["fvu"] for row in defaults_of(sizes)]
+        after = [row["fvu"] for row in group]
+        if given and before and None not in [*before, *after]:
+            change = f"{statistics.mean(after) / statistics.mean(before) - 1:+.1%}"
+            dead = (
+                f"{_cell(defaults_of(sizes), 'dead_fraction')} to {_cell(group, 'dead_fraction')}"
+            )
+            body.append([f"`{kind}`", str(d_sae), f"`{given}`", _cell(group, "l0"), change, dead])
+    head = ("", "latents", "arguments", "L0", "change of FVU", "dead")
+    return (
+        ["", "Other arguments, beside the same figures with the defaults:", "", *table(head, body)]
+        if body
+        else []
+    )
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

@@ -1,7 +1,7 @@
 """Compare reconstruction with other libraries at the same L0: `python -m benchmarks quality`.
 
-All train on the same saved activations of a language model, with their own defaults, with one recipe
-at one learning rate, and with that recipe at the best of several.
+All train on the same saved activations of a language model: with their own defaults, with one
+recipe at one learning rate, and with that recipe at the best of several.
 """
 
 import argparse
