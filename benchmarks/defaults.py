@@ -1,7 +1,8 @@
 """What every architecture gives with its defaults: `python -m benchmarks.defaults --model FOLDER`.
 
 All SAEs at a hook are trained in one run, two widths and several seeds of each architecture. With
-`--given lr_decay_steps=0.25` the classes get that argument, and the page what it changes.
+`--given lr_decay_steps=0.25` the classes get that argument, and the page what it changes; several
+`--given` are compared.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--architectures", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES]
     )
-    found.add_argument("--given", nargs="+", default=[], metavar="NAME=VALUE", help="arguments")
+    found.add_argument("--given", nargs="+", action="append", metavar="NAME=VALUE")
     sizes = {"steps": 1000, "batch-size": 1024, "seeds": 2, "n-tokens": 32768}
     for name, default in sizes.items():
         found.add_argument(f"--{name}", type=int, default=default, help="%(default)s")
@@ -104,28 +105,41 @@ def trained(asked: argparse.Namespace, folder: Path) -> list[Row]:
     return [
         {
             "architecture": kind,
-            "given": " ".join(asked.given),
+            "given": given,
             "d_sae": d_sae,
             "seed": seed,
-            **figures(folder / "run", name),
+            **figures(folder / "run", f"{name_of(kind, given)}-d_sae={d_sae}-seed={seed}"),
         }
         for kind in asked.architectures
+        for given in variants(asked)
         for d_sae in asked.latents
         for seed in range(asked.seeds)
-        for name in [f"{kind}-d_sae={d_sae}-seed={seed}"]
     ]
+
+
+def variants(asked: argparse.Namespace) -> list[str]:
+    """Arguments besides the defaults; empty for none."""
+    return [" ".join(words) for words in asked.given or [[]]]
+
+
+def name_of(kind: str, given: str) -> str:
+    """The name of the members with these arguments."""
+    return "-".join([kind, *given.replace("=", "-").split()])
 
 
 def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The configuration of the run."""
-    given = {name: yaml.safe_load(value) for name, value in (g.split("=") for g in asked.given)}
     members = [
         {
-            "name": kind,
-            "sae": {"class_path": f"lightning_sae.{kind}", "init_args": {**arguments, **given}},
+            "name": name_of(kind, given),
+            "sae": {
+                "class_path": f"lightning_sae.{kind}",
+                "init_args": {**ARCHITECTURES[kind], **_arguments(given)},
+            },
             "sweep": {"d_sae": list(asked.latents), "seed": list(range(asked.seeds))},
         }
-        for kind, arguments in ((name, ARCHITECTURES[name]) for name in asked.architectures)
+        for kind in asked.architectures
+        for given in variants(asked)
     ]
     data = {
         "hook_name": asked.hook,
@@ -148,6 +162,12 @@ def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": {"class_path": "lightning_sae.SideBySide", "init_args": {"members": members}},
         "data": {"class_path": "lightning_sae.ActivationDataModule", "init_args": data},
     }
+
+
+def _arguments(given: str) -> dict[str, Any]:
+    """`NAME=VALUE` as a dictionary."""
+    pairs = (word.partition("=") for word in given.split())
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
 def figures(root: Path, name: str) -> Row:
