@@ -31,7 +31,10 @@ def test_new_rows_replace_those_of_their_architectures() -> None:
 def test_other_arguments_are_beside_the_defaults_and_not_among_them() -> None:
     other = {**row("ReLUSAE", 33.0, dead=0.5), "given": "lr_decay_steps=0.25", "fvu": 0.08}
     rows = [row("ReLUSAE", 31.0, dead=0.1), other]
-    part = {"plan": {"hook": "h", "steps": 5, "batch_size": 4, "seeds": 1}, "commands": []}
+    part: dict[str, Any] = {
+        "plan": {"hook": "h", "steps": 5, "batch_size": 4, "seeds": 1},
+        "commands": [],
+    }
     text = defaults.page({"m": {**part, "rows": rows}})
     assert "| `ReLUSAE` | 64 | 31.0 ± 0.0 | 0.100 ± 0.000 |" in text
     assert "| `ReLUSAE` | 64 | `lr_decay_steps=0.25` | 33.0 ± 0.0 | -20.0% |" in text

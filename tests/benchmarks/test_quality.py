@@ -89,7 +89,7 @@ def test_new_rows_replace_those_of_their_setting_library_and_architecture() -> N
 
 def test_the_chosen_rate_is_shown_where_there_was_a_choice() -> None:
     same = {"library": OURS, "architecture": "topk", "fvu": 0.2, "l0": 8.0, "lr": 0.004}
-    both = {"0.004": {}, "0.008": {}}
+    both: dict[str, Any] = {"0.004": {}, "0.008": {}}
     head, _, chosen = quality._table([{**same, "tried": both}], 8)
     assert head.endswith("| ours: rate |")
     assert chosen.endswith("| 0.004 |")

@@ -1,5 +1,7 @@
 """Stored activations that no step has seen, with which a threshold is set when training ends."""
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -62,7 +64,7 @@ class AsksAtTheEnd(Callback):
         assert data.state_dict() == before
 
 
-def trained(x: Tensor, steps: int, **arguments: int) -> tuple[BatchTopKSAE, Tensor | None]:
+def trained(x: Tensor, steps: int, **arguments: Any) -> tuple[BatchTopKSAE, Tensor | None]:
     torch.manual_seed(0)
     sae, end = BatchTopKSAE(x.shape[1], 32, k=3, lr=0.01), AsksAtTheEnd()
     data = CachedDataModule(x, batch_size=20, validation_fraction=0.25, **arguments)
