@@ -187,6 +187,14 @@ def page(results: Row) -> str:
         f"asked for the same by `target_l0={L0}`. Figures are of held-out text: means over seeds,",
         "± half the distance of the largest from the smallest. Widths are numbers of latents; loss",
         "recovered is against zero ablation.",
+        "",
+        "**Schedule.** There is none by default. A fall of the learning rate over the last part of",
+        "a run depends on its length, and a run that is prolonged would no longer be the same as",
+        "one of that length from the start. `lr_decay_steps=0.25` in the tables below shows what",
+        "such a fall changes at the default rate.",
+        "",
+        "**Dead latents.** `revive=auxk`, which gives dead latents a gradient, is the default of",
+        "TopK, BatchTopK and Matryoshka SAEs. The tables show what it brings and costs the others.",
     ]
     for name, part in results.items():
         plan = part["plan"]
