@@ -194,7 +194,9 @@ def page(results: Row) -> str:
         "such a fall changes at the default rate.",
         "",
         "**Dead latents.** `revive=auxk`, which gives dead latents a gradient, is the default of",
-        "TopK, BatchTopK and Matryoshka SAEs. The tables show what it brings and costs the others.",
+        "TopK, BatchTopK and Matryoshka SAEs. Tied and gated SAEs have few dead latents with it",
+        "and `dead_after=25000`, but a larger FVU, less so with a small `revive_coefficient`:",
+        "`--given revive=auxk dead_after=25000` measures it.",
     ]
     for name, part in results.items():
         plan = part["plan"]
