@@ -1,6 +1,8 @@
 """What every architecture gives with its defaults: `python -m benchmarks.defaults --model FOLDER`.
 
-All SAEs at a hook are trained in one run, two widths and several seeds of each architecture.
+All SAEs at a hook are trained in one run, two widths and several seeds of each architecture. With
+`--given lr_decay_steps=0.25` the classes get that argument, and the page what it changes; several
+`--given` are compared.
 """
 
 import argparse
@@ -57,12 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def merged(before: Row | None, about: Row, plan: Row, rows: list[Row]) -> Row:
-    """The part of a hook: new rows replace those of their architectures, the others stay."""
+    """The part of a hook: new rows replace those that they repeat, the others stay."""
     kept: list[Row] = []
     commands: list[str] = []
     if before is not None and before["plan"] == plan:
-        again = {row["architecture"] for row in rows}
-        kept = [row for row in before["rows"] if row["architecture"] not in again]
+        again = {(row["architecture"], row.get("given", "")) for row in rows}
+        kept = [
+            row
+            for row in before["rows"]
+            if (row["architecture"], row.get("given", "")) not in again
+        ]
         commands = before["commands"] if kept else []
     order = [*ARCHITECTURES]
     everything = sorted([*kept, *rows], key=lambda row: order.index(row["architecture"]))
@@ -82,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--architectures", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES]
     )
+    found.add_argument("--given", nargs="+", action="append", metavar="NAME=VALUE")
     sizes = {"steps": 1000, "batch-size": 1024, "seeds": 2, "n-tokens": 32768}
     for name, default in sizes.items():
         found.add_argument(f"--{name}", type=int, default=default, help="%(default)s")
@@ -96,23 +103,43 @@ def trained(asked: argparse.Namespace, folder: Path) -> list[Row]:
     last = folder / "run" / "checkpoints" / "last.ckpt"
     lightning_sae(["test", "--config", str(config), "--ckpt_path", str(last)])
     return [
-        {"architecture": kind, "d_sae": d_sae, "seed": seed, **figures(folder / "run", name)}
+        {
+            "architecture": kind,
+            "given": given,
+            "d_sae": d_sae,
+            "seed": seed,
+            **figures(folder / "run", f"{name_of(kind, given)}-d_sae={d_sae}-seed={seed}"),
+        }
         for kind in asked.architectures
+        for given in variants(asked)
         for d_sae in asked.latents
         for seed in range(asked.seeds)
-        for name in [f"{kind}-d_sae={d_sae}-seed={seed}"]
     ]
+
+
+def variants(asked: argparse.Namespace) -> list[str]:
+    """Arguments besides the defaults; empty for none."""
+    return [" ".join(words) for words in asked.given or [[]]]
+
+
+def name_of(kind: str, given: str) -> str:
+    """The name of the members with these arguments."""
+    return "-".join([kind, *given.replace("=", "-").split()])
 
 
 def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The configuration of the run."""
     members = [
         {
-            "name": kind,
-            "sae": {"class_path": f"lightning_sae.{kind}", "init_args": arguments},
+            "name": name_of(kind, given),
+            "sae": {
+                "class_path": f"lightning_sae.{kind}",
+                "init_args": {**ARCHITECTURES[kind], **_arguments(given)},
+            },
             "sweep": {"d_sae": list(asked.latents), "seed": list(range(asked.seeds))},
         }
-        for kind, arguments in ((name, ARCHITECTURES[name]) for name in asked.architectures)
+        for kind in asked.architectures
+        for given in variants(asked)
     ]
     data = {
         "hook_name": asked.hook,
@@ -137,6 +164,12 @@ def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def _arguments(given: str) -> dict[str, Any]:
+    """`NAME=VALUE` as a dictionary."""
+    pairs = (word.partition("=") for word in given.split())
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
 def figures(root: Path, name: str) -> Row:
     """Those of the page; none for an SAE that was stopped."""
     path = root / "members" / name / "results.json"
@@ -154,6 +187,16 @@ def page(results: Row) -> str:
         f"asked for the same by `target_l0={L0}`. Figures are of held-out text: means over seeds,",
         "± half the distance of the largest from the smallest. Widths are numbers of latents; loss",
         "recovered is against zero ablation.",
+        "",
+        "**Schedule.** There is none by default. A fall of the learning rate over the last part of",
+        "a run depends on its length, and a run that is prolonged would no longer be the same as",
+        "one of that length from the start. `lr_decay_steps=0.25` in the tables below shows what",
+        "such a fall changes at the default rate.",
+        "",
+        "**Dead latents.** `revive=auxk`, which gives dead latents a gradient, is the default of",
+        "TopK, BatchTopK and Matryoshka SAEs. Tied and gated SAEs have few dead latents with it",
+        "and `dead_after=25000`, but a larger FVU, less so with a small `revive_coefficient`:",
+        "`--given revive=auxk dead_after=25000` measures it.",
     ]
     for name, part in results.items():
         plan = part["plan"]
@@ -164,11 +207,41 @@ def page(results: Row) -> str:
             f"{plan['steps']} steps of {plan['batch_size']} activations, {plan['seeds']} seed(s).",
             *(f"Made by {command}." for command in part["commands"]),
             "",
-            *table(("", "latents", *HEADINGS), _rows(part["rows"])),
+            *table(("", "latents", *HEADINGS), _rows(defaults_of(part["rows"]))),
             "",
-            *summary(part["rows"]),
+            *summary(defaults_of(part["rows"])),
+            *_changes(part["rows"]),
         ]
     return "\n".join(lines) + "\n"
+
+
+def defaults_of(rows: Sequence[Row]) -> list[Row]:
+    """The rows without other arguments."""
+    return [row for row in rows if not row.get("given")]
+
+
+def _changes(rows: Sequence[Row]) -> list[str]:
+    """A table of what other arguments change."""
+    body = []
+    for kind, d_sae, given in {
+        (r["architecture"], r["d_sae"], r.get("given", "")): 0 for r in rows
+    }:
+        sizes = [r for r in rows if (r["architecture"], r["d_sae"]) == (kind, d_sae)]
+        group = [row for row in sizes if row.get("given", "") == given]
+        before = [row["fvu"] for row in defaults_of(sizes)]
+        after = [row["fvu"] for row in group]
+        if given and before and None not in [*before, *after]:
+            change = f"{statistics.mean(after) / statistics.mean(before) - 1:+.1%}"
+            dead = (
+                f"{_cell(defaults_of(sizes), 'dead_fraction')} to {_cell(group, 'dead_fraction')}"
+            )
+            body.append([f"`{kind}`", str(d_sae), f"`{given}`", _cell(group, "l0"), change, dead])
+    head = ("", "latents", "arguments", "L0", "change of FVU", "dead")
+    return (
+        ["", "Other arguments, beside the same figures with the defaults:", "", *table(head, body)]
+        if body
+        else []
+    )
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

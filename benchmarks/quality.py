@@ -1,7 +1,7 @@
 """Compare reconstruction with other libraries at the same L0: `python -m benchmarks quality`.
 
-All train on the same saved activations of a language model, with their own defaults and with one
-recipe.
+All train on the same saved activations of a language model: with their own defaults, with one
+recipe at one learning rate, and with that recipe at the best of several.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.language_model_source import absolute
 from benchmarks.libraries.base import OURS
 from benchmarks.machine import surroundings
 from benchmarks.measure import run_process
-from benchmarks.quality_worker import CLASSES, NEAR, TRAINERS, save_activations
+from benchmarks.quality_worker import CLASSES, FROM_ONE, NEAR, TRAINERS, save_activations
 from lightning_sae import ActivationDataModule
 
 TITLES = {
@@ -31,6 +31,12 @@ TITLES = {
     "jumprelu": "JumpReLU",
     "matryoshka": "Matryoshka",
 }
+SETTINGS = {
+    "defaults": "Each library's defaults",
+    "recipe": "One recipe, one learning rate",
+    "rates": "One recipe, each its best learning rate",
+}
+PLAN = ("hook", "latents", "l0", "steps", "batch_size", "seeds")
 HELD_OUT = 32768
 
 
@@ -40,19 +46,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = Path(asked.output).with_suffix(".json")
     output.parent.mkdir(parents=True, exist_ok=True)
     about = surroundings(asked.threads, "benchmarks")
-    names = ("hook", "latents", "l0", "steps", "batch_size", "seeds", "rates")
-    part: Row = {"surroundings": about, "plan": {name: vars(asked)[name] for name in names}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "activations.safetensors"
-        part["activations"] = save_activations(
-            path, _stream(asked), asked.steps * asked.batch_size, HELD_OUT
-        )
-        part["rows"] = _measured(asked, path)
+        counts = save_activations(path, _stream(asked), asked.steps * asked.batch_size, HELD_OUT)
+        rows = _measured(asked, path)
     results: Row = json.loads(output.read_text()) if output.exists() else {}
-    results[asked.name] = part
+    plan = {name: vars(asked)[name] for name in PLAN}
+    results[asked.name] = merged(results.get(asked.name), about, plan, counts, rows)
     output.write_text(json.dumps(results, indent=1) + "\n")
     output.with_suffix(".md").write_text(page(results))
     say(f"Wrote {output.with_suffix('.md')} and {output}.")
+
+
+def merged(before: Row | None, about: Row, plan: Row, counts: Row, rows: list[Row]) -> Row:
+    """The part of a model: new rows replace those that they repeat, others of its plan stay."""
+    kept: list[Row] = []
+    commands = [f"{about['command']}, {about['date']}, with {about['compared']}, {about['with']}"]
+    if before is not None and before["plan"] == plan:
+        again = {_key(row) for row in rows}
+        kept = [row for row in before["rows"] if _key(row) not in again]
+        commands = [*before["commands"], *commands] if kept else commands
+    return {"commands": commands, "plan": plan, "activations": counts, "rows": [*kept, *rows]}
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["setting"], row["library"], row["architecture"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,11 +83,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--output", default="docs/quality", help="path of the page, less .md")
     found.add_argument("--libraries", nargs="+", choices=[*TRAINERS], default=[*TRAINERS])
     found.add_argument("--architectures", nargs="+", choices=[*CLASSES], default=[*CLASSES])
+    found.add_argument("--settings", nargs="+", choices=[*SETTINGS], default=[*SETTINGS])
+    found.add_argument("--rate", type=float, default=2e-3, help="of the recipe (%(default)s)")
     found.add_argument(
         "--rates",
         type=float,
         nargs="+",
-        default=[2e-3],
+        default=[4e-3, 8e-3, 1.6e-2],
         help="learning rates of the recipe to choose from (%(default)s)",
     )
     sizes = {
@@ -98,13 +118,15 @@ def _stream(asked: argparse.Namespace) -> ActivationDataModule:
 def _measured(asked: argparse.Namespace, path: Path) -> list[Row]:
     """Figures of all libraries, settings, architectures and seeds."""
     found: list[Row] = []
-    for library in asked.libraries:
-        for rates in ([None], asked.rates):
-            by_recipe = rates != [None]
-            say(f"{asked.name}: {library}, {'one recipe' if by_recipe else 'its defaults'}")
-            for row in _of_process(asked, str(path), library, rates):
+    rates = {"defaults": [None], "recipe": [asked.rate], "rates": asked.rates}
+    for setting in asked.settings:
+        for library in asked.libraries:
+            if library == FROM_ONE and setting != "recipe":
+                continue
+            say(f"{asked.name}: {library}, {SETTINGS[setting]}")
+            for row in _of_process(asked, str(path), library, rates[setting]):
                 say(f"    {outline(row)}")
-                found.append({"by_recipe": by_recipe, **row})
+                found.append({"setting": setting, **row})
     return found
 
 
@@ -152,10 +174,12 @@ def page(results: Row) -> str:
         "- **Defaults**: everything is as the library has it, but what sets L0.",
         "  dictionary_learning's warm-ups are 5 % and 10 % of the run, because its own are longer",
         "  than the run and it refuses them.",
-        "- **One recipe**: the same learning rate, warmed up over 5 % and decayed over the last",
-        "  25 % of the run, a penalty warmed up over 10 %, and latents dead after 10 % of the run.",
-        "  Of several learning rates, each library and architecture has the one that is best with",
-        "  the first seed.",
+        "- **One recipe**: the learning rate is warmed up over 5 % and decayed over the last 25 %",
+        "  of the run, a penalty is warmed up over 10 %, and latents are dead after 10 % of the",
+        "  run.",
+        "- **Each its best learning rate**: each library and architecture has that rate, of those",
+        "  named, which is best with the first seed.",
+        f"- **{FROM_ONE}**: with one change, `decoder_init_norm=1`, which is 0.1 by default.",
         "- **L0**: `k`, `target_l0` (ours), or the library's own target (JumpReLU; SAELens' mode",
         "  `quadratic`). Where others have only a coefficient (ReLU, gated), it is searched with",
         "  the first seed in up to 3 trainings, and the closest counts.",
@@ -168,7 +192,17 @@ def page(results: Row) -> str:
         "Runs are short. Default learning rates of the others are meant for longer ones, and so",
         "are their thresholds of JumpReLU, which L0 far from the target shows: there FVU says",
         "nothing.",
-        "The learning rate of the recipe was chosen for no library.",
+        "",
+        "One learning rate is not the same for all. A step of Adam moves each weight by about",
+        "the learning rate, whatever its size. SAELens starts the rows of the decoder and of",
+        "the encoder at norm 0.1, and the same rate turns them faster than rows of norm 1, with",
+        "which ours start. The column with `decoder_init_norm=1` shows what that is worth: for",
+        "TopK and BatchTopK SAEs it is all of the difference. So the last table of each model",
+        "gives every library its own rate. Where that column is ahead of ours, as of ReLU SAEs,",
+        "two more things differ. SAELens leaves decoder norms free and weights a penalty by",
+        "them, as ours does with `decoder_norm: free`; `docs/settings.md` shows what that",
+        "changes. And the coefficient of a penalty is the final one as soon as it is warmed up,",
+        "known from earlier trainings, where `target_l0` finds it in the run.",
         "",
         "Figures are means over seeds, ± half the range. In **bold**: the least FVU among",
         f"those whose L0 is within {NEAR:.0%} of the target.",
@@ -179,26 +213,34 @@ def page(results: Row) -> str:
 
 
 def _of_model(name: str, part: Row) -> list[str]:
-    plan, about, counts = part["plan"], part["surroundings"], part["activations"]
-    rates = " or ".join(f"{rate:g}" for rate in plan["rates"])
+    plan, counts = part["plan"], part["activations"]
     lines = [
         f"## {name}, `{plan['hook']}`",
         "",
         f"{plan['latents']} latents on {counts['d_in']} dimensions, L0 {plan['l0']}, "
         f"{plan['steps']} steps of {plan['batch_size']} activations, {plan['seeds']} seeds; "
-        f"{counts['n_held_out']:,} held-out activations. Recipe: learning rate {rates}.",
-        f"Made by {about['command']}, {about['date']}, with {about['compared']}, {about['with']}.",
+        f"{counts['n_held_out']:,} held-out activations.",
+        *(f"Made by {command}." for command in part["commands"]),
     ]
-    for title, by_recipe in (("Each library's defaults", False), ("One recipe", True)):
-        rows = [row for row in part["rows"] if row["by_recipe"] == by_recipe]
-        lines += ["", f"### {title}", "", *_table(rows, plan["l0"])]
+    for setting, title in SETTINGS.items():
+        rows = [row for row in part["rows"] if row["setting"] == setting]
+        if rows:
+            lines += ["", f"### {title}", "", *_rates(rows), *_table(rows, plan["l0"])]
     return lines
+
+
+def _rates(rows: Sequence[Row]) -> list[str]:
+    """Which learning rates were tried."""
+    tried = sorted({float(rate) for row in rows for rate in row.get("tried", {}) if rate != "None"})
+    return [f"Learning rate {' or '.join(f'{rate:g}' for rate in tried)}.", ""] if tried else []
 
 
 def _table(rows: Sequence[Row], l0: int) -> list[str]:
     libraries = [name for name in TRAINERS if any(row["library"] == name for row in rows)]
-    head = ["", *(f"{name}: FVU" if name != OURS else "ours: FVU" for name in libraries)]
-    head += [f"{name}: L0" if name != OURS else "ours: L0" for name in libraries]
+    titles = ["ours" if name == OURS else name for name in libraries]
+    chosen = any(len(row.get("tried", {})) > 1 for row in rows)
+    head = ["", *(f"{title}: FVU" for title in titles), *(f"{title}: L0" for title in titles)]
+    head += [f"{title}: rate" for title in titles] if chosen else []
     body = []
     for architecture, title in TITLES.items():
         own = [row for row in rows if row["architecture"] == architecture]
@@ -210,7 +252,9 @@ def _table(rows: Sequence[Row], l0: int) -> list[str]:
         least = min(near, default=None)
         cells = [_cell(group, "fvu", 4) for group in groups]
         cells = [f"**{c}**" if f == least else c for c, f in zip(cells, fvus, strict=True)]
-        body.append([title, *cells, *(_cell(group, "l0", 1) for group in groups)])
+        cells += [_cell(group, "l0", 1) for group in groups]
+        cells += [f"{group[0]['lr']:g}" if group else "" for group in groups] if chosen else []
+        body.append([title, *cells])
     return table(head, body)
 
 

@@ -36,7 +36,8 @@ NEAR = 0.1  # relative distance to the target L0 within which it counts as reach
 CLOSE = 0.05  # relative distance to the target L0 at which the search for a coefficient ends
 ATTEMPTS = 3  # trainings of the search
 STEEPEST = 4.0  # factor by which the search changes a coefficient at most
-FIRST = {"SAELens": 1.0, "dictionary_learning": 0.1}  # the libraries' default coefficients
+FROM_ONE = "SAELens from norm 1"
+FIRST = {"SAELens": 1.0, FROM_ONE: 1.0, "dictionary_learning": 0.1}  # the default coefficients
 
 CLASSES: dict[str, Any] = {
     "relu": ReLUSAE,
@@ -253,7 +254,7 @@ def _saelens(job: Job, train: Float[Tensor, "n d_in"]) -> Trained:
     names = {"relu": "standard", "matryoshka": "matryoshka_batchtopk"}
     cls, config = get_sae_training_class(names.get(job.architecture, job.architecture))
     batches = train.split(job.batch_size)
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"decoder_init_norm": 1.0} if job.library == FROM_ONE else {}
     match job.architecture:
         case "relu" | "gated":
             own["l1_coefficient"] = job.coefficient
@@ -339,6 +340,7 @@ def _dictionary_learning(job: Job, train: Float[Tensor, "n d_in"]) -> Trained:
 TRAINERS: dict[str, Callable[[Job, Tensor], Trained]] = {
     OURS: _ours,
     "SAELens": _saelens,
+    FROM_ONE: _saelens,
     "dictionary_learning": _dictionary_learning,
 }
 

@@ -3,7 +3,7 @@
 import os
 import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+CURVES = "events.out.tfevents.*"  # of TensorBoard
 PARTS = ("checkpoints", "sae", "members", "results.json", "latents")
 
 
@@ -70,6 +71,31 @@ def release(folder: Path) -> None:
     os.close(own.descriptor)
     if own.made and folder.is_dir() and not any(folder.iterdir()):  # nothing was written
         folder.rmdir()
+
+
+@contextmanager
+def without_empty_curves(folder: Path, has_begun: Callable[[], bool]) -> Iterator[None]:
+    """Remove the event files of a run that is refused: Lightning opens them before its checks.
+
+    Args:
+        folder: The run's folder.
+        has_begun: Whether the run got past the checks, so that its curves stay.
+    """
+    before = {*folder.rglob(CURVES)}
+    try:
+        yield
+    except Exception:
+        if not has_begun():
+            for path in {*folder.rglob(CURVES)} - before:
+                path.unlink()
+                _remove_empty(path.parent, folder)
+        raise
+
+
+def _remove_empty(part: Path, folder: Path) -> None:
+    while part != folder and not any(part.iterdir()):
+        part.rmdir()
+        part = part.parent
 
 
 def _locked(path: Path) -> int:

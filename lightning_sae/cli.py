@@ -41,7 +41,7 @@ from lightning_sae.callbacks import (
     TopContexts,
 )
 from lightning_sae.callbacks.results import unused
-from lightning_sae.callbacks.run_folder import held, require_new_run
+from lightning_sae.callbacks.run_folder import held, require_new_run, without_empty_curves
 from lightning_sae.checks import all_at_once
 from lightning_sae.commands import configs
 from lightning_sae.data import ActivationDataModule, CachedDataModule, ToyDataModule
@@ -266,7 +266,13 @@ class SAECLI(LightningCLI):
             if ckpt_path is not None:
                 require_checkpoint(ckpt_path, root)
             require_new_run(root, ckpt_path)
-            self.trainer.fit(**arguments)
+            with without_empty_curves(root, self._has_begun):
+                self.trainer.fit(**arguments)
+
+    def _has_begun(self) -> bool:
+        """Whether the run got past the checks, after which it saves its configuration."""
+        saving = [c for c in self.trainer.callbacks if isinstance(c, SaveConfig)]  # type: ignore[attr-defined]
+        return not saving or hasattr(saving[0], "path")
 
     def before_test(self) -> None:
         """Refuse to evaluate an SAE that was not trained."""

@@ -173,6 +173,21 @@ def test_a_run_in_the_folder_of_another_is_refused(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    """Not a folder, and in a folder that was there only what was there."""
+    own = tmp_path / "own"
+    (own / "tensorboard").mkdir(parents=True)
+    (own / "tensorboard" / "events.out.tfevents.1").write_bytes(b"mine")
+    for root in (tmp_path / "new", own):
+        with pytest.raises(ValueError, match="lr_decay_steps"):
+            main(
+                ["fit", *SMALL, f"--trainer.default_root_dir={root}", "--model.lr_decay_steps=999"]
+            )
+    found = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert found == [Path("own/tensorboard/events.out.tfevents.1")]
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_finished_run_can_be_prolonged(run: Path, tmp_path: Path) -> None:
     last = run / "checkpoints" / "last.ckpt"
     root = tmp_path / "longer"

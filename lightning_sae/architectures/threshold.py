@@ -16,8 +16,10 @@ class ThresholdCalibration(Callback):
     The running threshold lags behind the weights, and is that of the text which was just trained
     on. So when training ends, the SAE's `calibrate` is given activations that no step has seen:
     those of `ActivationSource.unseen`, which `ActivationDataModule` reads from many documents of
-    the text that follows. They are as many as in training, up to 32,768 on each rank. With other
-    data the running threshold is kept.
+    the text that follows, and `CachedDataModule` takes from rows that are left in its first pass or
+    from held-out rows that are not evaluated. They are as many as in training, up to 32,768 on each
+    rank. With data that has none, such as a cache that was read as a whole, the running threshold
+    is kept.
 
     On text that was not trained on either, L0 is off by as much as documents differ. Three seeds,
     after 100 and 400 steps of 64 activations, k 32 and 512 latents, 65,536 activations each:

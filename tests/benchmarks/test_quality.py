@@ -70,3 +70,28 @@ def test_bold_is_the_least_error_at_the_target() -> None:
     gated, topk = quality._table(rows, 8)[2:]
     assert "| **0.2000 ± 0.0000** | 0.3000 ± 0.0000 | 0.1000 ± 0.0000 |" in topk
     assert "| **0.2000 ± 0.0000** | failed: ValueError: no |" in gated
+
+
+def test_new_rows_replace_those_of_their_setting_library_and_architecture() -> None:
+    def row(setting: str, library: str, fvu: float) -> dict[str, Any]:
+        return {"setting": setting, "library": library, "architecture": "topk", "fvu": fvu}
+
+    about = {"command": "`new`", "date": "today", "compared": "a 1", "with": "b 2"}
+    plan = {"steps": 5}
+    rows = [row("defaults", OURS, 1.0), row("recipe", OURS, 2.0), row("recipe", "SAELens", 3.0)]
+    before = {"commands": ["`old`"], "plan": plan, "activations": {}, "rows": rows}
+    found = quality.merged(before, about, plan, {}, [row("recipe", OURS, 4.0)])
+    assert [each["fvu"] for each in found["rows"]] == [1.0, 3.0, 4.0]
+    assert found["commands"] == ["`old`", "`new`, today, with a 1, b 2"]
+    other = quality.merged(before, about, {"steps": 6}, {}, [row("recipe", OURS, 4.0)])
+    assert len(other["rows"]) == len(other["commands"]) == 1
+
+
+def test_the_chosen_rate_is_shown_where_there_was_a_choice() -> None:
+    same = {"library": OURS, "architecture": "topk", "fvu": 0.2, "l0": 8.0, "lr": 0.004}
+    both: dict[str, Any] = {"0.004": {}, "0.008": {}}
+    head, _, chosen = quality._table([{**same, "tried": both}], 8)
+    assert head.endswith("| ours: rate |")
+    assert chosen.endswith("| 0.004 |")
+    assert quality._rates([{"tried": both}])[0] == "Learning rate 0.004 or 0.008."
+    assert "rate" not in quality._table([{**same, "tried": {"0.004": {}}}], 8)[0]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
@@ -457,6 +458,23 @@ class CachedDataModule(ActivationSource):
         """Stop reading ahead, so that the process does not wait for it."""
         if self.batches is not None:
             self.batches.close()
+
+    @override
+    def unseen(self, n: int) -> Float[Tensor, "n d_in"] | None:
+        """Training rows that were not read yet, or held-out rows that are not evaluated.
+
+        None if there are not so many, as in a run that has read all rows.
+        """
+        batches = self.batches if self._whole is None else self._whole.batches
+        rows = None if batches is None else batches.unread(n)
+        if rows is None:
+            (rank, n_ranks), held_out = self.place(), self.rows("held_out")
+            share = len(held_out) // n_ranks
+            first = share * rank + max(self.n_validation, self.n_test)
+            if share * (rank + 1) - first < n:
+                return None
+            rows = held_out.between(first, first + n).all()
+        return rows[next(iter(self.rows("training").widths))].float()
 
     @override
     def statistics(self) -> dict[str, float]:

@@ -163,6 +163,32 @@ class ShuffledRows(Iterator[Any]):
             for own in back.split(self.batch_size)
         ]
 
+    def unread(self, n: int) -> ByHook | None:
+        """Rows that this rank would serve next and nobody has served; its state stays as it is.
+
+        None if a rank has fewer than `n` of them in the first pass: later ones were served before.
+        """
+        # The windows of the last rank are the last ones of a pass, so that it has the fewest.
+        left = sum(stop - first for _, first, stop in self._unread(self.n_ranks - 1))
+        if left < n:
+            return None
+        order = Order(self.order.n, self.together, self.order.seed)  # a thread uses the other
+        found, missing = [], n
+        for start, first, stop in self._unread(self.rank):
+            found.append(order.between(start, stop)[first - start :][:missing])
+            missing -= len(found[-1])
+            if not missing:
+                break
+        return self.rows.take(torch.cat(found))
+
+    def _unread(self, rank: int) -> Iterator[tuple[int, int, int]]:
+        """Windows of the first pass that are left: start, first unread position, and end."""
+        number, place = divmod(self.served, self.batches_per_window)
+        first = place * self.batch_size
+        while (start := (number * self.n_ranks + rank) * self.window) + first < len(self.rows):
+            yield start, start + first, min(start + self.window, len(self.rows))
+            number, first = number + 1, 0
+
     def close(self) -> None:
         """Stop reading ahead."""
         if self._reader is not None:
