@@ -5,6 +5,7 @@ of an SAE's latents fire on less than 1e-4 of activations. Nearly all of these h
 direction, which is also the same for other seeds, but different decoder directions.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ def rare_directions(sae: SparseAutoencoder, rare: Bool[Tensor, " d_sae"]) -> dic
         "n_rare": float(rare.sum()),
         "cosine_with_mean": median(own),
         "alike": float((own > ALIKE).float().mean()),
-        "others_with_mean": median(others),
+        "others_with_mean": median(others) if rare.any() else math.nan,
         "encoder_on_one_direction": share_on_one_direction(sae.W_enc.T[rare]),
         "decoder_on_one_direction": share_on_one_direction(sae.W_dec[rare]),
     }

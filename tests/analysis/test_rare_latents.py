@@ -45,6 +45,12 @@ def test_rows_that_are_one_direction_have_a_cosine_of_one_with_their_mean() -> N
     }
 
 
+def test_without_rare_latents_there_is_nothing_to_compare() -> None:
+    found = rare_directions(sae_of(ROWS, torch.eye(3)[[0, 1, 1, 2]]), torch.zeros(4).bool())
+    assert found.pop("n_rare") == 0
+    assert all(math.isnan(value) for value in found.values())
+
+
 def test_the_mean_weighs_rows_by_their_length_and_cosines_do_not() -> None:
     rows = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, -1.0]])
     torch.testing.assert_close(mean_direction(rows[:2]), torch.tensor([0.6, 0.8]))
