@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def merged(before: Row | None, about: Row, plan: Row, rows: list[Row]) -> Row:
-    """The part of a hook: new rows replace those that they repeat, the others stay."""
+    """The part of a hook: new rows replace rows of the same SAE and arguments."""
     kept: list[Row] = []
     commands: list[str] = []
     if before is not None and before["plan"] == plan:
@@ -118,7 +118,7 @@ def trained(asked: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def variants(asked: argparse.Namespace) -> list[str]:
-    """Arguments besides the defaults; empty for none."""
+    """The arguments that differ from the defaults, as one string; empty if there are none."""
     return [" ".join(words) for words in asked.given or [[]]]
 
 
@@ -216,12 +216,12 @@ def page(results: Row) -> str:
 
 
 def defaults_of(rows: Sequence[Row]) -> list[Row]:
-    """The rows without other arguments."""
+    """The rows measured with default arguments only."""
     return [row for row in rows if not row.get("given")]
 
 
 def _changes(rows: Sequence[Row]) -> list[str]:
-    """A table of what other arguments change."""
+    """A table of FVU and dead latents with other arguments, relative to the defaults."""
     body = []
     for kind, d_sae, given in {
         (r["architecture"], r["d_sae"], r.get("given", "")): 0 for r in rows

@@ -97,7 +97,7 @@ class Found(NamedTuple):
     sae: SparseAutoencoder
 
     def of(self, own: Tensor, latents: Int[Tensor, " n"]) -> Tensor:
-        """Rows of some latents, from a table of those of this device; on all parts alike."""
+        """Rows of some latents, gathered from the tables of all parts."""
         rows, device = own.detach().to(self.sae.device), self.sae.device
         return self.sae.parts.picked(rows, latents.to(device), self.sae.d_sae).cpu()
 
@@ -111,7 +111,7 @@ def read(sae: SparseAutoencoder, data: ActivationDataModule, n_tokens: int) -> F
     counts, n_kept = torch.zeros(n_own), 0
     blocks: list[Tensor] = []
     for tokens in data.held_out_tokens(n_tokens):
-        # The same on all parts, whose language models may differ by rounding.
+        # Those of the first part: language models on different devices may differ by rounding.
         x = sae.parts.as_first(data.language_model.activations(tokens).to(sae.device))
         kept = data.filter.kept(tokens, x).flatten()
         before = sum(len(block) for block in blocks) * data.context_length

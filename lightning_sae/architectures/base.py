@@ -297,7 +297,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         return self.parts.joined(self.own_latents(x))
 
     def own_latents(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_own"]:
-        """As `encode`, but of a split dictionary the latents of this device alone."""
+        """Latents of raw activations; of a split dictionary, only the latents on this device."""
         return self.activate(self.pre_activations(self.scaled(x))) / self.input_scale
 
     def decode(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:

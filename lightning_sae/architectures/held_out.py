@@ -17,7 +17,7 @@ from lightning_sae.distributed.split import copies_of
 
 
 class Evaluated(LightningModule, ABC):
-    """The part of an SAE that computes metrics of held-out raw activations.
+    """Base class with the validation, test and prediction steps of an SAE.
 
     Attributes:
         metrics: The held-out metrics, of raw activations.

@@ -13,7 +13,7 @@ LARGE = 2**28  # entries of a dictionary, 1 GiB in float32, from which on it is 
 
 
 def create_directions(module: nn.Module, rows: int, d: int, axes: Mapping[str, int]) -> None:
-    """Give a module parameters with random unit rows, the same in each.
+    """Register parameters that all hold the same random unit rows.
 
     A large dictionary gets its values when it is used, because only a part of it may be, see
     `lightning_sae.distributed.undrawn`. They are the same values.

@@ -1,4 +1,4 @@
-"""An SAE on the disk: portable folders, the hub, and checkpoints of its run."""
+"""Saving and loading an SAE: portable folders, the Hugging Face hub, checkpoints."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -26,7 +26,7 @@ S = TypeVar("S", bound="Saved")
 
 
 class Saved(portable.Portable, ModelHubMixin):
-    """The part of an SAE that writes and reads it.
+    """Base class with the methods of an SAE that save and load it.
 
     Attributes:
         source: Where the activations of its training come from.
@@ -77,7 +77,7 @@ class Saved(portable.Portable, ModelHubMixin):
     def push_to_hub(
         self, repo_id: str, *, figures: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> str:
-        """Put the SAE and its card into a repository on the Hugging Face hub.
+        """Upload the SAE and its model card to a repository on the Hugging Face hub.
 
         `lightning_sae.load(repo_id)` reads it, and `lightning-sae push` does the same with a run.
 
@@ -103,7 +103,7 @@ class Saved(portable.Portable, ModelHubMixin):
     def from_pretrained(  # type: ignore[override]
         cls: type[S], folder: str | Path, *, revision: str | None = None
     ) -> S:
-        """Read a folder of `save_pretrained`. Unlike `lightning_sae.load`, it reads any subclass.
+        """Load an SAE that `save_pretrained` wrote. Unlike `lightning_sae.load`, also any subclass.
 
         Args:
             folder: The folder, or the name `owner/name[/folder]` of one on the hub.
@@ -162,7 +162,7 @@ class Saved(portable.Portable, ModelHubMixin):
         self.layout.last_share = self._own(checkpoint["lightning_sae"].get("density", -1.0))
 
     def _of_parts(self, value: float) -> float | list[float]:
-        """A number of this device; with a split dictionary, a list with that of each part."""
+        """The value on this device; with a split dictionary, a list of the values of all parts."""
         if self.parts.n == 1:
             return value
         return self.parts.gathered(torch.tensor(value, device=self.device)).tolist()
@@ -190,7 +190,7 @@ class Saved(portable.Portable, ModelHubMixin):
 
     @override
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As a module's. With a `b_dec` that is not zero, as after `ddp_spawn`, it is trained."""
+        """Load weights. A `b_dec` other than zero, as after `ddp_spawn`, marks it as trained."""
         found = super().load_state_dict(*args, **kwargs)
         self.is_trained |= bool(self.b_dec.any())
         return found

@@ -140,7 +140,7 @@ class Parts:
         return whole.movedim(axis, 0)[own.start : own.stop : own.step].movedim(0, axis)
 
     def picked(self, own: Tensor, latents: Tensor, n_latents: int) -> Tensor:
-        """Rows of some latents, on all devices, from a table with the rows of each one's own."""
+        """Gather the rows of some latents from the tables of all parts; the same on all devices."""
         if self.n == 1:
             return own[latents]
         of_own = self.latents(n_latents)

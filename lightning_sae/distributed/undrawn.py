@@ -1,9 +1,9 @@
-"""Parameters without values until they are needed, so that a device draws only its own part.
+"""Lazy initialisation of a large dictionary, so that a device initialises only its own part.
 
-An SAE is built before it is known which part of it a process will hold. So a large dictionary is
-not drawn when the SAE is built but when its values are first asked for: by `keep_own_part` the own
-part alone, by anything else the whole. Either way the values are those that drawing at once would
-have given. Who uses the SAE sees no difference, except that asking may take a while.
+An SAE is built before it is known which part of it a process will hold. So the weights of a large
+dictionary are initialised on first access: `keep_own_part` initialises the part of this device,
+any other access the whole dictionary. The values are the same, bit for bit, as with eager
+initialisation.
 """
 
 from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Undrawn(dict[str, nn.Parameter | None]):
-    """The parameters of a module, of which some get their values when they are first asked for.
+    """The parameters of a module, some of which are initialised on first access.
 
     It takes the place of `Module._parameters`, through which torch's modules reach all parameters.
 
@@ -43,7 +43,7 @@ class Undrawn(dict[str, nn.Parameter | None]):
             super().__setitem__(name, parameter)
 
     def draw(self, latents: range) -> set[str]:
-        """Give values of some latents to the parameters without, and return their names."""
+        """Initialise the pending parameters for some latents only, and return their names."""
         axes, self._axes = self._axes, {}
         if axes:
             for name, parameter in as_parameters(self._draw(latents), axes).items():
@@ -54,14 +54,14 @@ class Undrawn(dict[str, nn.Parameter | None]):
         return {*axes}
 
     def leave(self) -> None:
-        """Give memory alone to the parameters without values."""
+        """Allocate the pending parameters without initialising them."""
         d = self._d
         self._draw = lambda latents: torch.empty(len(latents), d)
         self.draw(range(self._n))
 
     @contextmanager
     def shown_without_values(self) -> Iterator[None]:
-        """In this block parameters without values have their shape, on the device `meta`."""
+        """In this block pending parameters are `meta` tensors; access does not draw them."""
         self._shown = True
         try:
             yield
@@ -112,7 +112,7 @@ class Undrawn(dict[str, nn.Parameter | None]):
         return super().pop(name, *default)
 
     def __reduce__(self) -> Any:
-        """Copies and pickles are of the values."""
+        """Pickle and copy as a plain dictionary of initialised parameters."""
         return dict, (self.copy(),)
 
 
@@ -130,7 +130,7 @@ def as_parameters(rows: Tensor, axes: Mapping[str, int]) -> dict[str, nn.Paramet
 
 @contextmanager
 def without_drawing(module: nn.Module) -> Iterator[None]:
-    """In this block parameters that have no values yet are given without, on `meta`."""
+    """In this block parameters that are not initialised yet are `meta` tensors."""
     parameters = vars(module)["_parameters"]
     if not isinstance(parameters, Undrawn):
         yield
@@ -140,13 +140,13 @@ def without_drawing(module: nn.Module) -> Iterator[None]:
 
 
 def drawn_for(module: nn.Module, latents: range) -> set[str]:
-    """Draw the parameters without values for some latents alone, and return their names."""
+    """Initialise the pending parameters for some latents only, and return their names."""
     parameters = vars(module)["_parameters"]
     return parameters.draw(latents) if isinstance(parameters, Undrawn) else set()
 
 
 def leave_undrawn(module: nn.Module) -> None:
-    """Have a module whose parameters are all about to be replaced draw none of them."""
+    """Allocate pending parameters without initialising them, for a module about to be loaded."""
     parameters = vars(module)["_parameters"]
     if isinstance(parameters, Undrawn):
         parameters.leave()

@@ -1,4 +1,4 @@
-"""A large dictionary, which is drawn when it is used, is the one that would be drawn at once."""
+"""Lazy initialisation of a large dictionary gives the weights of eager initialisation."""
 
 import copy
 import pickle
@@ -36,7 +36,7 @@ KINDS: list[Callable[..., Any]] = [ReLUSAE, TiedSAE, GatedSAE, JumpReLUSAE, TopK
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[range]:
-    """Makes every dictionary a large one; the latents that were drawn."""
+    """Initialises every dictionary lazily, and records which latents are drawn."""
     found: list[range] = []
     draw = RandomUnitRows.draw
 
@@ -78,7 +78,7 @@ USES: dict[str, Callable[[SparseAutoencoder], Any]] = {
 def test_whoever_asks_gets_the_values_of_drawing_at_once(
     kind: Callable[..., Any], use: str, drawn: list[range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, in the same order, with the same layout in memory, and drawn once."""
+    """Equal bit for bit, with the same order and strides, and drawn only once."""
     expected = at_once(kind, monkeypatch)
     after = torch.get_rng_state()
     sae = later(kind)
@@ -107,7 +107,7 @@ def test_copies_have_the_values(
 def test_a_subclass_may_change_what_is_drawn(
     drawn: list[range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In its constructor, in place or by parameters of its own; or it may freeze some."""
+    """A subclass may change weights in place, replace them or freeze them in its constructor."""
 
     class Halved(ReLUSAE):
         def __init__(self, d_in: int, d_sae: int) -> None:
@@ -179,7 +179,7 @@ def test_small_dictionaries_are_drawn_at_once() -> None:
 
 
 def test_weights_without_memory_stay_so(drawn: list[range]) -> None:
-    """On `meta`, where files are compared with what they say, torch's generator stays too."""
+    """An SAE on `meta` draws nothing and leaves torch's random generator as it was."""
     before = torch.get_rng_state()
     with torch.device("meta"):
         sae = TopKSAE(8, 96)

@@ -141,7 +141,7 @@ class Spoils(Callback):
 
 
 def watched(folder: Path, parts: int | None = None) -> None:
-    """A short run whose latents TensorBoard shows, in a folder; with parts, split."""
+    """A short run that logs contexts and figures to TensorBoard, optionally with a split SAE."""
     torch.manual_seed(2)
     sae = TopKSAE(128, 48, k=4, lr=0.01)
     data = ActivationDataModule(

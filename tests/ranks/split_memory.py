@@ -27,7 +27,7 @@ LATER = ("topk", "tied", "gated", "jumprelu", "batch-topk", "matryoshka-drawn")
 
 @contextmanager
 def large(piece: int = 128) -> Iterator[list[int]]:
-    """Makes every dictionary a large one; numbers of latents that are drawn."""
+    """Initialises every dictionary lazily, and records how many latents are drawn."""
     drawn: list[int] = []
     draw = RandomUnitRows.draw
 
@@ -56,7 +56,7 @@ def drawn_later() -> dict[str, Any]:
 
 
 def peaks(folder: Path) -> dict[str, int]:
-    """The most bytes that tensors take when a run starts, and when it is resumed."""
+    """Peak bytes of tensors in a new run and in a resumed run."""
     with large(PIECE):
         run(folder, steps=1)  # leaves a checkpoint
         size = (folder / "checkpoints" / "last.ckpt").stat().st_size

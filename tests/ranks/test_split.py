@@ -169,7 +169,7 @@ def test_each_rank_draws_its_own_latents_alone(of_parts: OfParts) -> None:
 
 
 def test_a_rank_needs_memory_for_its_part_alone(of_parts: OfParts) -> None:
-    """At the start for half of both matrices; on resume for that of their moments too.
+    """A new run allocates half of both matrices; a resumed one half of their moments as well.
 
     Vectors of all latents and pieces take less than .4 of a matrix here, where the whole would take
     2 matrices more to start with.

@@ -461,7 +461,7 @@ class CachedDataModule(ActivationSource):
 
     @override
     def unseen(self, n: int) -> Float[Tensor, "n d_in"] | None:
-        """Training rows that were not read yet, or held-out rows that are not evaluated.
+        """Training rows that no step has read, or held-out rows that no evaluation reads.
 
         None if there are not so many, as in a run that has read all rows.
         """
