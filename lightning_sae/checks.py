@@ -44,19 +44,32 @@ def all_at_once() -> Iterator[None]:
     except Exception as error:
         if not noted:
             raise
-        last = str(_origin(error))
-        noted += [last] if last.startswith("Expected argument") and last not in noted else []
+        last = str(of_ours(error))
+        named = last.startswith(("Expected argument", "Member `"))
+        noted += [last] if named and last not in noted else []
     finally:
         _NOTED.reset(token)
     if noted:
         raise ValueError("\n".join(noted))
 
 
-def _origin(error: BaseException) -> BaseException:
-    """The error that others were raised from; jsonargparse wraps those of constructors."""
-    while error.__cause__ is not None:
+def of_ours(error: Exception) -> Exception:
+    """The original error, if jsonargparse has wrapped it in one that shows all arguments."""
+    while isinstance(error.__cause__, ValueError) and "Given value" in str(error):
+        if chosen := _of_subtypes(str(error)):
+            return ValueError(chosen)
         error = error.__cause__
     return error
+
+
+def _of_subtypes(message: str) -> str | None:
+    """Of the errors that jsonargparse lists for the types of a union, the one about an argument.
+
+    The cause of such an error is that of the first type, which may be another than was meant.
+    """
+    listed = message.partition("\nErrors:\n  - ")[2].partition("\nGiven value")[0]
+    errors = [each.replace("\n    ", "\n") for each in listed.split("\n  - ")]
+    return next((e for e in errors if e.startswith(("Expected argument", "Member `"))), None)
 
 
 def require_positive(**values: int | float) -> None:

@@ -42,7 +42,7 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, require_new_run, without_empty_curves
-from lightning_sae.checks import all_at_once
+from lightning_sae.checks import all_at_once, of_ours
 from lightning_sae.commands import configs
 from lightning_sae.data import ActivationDataModule, CachedDataModule, ToyDataModule
 from lightning_sae.distributed.ranks import require_agreement
@@ -426,13 +426,6 @@ def _leave_out_of_others() -> None:
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))
-
-
-def of_ours(error: Exception) -> Exception:
-    """The original error, if jsonargparse has wrapped it in one that shows all arguments."""
-    while isinstance(error.__cause__, ValueError) and "Given value" in str(error):
-        error = error.__cause__
-    return error
 
 
 def end_with(message: str) -> NoReturn:

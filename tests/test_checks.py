@@ -65,7 +65,7 @@ def test_a_last_error_about_an_argument_is_named_with_the_others():
         try:
             raise ValueError("Expected argument `hook_name` to be a hook but got `x`.")
         except ValueError as error:
-            raise ValueError("in the configuration") from error
+            raise ValueError("Given value: x") from error
 
     with pytest.raises(ValueError, match="`lr`.*\n.*`hook_name`"), all_at_once():
         build()

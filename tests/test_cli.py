@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lightning_sae
 from lightning_sae import ActivationDataModule, ReLUSAE
+from lightning_sae.checks import of_ours
 from lightning_sae.cli import command, main
 
 SMALL = [
@@ -364,6 +365,19 @@ def test_all_bad_arguments_are_named_at_once() -> None:
     lines = str(refused.value).splitlines()
     assert len(lines) == len(bad)
     assert all(f"`{name.split('.')[1]}`" in line for name, line in zip(bad, lines, strict=True))
+
+
+def test_bad_arguments_of_a_member_are_named_with_those_of_the_data(tmp_path: Path) -> None:
+    sae = {"class_path": "TopKSAE", "init_args": {"d_sae": 16, "k": 0, "lr": -1}}
+    members = {"class_path": "SideBySide", "init_args": {"members": [{"name": "a", "sae": sae}]}}
+    data = {"class_path": "ToyDataModule", "init_args": {"n_features": 8, "d_in": 8}}
+    for bad, n in ({}, 2), ({"batch_size": 0}, 3):
+        data["init_args"] |= bad  # type: ignore[operator]
+        run = {"trainer": {"max_steps": 5}, "model": members, "data": data}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+        with pytest.raises(ValueError, match="`lr`.*\n.*`k`") as refused:
+            main(["fit", f"--config={tmp_path}/run.yaml"])
+        assert len(str(of_ours(refused.value)).splitlines()) == n
 
 
 def test_seed_is_fixed_unless_the_user_sets_one() -> None:
