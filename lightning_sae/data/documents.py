@@ -21,12 +21,14 @@ class Document(NamedTuple):
         where: Its location, for messages.
         may_be_empty: Whether an empty text still counts as a document, which then gives only its
             mark.
+        tokens: Token ids of the text, where they have been made ahead.
     """
 
     name: str
     text: Any
     where: str = ""
     may_be_empty: bool = False
+    tokens: list[int] | None = None
 
 
 @runtime_checkable

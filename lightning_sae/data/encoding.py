@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_sae.checks import require_one_of
 from lightning_sae.data.documents import Document
 from lightning_sae.data.local_files import FileSpan
-from lightning_sae.data.long_text import encode, text_pieces
+from lightning_sae.data.long_text import encode, encode_together, n_windows, text_pieces
 
 DocumentStart = Literal["auto", "bos", "eos", "none"]
 PADDING = ~0
@@ -118,6 +118,8 @@ class Encoder:
             self._require_tokenizer()
             if isinstance(content, str) and not document.may_be_empty:
                 _require_encodable(content, where)
+            if document.tokens is not None:
+                return iter([document.tokens][start:])
             return text_pieces(self.tokenizer, content, start)
         if isinstance(content, Mapping):  # what `datasets` made of a list of messages
             content = _rows_of(content)
@@ -132,6 +134,18 @@ class Encoder:
         else:
             raise Unreadable(f"{where} holds a list that is neither token ids nor a chat")
         return (ids[i : i + PIECE] for i in range(start * PIECE, len(ids), PIECE))
+
+    def with_tokens(self, documents: list[Document]) -> list[Document]:
+        """The same documents; short texts have their tokens, made in parallel."""
+        short = [i for i, document in enumerate(documents) if _is_short(document.text)]
+        if len(short) < 2 or not getattr(self.tokenizer, "is_fast", False):
+            return documents
+        try:
+            found = encode_together(self.tokenizer, [documents[i].text for i in short])
+        except Exception:  # `pieces` says in its turn which of them cannot be read
+            return documents
+        made = dict(zip(short, found, strict=True))
+        return [d._replace(tokens=made.get(i)) for i, d in enumerate(documents)]
 
     def require_ids(self, document: Document) -> None:
         """Raise a ValueError if a list of token ids is out of range; accept any other content."""
@@ -253,6 +267,10 @@ def _require_encodable(text: str, where: str) -> None:
 
 def _is_text(content: Any) -> bool:
     return isinstance(content, str | FileSpan)
+
+
+def _is_short(content: Any) -> bool:
+    return isinstance(content, str) and n_windows(content) == 1
 
 
 def _rows_of(columns: Mapping[str, Any]) -> Any:

@@ -1,5 +1,7 @@
 """Tokenise text; a long text in overlapping windows, with the same tokens as in one call.
 
+A fast tokenizer makes the tokens of several texts, or windows, in parallel.
+
 Two neighbouring windows share some text. Where `AGREED` consecutive tokens are equal, the tokens of
 the second window replace those of the first. The result equals that of one call for tokenizers that
 work word by word, and in practice for all that look only a short way ahead.
@@ -13,6 +15,8 @@ from typing_extensions import Protocol, runtime_checkable
 
 WINDOW = 2**16
 OVERLAP = 2**11
+TOGETHER = 4
+"""Windows that are tokenised at a time."""
 AGREED = 8
 """Consecutive tokens that must agree where two windows are joined."""
 
@@ -44,21 +48,33 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def encode_together(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Tokens of several texts, each as by `encode`."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def n_windows(text: LongText) -> int:
+    """Number of windows that a text is tokenised in; 1 if it is short."""
+    return -(-max(len(text) - OVERLAP, 1) // WINDOW)
+
+
 def text_pieces(tokenizer: Any, text: LongText, start: int = 0) -> Iterator[list[int]]:
     """Tokens of a text, without special tokens, window by window from window `start` on.
 
     A slow tokenizer, which has no offsets, gives all tokens at once.
     """
-    n = -(-max(len(text) - OVERLAP, 1) // WINDOW)
+    n = n_windows(text)
     if n == 1 or not tokenizer.is_fast:
         if start == 0:
             yield encode(tokenizer, text[:])
         return
-    begin, window = 0, _window(tokenizer, text, max(start - 1, 0))
-    for index in range(max(start - 1, 0), n):
+    first = max(start - 1, 0)
+    windows = _windows(tokenizer, text, range(first, n))
+    begin, window = 0, next(windows)
+    for index in range(first, n):
         end, begin_of_next, following = len(window.ids), 0, window
         if index + 1 < n:
-            following = _window(tokenizer, text, index + 1)
+            following = next(windows)
             begins = (index + 1) * WINDOW
             end, begin_of_next = _joint(window, following, len(text[begins : begins + OVERLAP]))
         if index >= start:
@@ -66,11 +82,14 @@ def text_pieces(tokenizer: Any, text: LongText, start: int = 0) -> Iterator[list
         begin, window = begin_of_next, following
 
 
-def _window(tokenizer: Any, text: LongText, index: int) -> Window:
-    begins = index * WINDOW
-    part = text[begins : begins + WINDOW + OVERLAP]
-    found = tokenizer(part, add_special_tokens=False, verbose=False)
-    return Window(found["input_ids"], found, len(part))
+def _windows(tokenizer: Any, text: LongText, indices: range) -> Iterator[Window]:
+    """Windows of a text, `TOGETHER` of which are tokenised at a time."""
+    for i in range(0, len(indices), TOGETHER):
+        begins = [index * WINDOW for index in indices[i : i + TOGETHER]]
+        parts = [text[begin : begin + WINDOW + OVERLAP] for begin in begins]
+        found = tokenizer(parts, add_special_tokens=False, verbose=False)
+        for part, encoding in zip(parts, found.encodings, strict=True):
+            yield Window(encoding.ids, encoding, len(part))
 
 
 def _joint(first: Window, second: Window, shared: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from lightning_sae.data.encoding import PADDING, Encoder, Unreadable
 from lightning_sae.data.text import Corpus
 
 log = logging.getLogger("lightning.pytorch")
+
+AHEAD = 16
+"""Documents that are tokenised together, at most."""
 
 PATIENCE = 10_000
 """Consecutive rows without tokens after which the text is refused."""
@@ -157,7 +161,7 @@ class TokenBlocks:
             self._next_epoch()
             return
         self.document += 1
-        if self._is_mine(document):
+        if self._is_mine(document, self.document - 1):
             self._begin(document)
 
     def _begin(self, document: Document) -> None:
@@ -178,10 +182,10 @@ class TokenBlocks:
         if self._skipped_in_a_row == PATIENCE:
             self._refuse()
 
-    def _is_mine(self, document: Document) -> bool:
+    def _is_mine(self, document: Document, position: int) -> bool:
         if held_out(document.name, self.held_out_fraction) != self.part_held_out:
             return False
-        return (self.document - 1) % self.world_size == self.rank
+        return position % self.world_size == self.rank
 
     def _next_epoch(self) -> None:
         if not self._found or self.document == 0:
@@ -205,9 +209,23 @@ class TokenBlocks:
         self._skipped_in_a_row, self._last_skipped = 0, ""
         self._pieces = None
         begun = self.piece > 0
-        self._documents = self.corpus.epoch(self.epoch, self.document - begun)
+        self._documents = self._ahead(self.document - begun)
         if begun:
             self._begin(next(self._documents))
+
+    def _ahead(self, position: int) -> Iterator[Document]:
+        """The documents of this pass from a position on; the next few are tokenised together.
+
+        Few at first, so that a run starts without delay.
+        """
+        documents, n = self.corpus.epoch(self.epoch, position), 1
+        while batch := [*islice(documents, n)]:
+            mine = [d for i, d in enumerate(batch, position) if self._is_mine(d, i)]
+            made = iter(self.encoder.with_tokens(mine))
+            for document in batch:
+                yield next(made) if self._is_mine(document, position) else document
+                position += 1
+            n = min(2 * n, AHEAD)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: pass, document, piece of it, and tokens not yet in a block."""

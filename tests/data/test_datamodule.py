@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_sae import ActivationDataModule, ReLUSAE
-from lightning_sae.data import long_text
+from lightning_sae.data import encoding, long_text
 from lightning_sae.data.documents import held_out, named
 from lightning_sae.data.tokens import TokenBlocks
 
@@ -105,13 +105,18 @@ def test_training_and_held_out_documents_are_disjoint_and_together_all(
     make_data: Any, documents: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: set[str] = set()
-    encode = long_text.encode
+    encode, encode_together = long_text.encode, encoding.encode_together
 
     def noted(tokenizer: Any, text: str) -> list[int]:
         read.add(text)
         return encode(tokenizer, text)
 
+    def all_noted(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+        read.update(texts)
+        return encode_together(tokenizer, texts)
+
     monkeypatch.setattr(long_text, "encode", noted)
+    monkeypatch.setattr(encoding, "encode_together", all_noted)
     data, recorder = make_data(n_test=3000), Recorder()
     trainer(400).fit(recorder, data)
     assert recorder.statistics["text_epoch"] > 1

@@ -1,6 +1,6 @@
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,25 +12,40 @@ from lightning_sae.data.text import IndexedCorpus
 from lightning_sae.data.tokens import TokenBlocks
 
 
-class Encoded(dict[str, list[int]]):
+class Encoding(NamedTuple):
+    ids: list[int]
+
     def token_to_chars(self, i: int) -> tuple[int, int]:
         return i, i + 1
 
 
+class Encoded(dict[str, Any]):
+    @property
+    def encodings(self) -> list[Encoding]:
+        return [Encoding(ids) for ids in self["input_ids"]]
+
+
 class Letters:
-    """A tokenizer whose tokens are code points; BOS comes first unless it is told otherwise."""
+    """A tokenizer whose tokens are code points; BOS comes first unless it is told otherwise.
+
+    It notes the texts of every call.
+    """
 
     bos_token_id: int | None = 0
     eos_token_id: int | None = 1
     is_fast = True
 
+    def __init__(self) -> None:
+        self.calls: list[str | list[str]] = []
+
     def __call__(
-        self,
-        text: str,
-        add_special_tokens: bool = True,
-        verbose: bool = True,
+        self, text: str | list[str], add_special_tokens: bool = True, verbose: bool = True
     ) -> Encoded:
-        return Encoded(input_ids=[0] * add_special_tokens + [ord(letter) for letter in text])
+        self.calls.append(text)
+        bos = [0] * add_special_tokens
+        texts = [text] if isinstance(text, str) else text
+        ids = [bos + [ord(letter) for letter in text.encode().decode()] for text in texts]
+        return Encoded(input_ids=ids[0] if isinstance(text, str) else ids)
 
 
 class InOrder:
@@ -274,3 +289,37 @@ def test_text_without_a_document_for_the_part_is_refused_with_the_remedy(
 ) -> None:
     with pytest.raises(ValueError, match=f"{message}.*give more text.*or set `validation_text`"):
         blocks_of(InOrder(*texts), **arguments).read(1)
+
+
+def tokenised(calls: list[Any]) -> list[list[str]]:
+    """The texts of each call of a tokenizer, marks left out."""
+    return [[call] if isinstance(call, str) else call for call in calls]
+
+
+def test_short_documents_are_tokenised_together_few_at_first() -> None:
+    blocks = blocks_of(InOrder(*letters(26)), 1)
+    one_by_one = blocks_of(InOrder(*letters(26)), 1)
+    one_by_one.encoder.tokenizer.is_fast = False
+    assert torch.equal(blocks.read(60), one_by_one.read(60))
+    sizes = [len(texts) for texts in tokenised(blocks.encoder.tokenizer.calls)]
+    assert [n for n in sizes if n > 1] == [2, 4, 8, 11, 2, 4]  # 26 in a pass
+    assert {type(call) for call in one_by_one.encoder.tokenizer.calls} == {str}
+
+
+def test_only_documents_of_this_split_and_process_are_tokenised() -> None:
+    arguments: dict[str, Any] = {"held_out_fraction": 0.4, "rank": 1, "world_size": 2}
+    texts = letters(30)
+    blocks = blocks_of(InOrder(*texts), 1, **arguments, document_start="bos")
+    while blocks.epoch == 0:
+        blocks.read(1)
+    read = {text for call in tokenised(blocks.encoder.tokenizer.calls) for text in call}
+    mine = {text for text in texts[1::2] if not held_out(named(text).name, 0.4)}
+    assert read == mine
+    assert 3 < len(mine) < 15
+
+
+def test_a_text_that_cannot_be_read_is_skipped_in_its_turn_and_the_others_are_read() -> None:
+    half = "\ud800"  # half of a character
+    blocks = blocks_of(InOrder("a", "b", half, "c", "", "d"), 2)
+    assert written(blocks, 4) == ["^a", "^b", "^c", "^d"]
+    assert blocks.skipped == 2
