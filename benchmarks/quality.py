@@ -1,7 +1,8 @@
 """Compare reconstruction with other libraries at the same L0: `python -m benchmarks quality`.
 
 All train on the same saved activations of a language model: with their own defaults, with one
-recipe at one learning rate, and with that recipe at the best of several.
+recipe at one learning rate, and with that recipe at the best of several, with the best of the
+library's arguments on decoder norms.
 """
 
 import argparse
@@ -20,7 +21,16 @@ from benchmarks.language_model_source import absolute
 from benchmarks.libraries.base import OURS
 from benchmarks.machine import surroundings
 from benchmarks.measure import run_process
-from benchmarks.quality_worker import CLASSES, FROM_ONE, NEAR, TRAINERS, save_activations
+from benchmarks.quality_worker import (
+    ATTEMPTS,
+    CLASSES,
+    CLOSE,
+    FROM_ONE,
+    NEAR,
+    TRAINERS,
+    VARIANTS,
+    save_activations,
+)
 from lightning_sae import ActivationDataModule
 
 TITLES = {
@@ -34,7 +44,7 @@ TITLES = {
 SETTINGS = {
     "defaults": "Each library's defaults",
     "recipe": "One recipe, one learning rate",
-    "rates": "One recipe, each its best learning rate",
+    "rates": "One recipe, each its best learning rate and norms",
 }
 PLAN = ("hook", "latents", "l0", "steps", "batch_size", "seeds")
 HELD_OUT = 32768
@@ -89,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         "--rates",
         type=float,
         nargs="+",
-        default=[4e-3, 8e-3, 1.6e-2],
+        default=[4e-3, 8e-3, 1.6e-2, 3.2e-2],
         help="learning rates of the recipe to choose from (%(default)s)",
     )
     sizes = {
@@ -124,15 +134,16 @@ def _measured(asked: argparse.Namespace, path: Path) -> list[Row]:
             if library == FROM_ONE and setting != "recipe":
                 continue
             say(f"{asked.name}: {library}, {SETTINGS[setting]}")
-            for row in _of_process(asked, str(path), library, rates[setting]):
+            more: Row = {}
+            if setting == "rates":
+                more = {"variants": [*VARIANTS.get(library, ("",))], "exact": True}
+            for row in _of_process(asked, str(path), library, rates=rates[setting], **more):
                 say(f"    {outline(row)}")
                 found.append({"setting": setting, **row})
     return found
 
 
-def _of_process(
-    asked: argparse.Namespace, path: str, library: str, rates: Sequence[float | None]
-) -> list[Row]:
+def _of_process(asked: argparse.Namespace, path: str, library: str, **more: Any) -> list[Row]:
     call = {
         "library": library,
         "path": path,
@@ -140,9 +151,9 @@ def _of_process(
         "l0": asked.l0,
         "batch_size": asked.batch_size,
         "architectures": asked.architectures,
-        "rates": rates,
         "seeds": asked.seeds,
         "threads": asked.threads,
+        **more,
     }
     command = [sys.executable, "-m", "benchmarks.quality_worker", json.dumps(call)]
     answer: Any = run_process(command, asked.threads, asked.timeout)
@@ -177,12 +188,16 @@ def page(results: Row) -> str:
         "- **One recipe**: the learning rate is warmed up over 5 % and decayed over the last 25 %",
         "  of the run, a penalty is warmed up over 10 %, and latents are dead after 10 % of the",
         "  run.",
-        "- **Each its best learning rate**: each library and architecture has that rate, of those",
-        "  named, which is best with the first seed.",
+        "- **Each its best learning rate and norms**: each library and architecture has that rate,",
+        "  of those named, and those norms of decoder rows, which are best with the first seed:",
+        "  `decoder_norm` of ours `unit` or `free` (gated SAEs `auxiliary_decoder=live` then),",
+        "  `decoder_init_norm` of SAELens 0.1 or 1. dictionary_learning has no such argument.",
         f"- **{FROM_ONE}**: with one change, `decoder_init_norm=1`, which is 0.1 by default.",
         "- **L0**: `k`, `target_l0` (ours), or the library's own target (JumpReLU; SAELens' mode",
         "  `quadratic`). Where others have only a coefficient (ReLU, gated), it is searched with",
-        "  the first seed in up to 3 trainings, and the closest counts.",
+        f"  the first seed in up to {ATTEMPTS} trainings, until L0 is within {CLOSE:.0%}, and the",
+        "  closest counts. In the last table so is `target_l0` of ours, because one % of L0 is",
+        "  worth almost as much of FVU.",
         "- **Units**: activations are scaled to the norm that each library would scale them to.",
         "- **BatchTopK and Matryoshka**: the others select per batch of 1,024 also in the",
         "  evaluation, so that their L0 is exact; ours uses its threshold, as in use.",
@@ -231,7 +246,8 @@ def _of_model(name: str, part: Row) -> list[str]:
 
 def _rates(rows: Sequence[Row]) -> list[str]:
     """Which learning rates were tried."""
-    tried = sorted({float(rate) for row in rows for rate in row.get("tried", {}) if rate != "None"})
+    titles = {title.split(",")[0] for row in rows for title in row.get("tried", {})}
+    tried = sorted(float(rate) for rate in titles if rate != "None")
     return [f"Learning rate {' or '.join(f'{rate:g}' for rate in tried)}.", ""] if tried else []
 
 
@@ -240,7 +256,7 @@ def _table(rows: Sequence[Row], l0: int) -> list[str]:
     titles = ["ours" if name == OURS else name for name in libraries]
     chosen = any(len(row.get("tried", {})) > 1 for row in rows)
     head = ["", *(f"{title}: FVU" for title in titles), *(f"{title}: L0" for title in titles)]
-    head += [f"{title}: rate" for title in titles] if chosen else []
+    head += [f"{title}: choice" for title in titles] if chosen else []
     body = []
     for architecture, title in TITLES.items():
         own = [row for row in rows if row["architecture"] == architecture]
@@ -253,9 +269,16 @@ def _table(rows: Sequence[Row], l0: int) -> list[str]:
         cells = [_cell(group, "fvu", 4) for group in groups]
         cells = [f"**{c}**" if f == least else c for c, f in zip(cells, fvus, strict=True)]
         cells += [_cell(group, "l0", 1) for group in groups]
-        cells += [f"{group[0]['lr']:g}" if group else "" for group in groups] if chosen else []
+        cells += [_choice(group) for group in groups] if chosen else []
         body.append([title, *cells])
     return table(head, body)
+
+
+def _choice(group: Sequence[Row]) -> str:
+    if not group:
+        return ""
+    variant = group[0].get("variant")
+    return f"{group[0]['lr']:g}" + (f", {variant}" if variant else "")
 
 
 def _failed(group: Iterable[Row]) -> list[str]:

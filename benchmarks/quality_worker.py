@@ -6,8 +6,9 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,8 @@ from lightning_sae.callbacks import L1Warmup
 
 EVALUATED = 1024  # activations in a batch of the evaluation
 NEAR = 0.1  # relative distance to the target L0 within which it counts as reached
-CLOSE = 0.05  # relative distance to the target L0 at which the search for a coefficient ends
-ATTEMPTS = 3  # trainings of the search
+CLOSE = 0.02  # relative distance to the target L0 at which the search ends
+ATTEMPTS = 4  # trainings of the search
 STEEPEST = 4.0  # factor by which the search changes a coefficient at most
 FROM_ONE = "SAELens from norm 1"
 FIRST = {"SAELens": 1.0, FROM_ONE: 1.0, "dictionary_learning": 0.1}  # the default coefficients
@@ -49,6 +50,12 @@ CLASSES: dict[str, Any] = {
 }
 SEARCHED = ("relu", "gated")
 """Architectures whose L0 follows from a coefficient in the other libraries."""
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    OURS: {"unit rows": {}, "free rows": {"decoder_norm": "free"}},
+    "SAELens": {"norm 0.1": {}, "norm 1": {"decoder_init_norm": 1.0}},
+}
+"""Arguments on decoder norms that a library has, from which the best is chosen with the rate."""
 
 PREFIXES = (16, 8, 4, 2, 1)
 """What the number of latents is divided by for the widths of nested SAEs."""
@@ -67,7 +74,9 @@ class Job:
         l0: Active latents asked for.
         batch_size: Activations in a batch.
         seed: Seed of the weights.
-        coefficient: Coefficient of the penalty, where it is searched.
+        coefficient: Coefficient of the penalty, where it is searched; of ours, `target_l0`.
+        variant: A key of `VARIANTS`, or none.
+        exact: Whether `target_l0` of ours is searched too, so that held-out L0 is that asked for.
     """
 
     library: str
@@ -79,6 +88,15 @@ class Job:
     batch_size: int
     seed: int = 0
     coefficient: float | None = None
+    variant: str = ""
+    exact: bool = False
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Arguments of the variant."""
+        own = VARIANTS[self.library][self.variant] if self.variant else {}
+        live = own and self.library == OURS and self.architecture == "gated"
+        return {**own, "auxiliary_decoder": "live"} if live else own
 
     @property
     def widths(self) -> list[int]:
@@ -129,24 +147,36 @@ def save_activations(
 
 
 def run(
-    architectures: list[str], rates: list[float | None], seeds: int, **same: Any
+    architectures: list[str],
+    rates: list[float | None],
+    seeds: int,
+    variants: Sequence[str] = ("",),
+    **same: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Figures of each architecture for every seed, with the rate that is best with the first seed.
+    """Figures of each architecture for every seed, with what is best with the first seed.
 
     Args:
         architectures: Keys of `CLASSES`.
         rates: Learning rates of the recipe to try, or None for the library's defaults.
         seeds: Number of seeds.
+        variants: Variants of the library to try at each rate.
         same: The other arguments of `Job`.
     """
+    tries = [*product(rates, variants)]
     for name in architectures:
-        jobs = [Job(architecture=name, lr=rate, **same) for rate in rates]
+        jobs = [Job(architecture=name, lr=rate, variant=v, **same) for rate, v in tries]
         tried = [(job, *_first(job)) for job in jobs]
         job, found, trainings = min(tried, key=lambda one: _rank(one[1], one[0].l0))
         for seed in range(seeds):
             one = replace(job, seed=seed, coefficient=found["coefficient"])
             row = {"trainings": trainings, **found} if seed == 0 else _measured(one)
-            yield {**asdict(one), "tried": {str(j.lr): f for j, f, _ in tried}, **row}
+            yield {**asdict(one), "tried": {_title(j): f for j, f, _ in tried}, **row}
+
+
+def _title(job: Job) -> str:
+    """The rate and the variant, as the page shows them."""
+    rate = "None" if job.lr is None else f"{job.lr:g}"
+    return f"{rate}, {job.variant}" if job.variant else rate
 
 
 def _rank(row: dict[str, Any], l0: int) -> tuple[bool, float]:
@@ -157,15 +187,17 @@ def _rank(row: dict[str, Any], l0: int) -> tuple[bool, float]:
 
 def _first(job: Job) -> tuple[dict[str, Any], int]:
     """The first seed, with the coefficient that gives the closest L0; the number of trainings."""
-    if job.library == OURS or job.architecture not in SEARCHED:
+    ours = job.library == OURS
+    if not (job.exact and _is_steered(job) if ours else job.architecture in SEARCHED):
         return _measured(job), 1
     tried: list[dict[str, Any]] = []
-    coefficient = FIRST[job.library]
+    coefficient = job.l0 if ours else FIRST[job.library]
     for _ in range(ATTEMPTS):
         tried.append(_measured(replace(job, coefficient=coefficient)))
         if "error" in tried[-1] or abs(_distance(tried[-1], job.l0)) < CLOSE:
             break
-        coefficient *= math.exp(_change(tried, job.l0))
+        change = -_distance(tried[-1], job.l0) if ours else _change(tried, job.l0)
+        coefficient *= math.exp(change)
     best = min(tried, key=lambda row: abs(_distance(row, job.l0)))
     return best, len(tried)
 
@@ -218,7 +250,9 @@ def evaluate(trained: Trained, x: Float[Tensor, "n d_in"]) -> dict[str, float]:
 def _ours(job: Job, train: Float[Tensor, "n d_in"]) -> Trained:
     data = CachedDataModule(train, batch_size=job.batch_size, validation_fraction=0, seed=job.seed)
     steps = len(train) // job.batch_size
-    given: dict[str, Any] = {"target_l0": job.l0} if _is_steered(job) else {"k": job.l0}
+    target = job.coefficient or job.l0
+    given: dict[str, Any] = {"target_l0": target} if _is_steered(job) else {"k": job.l0}
+    given |= job.own
     callbacks: list[Callback] = []
     if job.lr is not None:
         given |= {"lr": job.lr, "lr_warmup_steps": 0.05, "lr_decay_steps": 0.25}
@@ -254,7 +288,7 @@ def _saelens(job: Job, train: Float[Tensor, "n d_in"]) -> Trained:
     names = {"relu": "standard", "matryoshka": "matryoshka_batchtopk"}
     cls, config = get_sae_training_class(names.get(job.architecture, job.architecture))
     batches = train.split(job.batch_size)
-    own: dict[str, Any] = {"decoder_init_norm": 1.0} if job.library == FROM_ONE else {}
+    own = {"decoder_init_norm": 1.0} if job.library == FROM_ONE else {**job.own}
     match job.architecture:
         case "relu" | "gated":
             own["l1_coefficient"] = job.coefficient

@@ -61,6 +61,7 @@ from lightning_sae.training.lengths import Length, refuse_lengths, require_lengt
 from lightning_sae.training.logging import QuickLogging
 from lightning_sae.training.optimizer import (
     NAMES,
+    Decay,
     adam_with_schedule,
     clip_gradients,
     peak_rate,
@@ -91,9 +92,8 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         lr_warmup_steps: Optimizer steps over which the learning rate rises linearly from zero, or
             a share of `trainer.max_steps` between 0 and 1.
         lr_decay_steps: Optimizer steps at the end of the run over which it falls linearly to zero,
-            or a share of the run. In 500 steps at the default rate 0.25 lowers FVU of TopK SAEs by
-            1 to 3 % and raises that of ReLU SAEs by 4 to 5 % (`docs/settings.md`). It is off by
-            default, because a prolonged run would not be the same as one of that length.
+            or a share of the run. `auto` is a quarter of a run whose `trainer.max_steps` is known.
+            By default `auto` with the default `lr`, and 0 with one that is given.
         clip_grad_norm: Norm to which the gradient is clipped; null for no clipping.
         apply_b_dec_to_input: Whether `b_dec` is subtracted from the encoder's input.
         b_dec_init: Initial `b_dec`: `mean` of the first batch, or `zero`.
@@ -188,7 +188,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         lr_warmup_steps: Length = 0,
-        lr_decay_steps: Length = 0,
+        lr_decay_steps: Decay | None = None,
         clip_grad_norm: float | None = 1.0,
         apply_b_dec_to_input: bool = True,
         b_dec_init: Literal["mean", "zero"] = "mean",
@@ -203,10 +203,14 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         d_sae = 8 * d_in if d_sae is None else d_sae
         require_integers(d_in=d_in, d_sae=d_sae)
         require_positive(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
+        if lr_decay_steps is None:
+            lr_decay_steps = "auto" if lr is None else 0
         lr = peak_rate(d_sae) if lr is None else lr
         require_positive(lr=lr)
         require_betas(betas)
-        require_lengths(0, lr_warmup_steps=lr_warmup_steps, lr_decay_steps=lr_decay_steps)
+        require_lengths(0, lr_warmup_steps=lr_warmup_steps)
+        if lr_decay_steps != "auto":
+            require_lengths(0, lr_decay_steps=lr_decay_steps)
         if clip_grad_norm is not None:
             require_positive(clip_grad_norm=clip_grad_norm)
         if chunk_rows is not None:
@@ -217,8 +221,8 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         require_positive(k_aux=k_aux or 1)
         self.d_in, self.d_sae = d_in, d_sae
         self.lr, self.betas = lr, betas
-        self.save_hyperparameters()
         self.lr_warmup_steps, self.lr_decay_steps = lr_warmup_steps, lr_decay_steps
+        self.save_hyperparameters()
         self.clip_grad_norm = clip_grad_norm
         self.apply_b_dec_to_input = apply_b_dec_to_input
         self.b_dec_init = b_dec_init
@@ -244,15 +248,16 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
     def save_hyperparameters(
         self, *args: Any, frame: FrameType | None = None, **kwargs: Any
     ) -> None:
-        """As Lightning's, but saves the actual `d_sae` and `lr` where none were given."""
+        """As Lightning's, but saves the actual `d_sae`, `lr` and decay where none were given."""
         frame = frame or cast(FrameType, inspect.currentframe()).f_back
         super().save_hyperparameters(*args, frame=frame, **kwargs)
         own = cast(Any, self)  # Lightning's own types leave these out
         for noted in (own._hparams, own._hparams_initial):
             if "d_sae" in noted:
                 noted["d_sae"] = self.d_sae
-            if noted.get("lr", 0.0) is None:
-                noted["lr"] = self.lr
+            for name in ("lr", "lr_decay_steps"):
+                if noted.get(name, 0) is None:
+                    noted[name] = getattr(self, name)
 
     def _create_dictionary(self) -> None:
         """Decoder: random unit rows; encoder: its transpose; encoder bias: zero.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,9 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_sae.functional.waiting import waiting_is_slow
-from lightning_sae.training.lengths import Length, two_steps_of, unknown
+from lightning_sae.training.lengths import Length, steps_of, two_steps_of, unknown
 
 NAMES = "lr_warmup_steps", "lr_decay_steps"
+
+Decay = Length | Literal["auto"]
+"""Length of the decay; `auto` is `AUTO_DECAY`, or none in a run of unknown length."""
+
+AUTO_DECAY = 0.25
 
 
 def peak_rate(d_sae: int) -> float:
@@ -52,8 +57,25 @@ def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float
     return max(0.0, min(rise, fall))
 
 
-def schedule_problems(warmup: Length, decay: Length, total: int) -> list[str]:
+def schedule_steps(warmup: Length, decay: Decay, total: int) -> tuple[int, int]:
+    """Optimizer steps of warm-up and decay in a run of `total` (-1: unknown length).
+
+    Example:
+        >>> schedule_steps(0, "auto", 100), schedule_steps(0.9, "auto", 100)
+        ((0, 25), (90, 10))
+        >>> schedule_steps(5, "auto", -1)
+        (5, 0)
+    """
+    if decay != "auto":
+        return two_steps_of(warmup, decay, total, NAMES)
+    rise = steps_of(warmup, total, NAMES[0])
+    return rise, max(0, min(round(AUTO_DECAY * total), total - rise))
+
+
+def schedule_problems(warmup: Length, decay: Decay, total: int) -> list[str]:
     """Error messages about a schedule in a run of `total` steps (-1: unknown length)."""
+    if decay == "auto":
+        return unknown(total, lr_warmup_steps=warmup)
     problems = unknown(total, lr_warmup_steps=warmup, lr_decay_steps=decay)
     if problems or not decay:
         return problems
@@ -77,7 +99,7 @@ def adam_with_schedule(
     lr: float,
     betas: tuple[float, float],
     warmup: Length,
-    decay: Length,
+    decay: Decay,
     total: int,
     fused: bool = True,
 ) -> OptimizerLRSchedulerConfig:
@@ -89,7 +111,7 @@ def adam_with_schedule(
     """
     for problem in schedule_problems(warmup, decay, total):
         raise ValueError(problem)
-    rise, fall = two_steps_of(warmup, decay, total, NAMES)
+    rise, fall = schedule_steps(warmup, decay, total)
     optimizer = MemoryOrderAdam(parameters, lr=lr, betas=betas, fused=fused)
     share = partial(warmup_stable_decay, warmup=rise, decay=fall, total=total)
     return {

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.training.lengths import HasLengths, is_share, steps_of
+from lightning_sae.training.optimizer import AUTO_DECAY
 
 # Settings of an SAE that give its weights their meaning or are only used at the start of a run.
 # Widths and architecture are compared with the weights, see `require_matching`. All others may
@@ -242,9 +243,10 @@ def _of_shares(part: object, prefix: str, total: int) -> Settings:
     if not isinstance(part, HasLengths) or total <= 0:
         return {}
     given = {name: getattr(part, name) for name in part.length_names}
+    lengths = {name: AUTO_DECAY if x == "auto" else x for name, x in given.items()}
     return {
         f"{prefix}{name} in steps": Setting(steps_of(length, total, name), True)
-        for name, length in given.items()
+        for name, length in lengths.items()
         if length is not None and is_share(length)
     }
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sae import ReLUSAE
+from lightning_sae import ReLUSAE, load
 from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.portable import folded_state
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, RunCheckpoint
@@ -132,6 +132,40 @@ def test_schedule_counts_optimizer_steps_not_batches() -> None:
     trainer = quiet_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[rates])
     trainer.fit(sae, DataLoader(torch.randn(160, 4), 16))  # type: ignore[arg-type]
     assert rates.seen == pytest.approx([0.05, 0.1, 0.1, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "share_of_peak"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1, 1, 0.5]),  # the default rate falls over the last quarter
+        ({"lr": 0.01}, [1] * 8),  # a given rate stays as it is
+        ({"lr": 0.01, "lr_decay_steps": "auto"}, [1, 1, 1, 1, 1, 1, 1, 0.5]),
+        ({"lr_decay_steps": 0}, [1] * 8),
+        ({"lr_warmup_steps": 7}, [(i + 1) / 7 for i in range(7)] + [1]),  # one step is left
+    ],
+)
+def test_the_default_rate_falls_in_the_last_quarter_and_a_given_one_does_not(
+    arguments: dict[str, Any], share_of_peak: list[float]
+) -> None:
+    rates, sae = LearningRates(), free_sae(4, 6, **arguments)
+    trainer = quiet_trainer(max_steps=8, callbacks=[rates])
+    trainer.fit(sae, DataLoader(torch.randn(160, 4), 16))  # type: ignore[arg-type]
+    assert rates.seen == pytest.approx([sae.lr * share for share in share_of_peak])
+
+
+def test_without_a_known_length_the_default_rate_is_constant() -> None:
+    rates, sae = LearningRates(), free_sae(4, 6)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[rates])
+    trainer.fit(sae, DataLoader(torch.randn(64, 4), 16))  # type: ignore[arg-type]
+    assert rates.seen == [sae.lr] * 4
+
+
+def test_a_loaded_sae_has_the_schedule_of_the_saved_one(tmp_path: Path) -> None:
+    for arguments, decay in (({}, "auto"), ({"lr": 0.01}, 0), ({"lr_decay_steps": 3}, 3)):
+        sae = free_sae(4, 6, **arguments)
+        sae.save_pretrained(tmp_path / str(decay))
+        again = load(tmp_path / str(decay))
+        assert (again.lr, again.lr_decay_steps) == (sae.lr, sae.lr_decay_steps) == (sae.lr, decay)
 
 
 def test_decay_needs_a_run_of_known_length() -> None:

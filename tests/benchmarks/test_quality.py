@@ -59,6 +59,30 @@ def test_the_rate_that_is_best_with_the_first_seed_has_the_others(
     assert [(row["seed"], row["lr"]) for row in rows] == [(0, 2e-3), (1, 2e-3)]
 
 
+def test_every_rate_is_tried_with_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(job: Job) -> dict[str, Any]:
+        assert job.lr is not None
+        return {"coefficient": None, "fvu": job.lr + 0.5 * (job.variant == "unit rows"), "l0": 8.0}
+
+    monkeypatch.setattr(quality_worker, "_measured", measured)
+    same = {"library": OURS, "path": "", "d_sae": 8, "l0": 8, "batch_size": 4}
+    variants = [*quality_worker.VARIANTS[OURS]]
+    (row,) = quality_worker.run(["topk"], [2e-3, 1e-3], seeds=1, variants=variants, **same)
+    assert (row["lr"], row["variant"]) == (1e-3, "free rows")
+    tried = [f"{rate}, {rows} rows" for rate in (0.002, 0.001) for rows in ("unit", "free")]
+    assert [*row["tried"]] == tried
+
+
+def test_an_exact_l0_of_ours_is_found_by_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(job: Job) -> dict[str, Any]:
+        assert job.coefficient is not None
+        return {"coefficient": job.coefficient, "l0": 1.2 * job.coefficient**0.9}
+
+    monkeypatch.setattr(quality_worker, "_measured", measured)
+    found, _ = quality_worker._first(job(OURS, exact=True))
+    assert found["l0"] == pytest.approx(8, rel=quality_worker.CLOSE)
+
+
 def test_bold_is_the_least_error_at_the_target() -> None:
     rows: list[dict[str, Any]] = [
         {"library": OURS, "architecture": "topk", "fvu": 0.2, "l0": 8.0},
@@ -91,7 +115,10 @@ def test_the_chosen_rate_is_shown_where_there_was_a_choice() -> None:
     same = {"library": OURS, "architecture": "topk", "fvu": 0.2, "l0": 8.0, "lr": 0.004}
     both: dict[str, Any] = {"0.004": {}, "0.008": {}}
     head, _, chosen = quality._table([{**same, "tried": both}], 8)
-    assert head.endswith("| ours: rate |")
+    assert head.endswith("| ours: choice |")
     assert chosen.endswith("| 0.004 |")
     assert quality._rates([{"tried": both}])[0] == "Learning rate 0.004 or 0.008."
-    assert "rate" not in quality._table([{**same, "tried": {"0.004": {}}}], 8)[0]
+    with_norms: dict[str, Any] = {"variant": "free rows", "tried": both}
+    assert quality._table([{**same, **with_norms}], 8)[2].endswith("| 0.004, free rows |")
+    assert quality._rates([{"tried": {"0.004, unit rows": {}}}])[0] == "Learning rate 0.004."
+    assert "choice" not in quality._table([{**same, "tried": {"0.004": {}}}], 8)[0]
