@@ -86,7 +86,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents; 8 times `d_in` by default.
-        lr: Peak learning rate of Adam; by default 0.002 for 1024 latents and less for more, see
+        lr: Peak learning rate of Adam; by default 0.004 for 1024 latents and less for more, see
             `lightning_sae.training.optimizer.peak_rate`.
         betas: Adam's decay rates of the first and second moment.
         lr_warmup_steps: Optimizer steps over which the learning rate rises linearly from zero, or
@@ -145,6 +145,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
     # Whether latents are dealt to the parts in turn, because the first are active more often.
     deals_latents = False
     tied = False  # whether `W_enc` is a view of `W_dec`
+    share_of_peak_rate = 1.0  # the default `lr` of this class as a share of `peak_rate`
     length_names = NAMES  # of arguments that are lengths, see `lightning_sae.training.lengths`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
     steered_l0: float | None = None  # the L0 to which `TargetL0` steers this weight
@@ -205,7 +206,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         require_positive(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
         if lr_decay_steps is None:
             lr_decay_steps = "auto" if lr is None else 0
-        lr = peak_rate(d_sae) if lr is None else lr
+        lr = self.share_of_peak_rate * peak_rate(d_sae) if lr is None else lr
         require_positive(lr=lr)
         require_betas(betas)
         require_lengths(0, lr_warmup_steps=lr_warmup_steps)

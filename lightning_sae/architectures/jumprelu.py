@@ -81,6 +81,7 @@ class JumpReLUSAE(SparseAutoencoder):
     threshold_unit: Float[Tensor, ""]
     multiplier: Float[Tensor, ""]
     _threshold_group: dict[str, Any] | None = None
+    share_of_peak_rate = 0.7  # more latents die at a higher rate
     coefficient_name = "l0_coefficient"
     latents_follow_activate = False
     may_be_split = True

@@ -30,16 +30,15 @@ def peak_rate(d_sae: int) -> float:
     """Peak learning rate by the number of latents, where none is given.
 
     It falls as the root of that number, for each latent then sees fewer inputs, and is at most
-    .004. The root is that of Gao et al., Scaling and evaluating sparse autoencoders (2024), whose
-    rate is .4 of this one, in far longer runs. FVU after 500 steps of 512 activations, TopK with
-    k 16, one seed, at .5, 1, 2 and 4 thousandths: .290, .248, .221 and .202 for 256 latents on the
-    embedded model; at 1 and 2 thousandths .090 and .072 for 512 latents on stories260K.
+    .008. The root is that of Gao et al., Scaling and evaluating sparse autoencoders (2024), whose
+    rate is a fifth of this one, in far longer runs; a lower `lr` may be better there. Higher rates
+    lower FVU further in short runs, but more latents die. `docs/settings.md` has figures.
 
     Example:
         >>> [round(peak_rate(d_sae), 5) for d_sae in (64, 1024, 16384)]
-        [0.004, 0.002, 0.0005]
+        [0.008, 0.004, 0.001]
     """
-    return min(4e-3, 2e-3 * math.sqrt(1024 / d_sae))
+    return min(8e-3, 4e-3 * math.sqrt(1024 / d_sae))
 
 
 def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float:
