@@ -95,7 +95,11 @@ def _tell(folder: Path, plan_only: bool, seconds: float) -> None:
     manifest = read_manifest(folder)
     training, held_out = manifest.rows("training"), manifest.rows("held_out")
     words = ["lightning-sae", "fit", "--model", "TopKSAE", "--data", "CachedDataModule"]
-    words += ["--data.activations", str(folder), "--trainer.max_steps", "1000"]
+    words += ["--data.activations", str(folder)]
+    hooks = [*manifest.widths]
+    if len(hooks) > 1:  # an SAE takes one
+        words += ["--data.hook_name", hooks[0]]
+    words += ["--trainer.max_steps", "1000"]
     sys.stdout.write(
         f"\nCached {training:,} activations to train on and {held_out:,} held out, "
         f"{size(manifest.nbytes())}, in {hours(seconds)}.\nMade:\n"
