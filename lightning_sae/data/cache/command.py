@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.fabric import Fabric
 
+from lightning_sae.checks import require_positive
 from lightning_sae.data.cache.manifest import read_manifest
 from lightning_sae.data.cache.plan import hours, size
 from lightning_sae.data.cache.write import SHARD_BYTES, write_cache
@@ -65,6 +66,7 @@ def cache(
         devices: Number or list of devices per machine; each writes its share.
         num_nodes: Number of machines.
     """
+    require_positive(shard_mib=shard_mib)
     started = time.perf_counter()
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes)
     fabric.launch()
