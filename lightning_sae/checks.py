@@ -30,6 +30,11 @@ def refuse(message: str) -> None:
         noted.append(message)
 
 
+def is_noted() -> bool:
+    """Whether something was noted inside `all_at_once`."""
+    return bool(_NOTED.get())
+
+
 @contextmanager
 def all_at_once() -> Iterator[None]:
     """Note all bad arguments inside, and raise one ValueError with a line for each.

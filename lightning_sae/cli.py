@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -42,7 +43,7 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, require_new_run, without_empty_curves
-from lightning_sae.checks import all_at_once, of_ours
+from lightning_sae.checks import all_at_once, is_noted, of_ours, refuse
 from lightning_sae.commands import configs
 from lightning_sae.data import ActivationDataModule, CachedDataModule, ToyDataModule
 from lightning_sae.distributed.ranks import require_agreement
@@ -53,6 +54,7 @@ from lightning_sae.files import (
 )
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.results import after_fit, after_predict, after_test, after_validate
+from lightning_sae.training.lengths import problems_of_lengths
 
 C = TypeVar("C", bound=Callback)
 
@@ -153,7 +155,9 @@ class SAECLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
+        parser.link_arguments(
+            "data.d_in", "model.init_args.d_in", compute_fn=self._width, apply_on="instantiate"
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SAEProgressBar, "progress_bar")
         parser.add_lightning_class_args(HeldOutEvaluation, "evaluation")
@@ -164,6 +168,18 @@ class SAECLI(LightningCLI):
                 "data": {"class_path": "lightning_sae.ActivationDataModule"},
             }
         )
+
+    def _width(self, d_in: Any) -> Any:
+        """The width of the data's activations, of one hook where the model is one SAE."""
+        kind = str(self._get(self.config, "model").class_path)
+        if isinstance(d_in, dict) and not kind.endswith("SideBySide"):
+            refuse(
+                f"Expected argument `hook_name` to be one hook, for {kind.rpartition('.')[2]} is a "
+                f"single SAE, but got {', '.join(d_in)}: choose one by `--data.hook_name`, or "
+                "train an SAE at each with `SideBySide`."
+            )
+            return next(iter(d_in.values()))
+        return d_in
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -190,7 +206,30 @@ class SAECLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Like Lightning's, but names all bad arguments at once."""
         with all_at_once():
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                refuse(str(of_ours(error)))
+                self._look_at_each_part()
+            else:
+                self._look_further()
+
+    def _look_at_each_part(self) -> None:
+        """Note bad arguments of the data and of a single SAE, if the data gave no width."""
+        data, model = self._get(self.config, "data"), self._get(self.config, "model")
+        _look_at_text(_instance(LightningDataModule, data))
+        if not model.class_path.endswith("SideBySide"):
+            model.init_args.d_in = 2
+            if model.init_args.get("d_sae") is None:
+                model.init_args.d_sae = 2**20
+            _instance(SparseAutoencoder, model)
+
+    def _look_further(self) -> None:
+        """If arguments are bad, note also lengths and text, which a run would check later."""
+        if is_noted() and self.subcommand == "fit":
+            for problem in problems_of_lengths(self.trainer, self.model):
+                refuse(problem)
+            _look_at_text(self.datamodule)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -378,6 +417,22 @@ def _is_moved(folder: Path, ckpt_path: Path, noted: Path) -> bool:
     """Whether a run's configuration and checkpoint were moved from where the run wrote them."""
     together = ckpt_path.parent.resolve() == (folder / "checkpoints").resolve()
     return together and folder.resolve() != noted.resolve()
+
+
+def _look_at_text(data: Any) -> None:
+    """Note if text that the data names cannot be opened."""
+    if isinstance(data, ActivationDataModule):
+        try:
+            _ = data.corpus
+        except ValueError as error:
+            refuse(str(error))
+
+
+def _instance(kind: type, given: Namespace) -> Any:
+    """An object of a subclass of `kind`, of a class path and arguments."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(kind, "part")
+    return parser.instantiate_classes(Namespace(part=given)).part
 
 
 def _newest(root: Path) -> str:

@@ -367,6 +367,33 @@ def test_all_bad_arguments_are_named_at_once() -> None:
     assert all(f"`{name.split('.')[1]}`" in line for name, line in zip(bad, lines, strict=True))
 
 
+def refused(*words: str) -> list[str]:
+    """The lines of the message with which `fit` refuses these arguments."""
+    with pytest.raises(ValueError, match="Expected") as error:
+        main(["fit", *SMALL, *words])
+    return str(of_ours(error.value)).splitlines()
+
+
+def test_bad_arguments_are_named_with_lengths_and_text_that_a_run_would_refuse() -> None:
+    lengths = ["--trainer.max_steps=5", "--model.lr_warmup_steps=4", "--model.lr_decay_steps=4"]
+    lines = refused("--model.lr=-1", *lengths, "--data.text=nowhere.txt")
+    for line, name in zip(lines, ("lr", "lr_warmup_steps", "text"), strict=True):
+        assert f"`{name}`" in line
+
+
+def test_bad_arguments_of_an_sae_are_named_with_a_model_or_hook_that_is_not_there() -> None:
+    for bad in "--data.model=/nowhere/at/all", "--data.hook_name=blocks.9.hook_resid_post":
+        lines = refused(bad, "--model.d_sae=0", "--model.lr=-1", "--data.text=nowhere.txt")
+        for line, name in zip(lines, (bad[7:].split("=")[0], "text", "d_sae", "lr"), strict=True):
+            assert f"`{name}`" in line
+
+
+def test_several_hooks_for_a_single_sae_are_refused_by_name() -> None:
+    hooks = "--data.hook_name=[blocks.0.hook_resid_post,blocks.1.hook_resid_post]"
+    (line,) = refused(hooks)
+    assert "`hook_name` to be one hook, for ReLUSAE is a single SAE" in line
+
+
 def test_bad_arguments_of_a_member_are_named_with_those_of_the_data(tmp_path: Path) -> None:
     sae = {"class_path": "TopKSAE", "init_args": {"d_sae": 16, "k": 0, "lr": -1}}
     members = {"class_path": "SideBySide", "init_args": {"members": [{"name": "a", "sae": sae}]}}

@@ -47,6 +47,26 @@ def _has_penalty(sae: Steered) -> bool:
     return sae.coefficient_name is not None and getattr(sae, sae.coefficient_name) != 0
 
 
+def warn_of_held_out(who: str, target: float, trainer: Trainer, validated_at: int) -> None:
+    """Warn if L0 on held-out activations differs from the target, if the last step is validated.
+
+    Args:
+        who: What reached the target in training, to begin the message.
+        target: Active latents per activation.
+        trainer: Has the metrics of the last validation.
+        validated_at: Its optimizer step.
+    """
+    l0 = trainer.callback_metrics.get("val/l0")
+    if l0 is None or validated_at != trainer.global_step:
+        return
+    if abs(float(l0) / target - 1) > TOLERANCE:
+        rank_zero_warn(
+            f"{who} reached its target of {target:g} in training, but on held-out activations L0 "
+            f"is {float(l0):.3g}: their text is not like the text of training. Train on more of "
+            "it, or give another target if L0 there is what matters."
+        )
+
+
 class TargetL0(Callback):
     r"""Change the penalty's coefficient a little in each step until L0 is at a target.
 
@@ -210,7 +230,7 @@ class TargetL0(Callback):
         if self._mean is None:
             return
         if abs(math.expm1(self._mean)) <= TOLERANCE:
-            self._warn_of_held_out(trainer)
+            warn_of_held_out("`TargetL0`", self.target, trainer, self._validated_at)
             return
         factor = cast(Steered, pl_module).penalty_factor
         rank_zero_warn(
@@ -220,17 +240,6 @@ class TargetL0(Callback):
             "coefficient, or raise `max_change`; if the factor is at work for long and L0 stays, "
             "the penalty is too slow, as with a low learning rate."
         )
-
-    def _warn_of_held_out(self, trainer: Trainer) -> None:
-        l0 = trainer.callback_metrics.get("val/l0")
-        if l0 is None or self._validated_at != trainer.global_step:
-            return
-        if abs(float(l0) / self.target - 1) > TOLERANCE:
-            rank_zero_warn(
-                f"`TargetL0` reached its target of {self.target:g} in training, but on held-out "
-                f"activations L0 is {float(l0):.3g}: their text is not like the text of training. "
-                "Train on more of it, or give another target if L0 there is what matters."
-            )
 
     def _steer(self, sae: Steered, step: int, total: int) -> None:
         # If nothing fires, count one firing in the batch, so that the log is finite.

@@ -96,10 +96,14 @@ def refuse_lengths(trainer: Trainer, pl_module: LightningModule) -> None:
 
     Called once, by the first part that is set up. `fast_dev_run` accepts any length.
     """
+    if problems := problems_of_lengths(trainer, pl_module):
+        raise ValueError("\n".join(problems))
+
+
+def problems_of_lengths(trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    """Messages on all invalid lengths of a run, of its module and callbacks."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
+        return []
     parts = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
     found = [part for part in parts if isinstance(part, HasLengths)]
-    problems = [problem for part in found for problem in part.length_problems(trainer.max_steps)]
-    if problems:
-        raise ValueError("\n".join(problems))
+    return [problem for part in found for problem in part.length_problems(trainer.max_steps)]

@@ -1,6 +1,9 @@
+import warnings
+
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
 from lightning_sae import JumpReLUSAE, ReLUSAE
 from lightning_sae.callbacks import DeadFeatureResampling, DecoderNormProjection
@@ -255,6 +258,55 @@ def test_a_target_is_reached_whatever_the_scale_of_the_data(scale, fit):
     fit(sae, x[:-16], DecoderNormProjection())
     l0 = (sae.encode(x[-16:]) > 0).sum(-1).double().mean().item()
     assert l0 == pytest.approx(3, rel=0.05)
+
+
+@pytest.mark.parametrize(("share", "missed"), [(0.93, True), (0.97, False), (1.03, False)])
+def test_a_missed_target_is_reported_with_figures(share, missed, recwarn):
+    """Of an L0 that does not move."""
+    sae, x, l0 = still(share)
+    warnings.simplefilter("always")
+    trainer_for(4).fit(sae, DataLoader(x, batch_size=None))
+    said = [str(each.message) for each in recwarn if "did not reach" in str(each.message)]
+    assert len(said) == missed
+    assert all(f"L0 is {l0:.3g} and not `target_l0`={sae.target_l0:g}" in line for line in said)
+
+
+@pytest.mark.parametrize(("held_out", "said"), [(1.0, False), (0.0, True)])
+def test_a_different_held_out_l0_is_reported(held_out, said, recwarn):
+    """Where held-out activations are all zeros, nothing fires."""
+    sae, x, _ = still(1.0)
+    loaders = [DataLoader(rows, batch_size=None) for rows in (x, x[:1] * held_out)]
+    warnings.simplefilter("always")
+    trainer_for(4).fit(sae, *loaders)
+    found = [str(each.message) for each in recwarn if "on held-out activations L0 is" in str(each)]
+    assert len(found) == said
+
+
+def still(share):
+    """An SAE that learns nothing, for a share of its L0 as target; its data; and its L0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 64, 4, generator=generator).expand(4, -1, -1)
+    torch.manual_seed(1)
+    sae = JumpReLUSAE(
+        4, 32, target_l0=1.0, threshold_init=0.1, threshold_lr=1e-30, lr=1e-30, b_dec_init="zero"
+    )
+    l0 = (sae.encode(x[0]) > 0).sum(-1).double().mean().item()
+    sae.target_l0 = l0 * share
+    return sae, x, l0
+
+
+def trainer_for(max_steps):
+    return Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=1,
+        check_val_every_n_epoch=None,
+    )
 
 
 def test_a_resumed_run_is_exact(fit, tmp_path):

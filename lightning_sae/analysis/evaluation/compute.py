@@ -88,7 +88,7 @@ def read_curve(path: str | Path) -> Curve:
         compute, loss = np.array(points, dtype=float).reshape(-1, 2).T
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected argument `curve` to hold {FORM}, but {path} lacks {error}."
+            f"Expected argument `curve` to hold {FORM}, but {path} does not: {error!r}."
         ) from error
     finite = np.isfinite(compute).all() and np.isfinite(loss).all()
     if (
@@ -101,7 +101,21 @@ def read_curve(path: str | Path) -> Curve:
             f"Expected argument `curve` to hold {FORM}, of positive numbers, but {path} has "
             f"{len(set(compute))} different computes and own_compute {own:g}."
         )
-    return Curve(own, compute, loss)
+    curve = Curve(own, compute, loss)
+    _require_falling(curve, path)
+    return curve
+
+
+def _require_falling(curve: Curve, path: Path) -> None:
+    """Raise a ValueError unless a smaller loss takes more compute, on the fit at each point."""
+    by_compute = [curve.loss[curve.compute == c].mean() for c in np.unique(curve.compute)]
+    features = _features(np.unique(by_compute))
+    determined = np.linalg.matrix_rank(features) == features.shape[1]
+    if not determined or (np.diff(features @ fit_curve(curve).coefficients) >= 0).any():
+        raise ValueError(
+            f"Expected argument `curve` to have a loss that falls with compute but a curve fitted "
+            f"to the points in {path} does not: give models of one recipe."
+        )
 
 
 def curve_of(model: str | None) -> Curve | None:

@@ -281,4 +281,6 @@ def _stability(saes: Mapping[str, SparseAutoencoder], seed: int) -> dict[str, Fi
 
 
 def _is_of_one_kind(a: SparseAutoencoder, b: SparseAutoencoder) -> bool:
-    return type(a) is type(b) and dict(a.hparams) == dict(b.hparams)
+    """Whether two SAEs have the same settings, and are not copies, as of one that was imported."""
+    same = type(a) is type(b) and dict(a.hparams) == dict(b.hparams)
+    return same and not torch.allclose(a.W_dec.cpu(), b.W_dec.cpu(), rtol=1e-4)

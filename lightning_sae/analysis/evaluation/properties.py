@@ -66,7 +66,7 @@ def labels_of(passages: Sequence[Passage], own: Mapping[str, Question] | None = 
         **_one_of_several("label", [p.label for p in passages]),
     }
     for name, question in (own or {}).items():
-        answers = [question(passage) for passage in passages]
+        answers = [_asked(question, name, passage) for passage in passages]
         if all(_is_label(answer) for answer in answers):
             of_passages[name] = _as_labels(answers)
         else:
@@ -142,6 +142,16 @@ def _one_of_several(name: str, values: Sequence[str | None]) -> dict[str, Int[Te
         for value, count in counts.items()
         if 4 <= count < len(values)
     }
+
+
+def _asked(question: Question, name: str, passage: Passage) -> Any:
+    try:
+        return question(passage)
+    except Exception as error:
+        raise ValueError(
+            f"Property `{name}` could not be asked of a passage of {len(passage.pieces)} tokens: "
+            f"it raised {error!r}."
+        ) from error
 
 
 def _first_character(piece: str, end: int) -> int:

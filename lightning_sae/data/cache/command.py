@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.fabric import Fabric
 
+from lightning_sae.checks import require_positive
 from lightning_sae.data.cache.manifest import read_manifest
 from lightning_sae.data.cache.plan import hours, size
 from lightning_sae.data.cache.write import SHARD_BYTES, write_cache
@@ -65,6 +66,7 @@ def cache(
         devices: Number or list of devices per machine; each writes its share.
         num_nodes: Number of machines.
     """
+    require_positive(shard_mib=shard_mib)
     started = time.perf_counter()
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes)
     fabric.launch()
@@ -95,7 +97,11 @@ def _tell(folder: Path, plan_only: bool, seconds: float) -> None:
     manifest = read_manifest(folder)
     training, held_out = manifest.rows("training"), manifest.rows("held_out")
     words = ["lightning-sae", "fit", "--model", "TopKSAE", "--data", "CachedDataModule"]
-    words += ["--data.activations", str(folder), "--trainer.max_steps", "1000"]
+    words += ["--data.activations", str(folder)]
+    hooks = [*manifest.widths]
+    if len(hooks) > 1:  # an SAE takes one
+        words += ["--data.hook_name", hooks[0]]
+    words += ["--trainer.max_steps", "1000"]
     sys.stdout.write(
         f"\nCached {training:,} activations to train on and {held_out:,} held out, "
         f"{size(manifest.nbytes())}, in {hours(seconds)}.\nMade:\n"

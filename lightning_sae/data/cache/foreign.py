@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import DTYPES
 from lightning_sae.data.cache.rows import Rows
 from lightning_sae.data.cache.shards import POSITIONS, TOKENS, mapped
 from lightning_sae.files import first_line
@@ -51,6 +52,12 @@ def open_foreign(activations: Any, hook_names: Sequence[str]) -> Rows:
 
 def _files(activations: Any) -> list[Path]:
     given = [activations] if isinstance(activations, str | Path) else list(activations)
+    others = [type(each).__name__ for each in given if not isinstance(each, str | Path)]
+    if others:
+        raise ValueError(
+            f"Expected argument `activations`, a list, to name files but it holds a {others[0]}: "
+            "join tensors by `torch.cat`, and arrays by `numpy.concatenate`."
+        )
     paths = [Path(each).expanduser() for each in given]
     if len(paths) == 1 and paths[0].is_dir():
         paths = sorted(path for path in paths[0].iterdir() if path.suffix in SUFFIXES)
@@ -89,11 +96,13 @@ def _chosen(found: Mapping[str, Any], hook_names: Sequence[str], where: str) -> 
         if not name or not hook_names:
             own = hook_names[0] if hook_names else name or NAMELESS
             return {own: _rows(only, where)}
+    if not found:
+        raise ValueError(f"Expected argument `activations` to hold a tensor but {where} has none.")
     missing = [name for name in hook_names if name not in found]
-    if missing or not found:
+    if missing:
         raise ValueError(
-            f"Expected argument `hook_name` to be one of {', '.join(found) or 'none'}, which "
-            f"{where} holds, but got {', '.join(missing) or 'none'}: choose one that is there."
+            f"Expected argument `hook_name` to be one of {', '.join(found)}, which {where} holds, "
+            f"but got {', '.join(missing)}: choose one that is there."
         )
     rows = {name: _rows(found[name], f"{name} of {where}") for name in hook_names or found}
     lengths = {name: len(each) for name, each in rows.items()}
@@ -106,17 +115,29 @@ def _chosen(found: Mapping[str, Any], hook_names: Sequence[str], where: str) -> 
 
 
 def _rows(found: Any, where: str) -> Tensor:
-    if isinstance(found, np.ndarray) and found.dtype.kind != "f":
+    if isinstance(found, np.ndarray) and (found.dtype.kind != "f" or found.dtype.itemsize > 8):
         raise ValueError(
             f"Expected argument `activations` to hold floating-point numbers but {where} is "
             f"{found.dtype}: convert it, as `x.astype('float32')` does."
         )
+    if isinstance(found, np.ndarray) and not found.dtype.isnative:
+        raise ValueError(
+            f"Expected argument `activations` to have this machine's byte order but {where} is "
+            f"{found.dtype.str}: convert it, as `x.astype({found.dtype.newbyteorder('=').str!r})` "
+            "does."
+        )
     x = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"Expected argument `activations` to hold floating-point numbers but {where} is "
             f"{kind}: convert it, as `x.float()` does."
+        )
+    if x.is_meta or x.layout != torch.strided or x.is_nested:
+        kind = "on the device meta, without values" if x.is_meta else "not dense"
+        raise ValueError(
+            f"Expected argument `activations` to be dense, with values, but {where} is {kind}: "
+            "give an ordinary tensor."
         )
     if x.dim() < 2 or not x.numel():
         raise ValueError(

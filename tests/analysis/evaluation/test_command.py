@@ -1,5 +1,6 @@
 """`lightning-sae evaluate` on small SAEs of the model that comes with the package."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning_sae import ActivationDataModule, ReLUSAE, TopKSAE, load
 from lightning_sae.analysis.evaluation import command
 from lightning_sae.analysis.evaluation.command import evaluate, function_of, names_of
+from lightning_sae.analysis.evaluation.figures import _stability
 from lightning_sae.analysis.evaluation.table import flat, over_seeds
 
 HOOK, LENGTH, TOKENS = "blocks.1.hook_resid_post", 32, 2048
@@ -81,6 +83,16 @@ def test_every_figure_is_there_for_every_sae(evaluation: dict) -> None:
     whole = [p["activation"] for p in reference["probing"].values()]
     five = [p["latents_5"] for p in evaluation["saes"][0]["figures"]["probing"].values()]
     assert sum(whole) > sum(five)
+
+
+def test_a_copy_of_an_sae_is_no_second_seed() -> None:
+    a, b = TopKSAE(8, 32, k=2), TopKSAE(8, 32, k=2)
+    pairs = _stability({"a": a, "copy": copy.deepcopy(a), "b": b}, seed=0)
+    assert {name: [pair["with"] for pair in found["pairs"]] for name, found in pairs.items()} == {
+        "a": ["b"],
+        "copy": ["b"],
+        "b": ["a", "copy"],
+    }
 
 
 def test_stability_is_between_saes_of_one_kind(evaluation: dict) -> None:

@@ -1,6 +1,7 @@
 """The compute-efficiency hit on curves of a known form."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,14 @@ def test_the_kept_points_are_those_of_the_command() -> None:
     assert [own["compute"] / p["compute"] for p in smaller] == pytest.approx(parts, rel=0.01)
 
 
+def rising(loss: Callable[[int], float]) -> dict[str, object]:
+    """A file of models whose loss is this of their compute."""
+    return {
+        "own_compute": 6.0,
+        "points": [{"compute": float(c), "loss": loss(c)} for c in range(1, 7)],
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -93,6 +102,9 @@ def test_the_kept_points_are_those_of_the_command() -> None:
             {"own_compute": 9, "points": [{"compute": c, "loss": 2} for c in range(1, 7)]},
             "own_compute 9",
         ),
+        (rising(lambda c: 2.0), "a loss that falls with compute"),
+        (rising(lambda c: 2.0 + c), "a loss that falls with compute"),
+        (rising(lambda c: 2.0 + (c - 3) ** 2 / 9), "a loss that falls with compute"),
         ([1], "points"),
     ],
 )

@@ -76,6 +76,8 @@ def test_kinds_and_own_properties_speak_of_tokens_or_passages() -> None:
     assert "kind=y" not in labels.of_passages  # three are too few
     assert labels.of_passages["long"].tolist() == [1] * 7
     assert labels.of_tokens["is_b"].tolist() == [0, 1, -1] * 7
+    with pytest.raises(ValueError, match="`fails` could not be asked .* ZeroDivisionError"):
+        labels_of(passages, {"fails": lambda p: 1 / 0})
     for wrong in (lambda p: [True], lambda p: 3, lambda p: ["yes"] * 3):
         with pytest.raises(
             ValueError, match="`wrong` to give True, False or None for each of the 3"

@@ -492,6 +492,13 @@ def test_short_dtypes_are_read_as_they_are(tmp_path: Path) -> None:
         ("short.safetensors", "short.safetensors: it is not a complete safetensors file"),
         ("folder", "there is none at folder"),
         (["x.npy", "y.npy"], "files of one kind but y.npy holds"),
+        ([torch.zeros(40, 8)] * 2, "a list, to name files but it holds a Tensor"),
+        (np.zeros((40, 8), dtype=">f4"), "byte order but the tensor is >f4"),
+        (np.zeros((40, 8), dtype=np.longdouble), "but the tensor is float128"),
+        (torch.zeros(40, 8, device="meta"), "the tensor is on the device meta"),
+        (torch.zeros(40, 8).to_sparse(), "the tensor is not dense"),
+        (torch.zeros(40, 8).to(torch.float8_e4m3fn), "but the tensor is torch.float8_e4m3fn"),
+        ({}, "to hold a tensor but the dictionary has none"),
         (7, "a cache, a tensor, an array, or files"),
     ],
 )
