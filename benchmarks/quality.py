@@ -197,7 +197,7 @@ def page(results: Row) -> str:
         "  `quadratic`). Where others have only a coefficient (ReLU, gated), it is searched with",
         f"  the first seed in up to {ATTEMPTS} trainings, until L0 is within {CLOSE:.0%}, and the",
         "  closest counts. In the last table so is `target_l0` of ours, because one % of L0 is",
-        "  worth almost as much of FVU.",
+        "  worth about half a % of FVU.",
         "- **Units**: activations are scaled to the norm that each library would scale them to.",
         "- **BatchTopK and Matryoshka**: the others select per batch of 1,024 also in the",
         "  evaluation, so that their L0 is exact; ours uses its threshold, as in use.",
