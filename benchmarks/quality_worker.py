@@ -34,8 +34,8 @@ from lightning_sae.callbacks import L1Warmup
 
 EVALUATED = 1024  # activations in a batch of the evaluation
 NEAR = 0.1  # relative distance to the target L0 within which it counts as reached
-CLOSE = 0.02  # relative distance to the target L0 at which the search ends
-ATTEMPTS = 4  # trainings of the search
+CLOSE, CLOSEST = 0.05, 0.02  # relative distance to the target L0 at which the search ends
+ATTEMPTS, MOST_ATTEMPTS = 3, 4  # trainings of the search; the second of each if `Job.exact`
 STEEPEST = 4.0  # factor by which the search changes a coefficient at most
 FROM_ONE = "SAELens from norm 1"
 FIRST = {"SAELens": 1.0, FROM_ONE: 1.0, "dictionary_learning": 0.1}  # the default coefficients
@@ -76,7 +76,7 @@ class Job:
         seed: Seed of the weights.
         coefficient: Coefficient of the penalty, where it is searched; of ours, `target_l0`.
         variant: A key of `VARIANTS`, or none.
-        exact: Whether `target_l0` of ours is searched too, so that held-out L0 is that asked for.
+        exact: Whether the search is for a closer L0, also by `target_l0` of ours.
     """
 
     library: str
@@ -192,9 +192,10 @@ def _first(job: Job) -> tuple[dict[str, Any], int]:
         return _measured(job), 1
     tried: list[dict[str, Any]] = []
     coefficient = job.l0 if ours else FIRST[job.library]
-    for _ in range(ATTEMPTS):
+    attempts, close = (MOST_ATTEMPTS, CLOSEST) if job.exact else (ATTEMPTS, CLOSE)
+    for _ in range(attempts):
         tried.append(_measured(replace(job, coefficient=coefficient)))
-        if "error" in tried[-1] or abs(_distance(tried[-1], job.l0)) < CLOSE:
+        if "error" in tried[-1] or abs(_distance(tried[-1], job.l0)) < close:
             break
         change = -_distance(tried[-1], job.l0) if ours else _change(tried, job.l0)
         coefficient *= math.exp(change)

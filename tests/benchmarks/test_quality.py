@@ -80,7 +80,7 @@ def test_an_exact_l0_of_ours_is_found_by_its_target(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(quality_worker, "_measured", measured)
     found, _ = quality_worker._first(job(OURS, exact=True))
-    assert found["l0"] == pytest.approx(8, rel=quality_worker.CLOSE)
+    assert found["l0"] == pytest.approx(8, rel=quality_worker.CLOSEST)
 
 
 def test_bold_is_the_least_error_at_the_target() -> None:
