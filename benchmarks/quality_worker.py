@@ -289,7 +289,7 @@ def _saelens(job: Job, train: Float[Tensor, "n d_in"]) -> Trained:
     names = {"relu": "standard", "matryoshka": "matryoshka_batchtopk"}
     cls, config = get_sae_training_class(names.get(job.architecture, job.architecture))
     batches = train.split(job.batch_size)
-    own = {"decoder_init_norm": 1.0} if job.library == FROM_ONE else {**job.own}
+    own: dict[str, Any] = {"decoder_init_norm": 1.0} if job.library == FROM_ONE else {**job.own}
     match job.architecture:
         case "relu" | "gated":
             own["l1_coefficient"] = job.coefficient

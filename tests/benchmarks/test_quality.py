@@ -54,7 +54,7 @@ def test_the_rate_that_is_best_with_the_first_seed_has_the_others(
         return {"coefficient": None, "fvu": fvu[job.lr], "l0": l0[job.lr]}
 
     monkeypatch.setattr(quality_worker, "_measured", measured)
-    same = {"library": OURS, "path": "", "d_sae": 8, "l0": 8, "batch_size": 4}
+    same: dict[str, Any] = {"library": OURS, "path": "", "d_sae": 8, "l0": 8, "batch_size": 4}
     rows = list(quality_worker.run(["topk"], [*fvu], seeds=2, **same))
     assert [(row["seed"], row["lr"]) for row in rows] == [(0, 2e-3), (1, 2e-3)]
 
@@ -65,7 +65,7 @@ def test_every_rate_is_tried_with_every_variant(monkeypatch: pytest.MonkeyPatch)
         return {"coefficient": None, "fvu": job.lr + 0.5 * (job.variant == "unit rows"), "l0": 8.0}
 
     monkeypatch.setattr(quality_worker, "_measured", measured)
-    same = {"library": OURS, "path": "", "d_sae": 8, "l0": 8, "batch_size": 4}
+    same: dict[str, Any] = {"library": OURS, "path": "", "d_sae": 8, "l0": 8, "batch_size": 4}
     variants = [*quality_worker.VARIANTS[OURS]]
     (row,) = quality_worker.run(["topk"], [2e-3, 1e-3], seeds=1, variants=variants, **same)
     assert (row["lr"], row["variant"]) == (1e-3, "free rows")
