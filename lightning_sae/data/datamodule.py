@@ -231,7 +231,7 @@ class ActivationDataModule(ActivationSource):
         self._passes: dict[Any, Iterator[Tensor]] = {}
         self._restored: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
-        self._said: set[int | str] = set()
+        self._said: set[str] = set()
         self._unseen: dict[str, Tensor] = {}  # by hook, shared with what `at` gives
 
     # The model at its hooks.
@@ -448,9 +448,9 @@ class ActivationDataModule(ActivationSource):
 
     def _say_of_held_out(self, least: int, n: int, found: int, unknown: int) -> None:
         """Warn once of fewer than `least` of `n` tokens, and once of unknown tokens."""
-        if found < least and n not in self._said:
+        if found < least and "short" not in self._said:
             say_short(n, found, self.n_ranks)
-            self._said.add(n)
+            self._said.add("short")
         if unknown and "unknown" not in self._said:
             say_unknown(unknown, found, "held-out")
             self._said.add("unknown")
