@@ -768,7 +768,8 @@ class Manual(ReLUSAE):
 
 
 def test_manual_optimization_trains_the_weights_of_automatic_one() -> None:
-    saes: list[Any] = [kind(16, 32, clip_grad_norm=None) for kind in (ReLUSAE, Manual)]
+    plain: dict[str, Any] = {"clip_grad_norm": None, "lr_decay_steps": 0}
+    saes: list[Any] = [kind(16, 32, **plain) for kind in (ReLUSAE, Manual)]
     saes[1].load_state_dict(saes[0].state_dict())
     steps = [train(sae, toy(), RunCheckpoint(2)).global_step for sae in saes[:1]]
     steps.append(train(saes[1]).global_step)

@@ -84,7 +84,7 @@ def test_an_imported_sae_is_trained_on_and_saved(
     )
     trainer.fit(sae.train(), DataLoader(x, batch_size=50))  # type: ignore[arg-type]
     moved = (sae.W_dec - before).abs().max()
-    assert 0 < moved < 0.01  # rows keep the norms that they had
+    assert 0 < moved < 2.1 * sae.lr  # two steps of Adam: rows keep the norms that they had
     again = lightning_sae.load(sae.save_pretrained(tmp_path / "here"))
     torch.testing.assert_close(again(x), sae(x))
     assert again.source["imported"] == theirs

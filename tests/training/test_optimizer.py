@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
-from lightning_sae import ReLUSAE
+from lightning_sae import JumpReLUSAE, ReLUSAE, TiedSAE
 from lightning_sae.functional.sparse.code import Layout
 from lightning_sae.training.optimizer import MemoryOrderAdam, clip_norm, in_memory_order
 
@@ -155,7 +155,8 @@ def test_moments_survive_a_checkpoint_and_the_run_goes_on_as_one(tmp_path: Path)
 
 
 def test_by_default_the_rate_follows_from_the_number_of_latents_and_is_noted() -> None:
-    for d_sae, rate in ((64, 4e-3), (1024, 2e-3), (4096, 1e-3)):
-        sae = ReLUSAE(4, d_sae)
-        assert sae.lr == sae.hparams["lr"] == pytest.approx(rate)
+    for d_sae, rate in ((64, 8e-3), (1024, 4e-3), (4096, 2e-3)):
+        for kind, share in ((ReLUSAE, 1), (JumpReLUSAE, 0.7), (TiedSAE, 0.5)):
+            sae = kind(4, d_sae)
+            assert sae.lr == sae.hparams["lr"] == pytest.approx(share * rate)
     assert ReLUSAE(4, 64, lr=1e-4).lr == 1e-4
