@@ -43,7 +43,7 @@ class TiedSAE(ReLUSAE):
     """
 
     tied = True
-    share_of_peak_rate = 0.5  # twice as many latents die at twice this rate
+    share_of_peak_rate = 0.7  # more latents die at a higher rate
     latents_follow_activate = True
     rows_are_independent = True
     may_be_split = True
