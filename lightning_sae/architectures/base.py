@@ -93,7 +93,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
             a share of `trainer.max_steps` between 0 and 1.
         lr_decay_steps: Optimizer steps at the end of the run over which it falls linearly to zero,
             or a share of the run. `auto` is a quarter of a run whose `trainer.max_steps` is known.
-            By default `auto` with the default `lr`, and 0 with one that is given.
+            By default `auto` with the default `lr` (tied SAEs: 0), and 0 with one that is given.
         clip_grad_norm: Norm to which the gradient is clipped; null for no clipping.
         apply_b_dec_to_input: Whether `b_dec` is subtracted from the encoder's input.
         b_dec_init: Initial `b_dec`: `mean` of the first batch, or `zero`.
@@ -146,6 +146,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
     deals_latents = False
     tied = False  # whether `W_enc` is a view of `W_dec`
     share_of_peak_rate = 1.0  # the default `lr` of this class as a share of `peak_rate`
+    default_decay: Decay = "auto"  # `lr_decay_steps` of this class with that rate
     length_names = NAMES  # of arguments that are lengths, see `lightning_sae.training.lengths`
     coefficient_name: str | None = None  # of the penalty's weight, if there is a penalty
     steered_l0: float | None = None  # the L0 to which `TargetL0` steers this weight
@@ -205,7 +206,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         require_integers(d_in=d_in, d_sae=d_sae)
         require_positive(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
         if lr_decay_steps is None:
-            lr_decay_steps = "auto" if lr is None else 0
+            lr_decay_steps = self.default_decay if lr is None else 0
         lr = self.share_of_peak_rate * peak_rate(d_sae) if lr is None else lr
         require_positive(lr=lr)
         require_betas(betas)

@@ -43,7 +43,8 @@ class TiedSAE(ReLUSAE):
     """
 
     tied = True
-    share_of_peak_rate = 0.7  # more latents die at a higher rate
+    share_of_peak_rate = 0.5  # more latents die at a higher rate, and
+    default_decay = 0  # at this one FVU is 3 to 7 % higher with a decay
     latents_follow_activate = True
     rows_are_independent = True
     may_be_split = True

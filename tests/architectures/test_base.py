@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sae import ReLUSAE, load
+from lightning_sae import ReLUSAE, TiedSAE, load
 from lightning_sae.architectures.objective import Step
 from lightning_sae.architectures.portable import folded_state
 from lightning_sae.callbacks import DecoderNormProjection, L1Warmup, RunCheckpoint
@@ -151,6 +151,10 @@ def test_the_default_rate_falls_in_the_last_quarter_and_a_given_one_does_not(
     trainer = quiet_trainer(max_steps=8, callbacks=[rates])
     trainer.fit(sae, DataLoader(torch.randn(160, 4), 16))  # type: ignore[arg-type]
     assert rates.seen == pytest.approx([sae.lr * share for share in share_of_peak])
+
+
+def test_tied_saes_have_no_decay_by_default() -> None:
+    assert TiedSAE(4, 6).lr_decay_steps == TiedSAE(4, 6, lr=0.1).lr_decay_steps == 0
 
 
 def test_without_a_known_length_the_default_rate_is_constant() -> None:
