@@ -196,7 +196,7 @@ def page(results: Row) -> str:
         "",
         "**Decoder norms.** `decoder_norm=free`, without the callback `DecoderNormProjection`, is",
         "better for Matryoshka SAEs at these rates; `docs/quality.md` compares it for each",
-        "architecture. Unit norms, of the documents that this package implements, stay the default.",
+        "architecture. Unit norms, of the documents that are implemented here, stay the default.",
         "",
         "**Dead latents.** `revive=auxk`, which gives dead latents a gradient, is the default of",
         "TopK, BatchTopK and Matryoshka SAEs. Tied and gated SAEs have few dead latents with it",
