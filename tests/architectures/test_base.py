@@ -168,6 +168,7 @@ def test_a_loaded_sae_has_the_schedule_of_the_saved_one(tmp_path: Path) -> None:
     for arguments, decay in (({}, "auto"), ({"lr": 0.01}, 0), ({"lr_decay_steps": 3}, 3)):
         sae = free_sae(4, 6, **arguments)
         sae.save_pretrained(tmp_path / str(decay))
+        assert sae.hparams["lr_decay_steps"] == decay  # for `load_from_checkpoint`
         again = load(tmp_path / str(decay))
         assert (again.lr, again.lr_decay_steps) == (sae.lr, sae.lr_decay_steps) == (sae.lr, decay)
 

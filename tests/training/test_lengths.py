@@ -101,10 +101,11 @@ def test_a_share_needs_a_run_of_known_length(tmp_path: Path) -> None:
         L1Warmup(0.5).share(3)
 
 
+@pytest.mark.parametrize("decay", [0.25, "auto"])
 def test_a_prolonged_run_has_other_lengths_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    decay: float | str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments = {"lr_warmup_steps": 1 / 12, "lr_decay_steps": 0.25}
+    arguments = {"lr_warmup_steps": 1 / 12, "lr_decay_steps": decay}
     callbacks = L1Warmup(0.5), DeadFeatureResampling(0.5)
     fit(tmp_path, sae(**arguments), *callbacks, max_steps=12)
     caplog.set_level(logging.INFO, "lightning.pytorch")
