@@ -153,6 +153,15 @@ def test_the_default_rate_falls_in_the_last_quarter_and_a_given_one_does_not(
     assert rates.seen == pytest.approx([sae.lr * share for share in share_of_peak])
 
 
+def test_a_class_that_has_the_decay_as_an_argument_of_its_own_notes_the_actual_one() -> None:
+    class Mine(ReLUSAE):
+        def __init__(self, d_in: int, d_sae: int, lr_decay_steps: int | None = None) -> None:
+            super().__init__(d_in, d_sae, lr_decay_steps=lr_decay_steps)
+            self.save_hyperparameters()
+
+    assert Mine(4, 6).hparams["lr_decay_steps"] == "auto"
+
+
 def test_tied_saes_have_no_decay_by_default() -> None:
     assert TiedSAE(4, 6).lr_decay_steps == TiedSAE(4, 6, lr=0.1).lr_decay_steps == 0
 
