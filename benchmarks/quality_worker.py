@@ -93,7 +93,7 @@ class Job:
 
     @property
     def own(self) -> dict[str, Any]:
-        """Arguments of the variant."""
+        """Constructor arguments that the variant sets."""
         own = VARIANTS[self.library][self.variant] if self.variant else {}
         live = own and self.library == OURS and self.architecture == "gated"
         return {**own, "auxiliary_decoder": "live"} if live else own
@@ -153,7 +153,7 @@ def run(
     variants: Sequence[str] = ("",),
     **same: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Figures of each architecture for every seed, with what is best with the first seed.
+    """Train each architecture with the settings that are best with the first seed.
 
     Args:
         architectures: Keys of `CLASSES`.
@@ -161,6 +161,9 @@ def run(
         seeds: Number of seeds.
         variants: Variants of the library to try at each rate.
         same: The other arguments of `Job`.
+
+    Yields:
+        The figures of one architecture and seed.
     """
     tries = [*product(rates, variants)]
     for name in architectures:

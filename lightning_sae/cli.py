@@ -215,7 +215,7 @@ class SAECLI(LightningCLI):
                 self._look_further()
 
     def _look_at_each_part(self) -> None:
-        """Note bad arguments of the data and of a single SAE, if the data gave no width."""
+        """Collect errors in arguments of the data and of a single SAE, where `d_in` is unknown."""
         data, model = self._get(self.config, "data"), self._get(self.config, "model")
         _look_at_text(_instance(LightningDataModule, data))
         if not model.class_path.endswith("SideBySide"):
@@ -225,7 +225,7 @@ class SAECLI(LightningCLI):
             _instance(SparseAutoencoder, model)
 
     def _look_further(self) -> None:
-        """If arguments are bad, note also lengths and text, which a run would check later."""
+        """Collect errors in lengths and text too, if there are errors in other arguments."""
         if is_noted() and self.subcommand == "fit":
             for problem in problems_of_lengths(self.trainer, self.model):
                 refuse(problem)
@@ -420,7 +420,7 @@ def _is_moved(folder: Path, ckpt_path: Path, noted: Path) -> bool:
 
 
 def _look_at_text(data: Any) -> None:
-    """Note if text that the data names cannot be opened."""
+    """Collect the error if the text of the data cannot be opened."""
     if isinstance(data, ActivationDataModule):
         try:
             _ = data.corpus
@@ -429,7 +429,7 @@ def _look_at_text(data: Any) -> None:
 
 
 def _instance(kind: type, given: Namespace) -> Any:
-    """An object of a subclass of `kind`, of a class path and arguments."""
+    """Instantiate a subclass of `kind` from its class path and arguments."""
     parser = ArgumentParser()
     parser.add_subclass_arguments(kind, "part")
     return parser.instantiate_classes(Namespace(part=given)).part

@@ -26,7 +26,6 @@ from lightning_sae.architectures.target_l0 import TargetL0
 from lightning_sae.checks import (
     require_a_batch,
     require_batch,
-    require_betas,
     require_finite_weights,
     require_integers,
     require_latents,
@@ -57,7 +56,7 @@ from lightning_sae.functional.sparse.selection import Rule
 from lightning_sae.functional.waiting import Behind
 from lightning_sae.metrics import held_out_metrics
 from lightning_sae.training.finite import LossCheck
-from lightning_sae.training.lengths import Length, refuse_lengths, require_lengths
+from lightning_sae.training.lengths import Length, refuse_lengths
 from lightning_sae.training.logging import QuickLogging
 from lightning_sae.training.optimizer import (
     NAMES,
@@ -65,6 +64,7 @@ from lightning_sae.training.optimizer import (
     adam_with_schedule,
     clip_gradients,
     peak_rate,
+    require_rates,
     schedule_problems,
     set_peak_rates,
 )
@@ -208,19 +208,12 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         if lr_decay_steps is None:
             lr_decay_steps = self.default_decay if lr is None else 0
         lr = self.share_of_peak_rate * peak_rate(d_sae) if lr is None else lr
-        require_positive(lr=lr)
-        require_betas(betas)
-        require_lengths(0, lr_warmup_steps=lr_warmup_steps)
-        if lr_decay_steps != "auto":
-            require_lengths(0, lr_decay_steps=lr_decay_steps)
-        if clip_grad_norm is not None:
-            require_positive(clip_grad_norm=clip_grad_norm)
-        if chunk_rows is not None:
-            require_positive(chunk_rows=chunk_rows)
+        require_rates(lr, betas, lr_warmup_steps, lr_decay_steps)
+        given = {"clip_grad_norm": clip_grad_norm, "chunk_rows": chunk_rows, "k_aux": k_aux}
+        require_positive(**{name: value for name, value in given.items() if value is not None})
         require_one_of(("mean", "zero"), b_dec_init=b_dec_init)
         require_one_of(("unit", "free"), decoder_norm=decoder_norm)
         require_one_of(("none", "auxk", "ghost"), revive=revive)
-        require_positive(k_aux=k_aux or 1)
         self.d_in, self.d_sae = d_in, d_sae
         self.lr, self.betas = lr, betas
         self.lr_warmup_steps, self.lr_decay_steps = lr_warmup_steps, lr_decay_steps

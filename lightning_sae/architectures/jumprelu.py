@@ -223,7 +223,7 @@ class JumpReLUSAE(SparseAutoencoder):
 
     @override
     def on_train_end(self) -> None:
-        """Warn also if `target_l0` was not reached, in training or on held-out activations."""
+        """Warn if `target_l0` was not reached in training, or on held-out activations."""
         super().on_train_end()
         if self.target_l0 is None or self._excess is None:
             return

@@ -48,13 +48,15 @@ def _has_penalty(sae: Steered) -> bool:
 
 
 def warn_of_held_out(who: str, target: float, trainer: Trainer, validated_at: int) -> None:
-    """Warn if L0 on held-out activations differs from the target, if the last step is validated.
+    """Warn if L0 on held-out activations differs from the target by more than `TOLERANCE`.
+
+    Does nothing unless the last optimizer step was validated.
 
     Args:
-        who: What reached the target in training, to begin the message.
+        who: Name of the callback or class in the message.
         target: Active latents per activation.
-        trainer: Has the metrics of the last validation.
-        validated_at: Its optimizer step.
+        trainer: The trainer, with the metrics of the last validation.
+        validated_at: Optimizer step of the last validation.
     """
     l0 = trainer.callback_metrics.get("val/l0")
     if l0 is None or validated_at != trainer.global_step:

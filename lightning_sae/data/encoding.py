@@ -136,7 +136,11 @@ class Encoder:
         return (ids[i : i + PIECE] for i in range(start * PIECE, len(ids), PIECE))
 
     def with_tokens(self, documents: list[Document]) -> list[Document]:
-        """The same documents; short texts have their tokens, made in parallel."""
+        """Tokenise the short texts among documents in one call, if the tokenizer is a fast one.
+
+        Returns:
+            The documents in their order, with `tokens` where they were made.
+        """
         short = [i for i, document in enumerate(documents) if _is_short(document.text)]
         if len(short) < 2 or not getattr(self.tokenizer, "is_fast", False):
             return documents

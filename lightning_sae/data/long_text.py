@@ -49,7 +49,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_together(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Tokens of several texts, each as by `encode`."""
+    """Tokens of several texts, the same as `encode` gives for each; made in parallel."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 

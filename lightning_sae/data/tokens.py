@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lightning_sae.data.text import Corpus
 log = logging.getLogger("lightning.pytorch")
 
 AHEAD = 16
-"""Documents that are tokenised together, at most."""
+"""Largest number of documents that are tokenised in one call."""
 
 PATIENCE = 10_000
 """Consecutive rows without tokens after which the text is refused."""
@@ -156,12 +156,12 @@ class TokenBlocks:
 
     def _next_document(self) -> None:
         """Open the next document of this split and rank."""
-        document = next(self._documents, None)
+        document, is_mine = next(self._documents, (None, False))
         if document is None:
             self._next_epoch()
             return
         self.document += 1
-        if self._is_mine(document, self.document - 1):
+        if is_mine:
             self._begin(document)
 
     def _begin(self, document: Document) -> None:
@@ -211,21 +211,21 @@ class TokenBlocks:
         begun = self.piece > 0
         self._documents = self._ahead(self.document - begun)
         if begun:
-            self._begin(next(self._documents))
+            self._begin(next(self._documents)[0])
 
-    def _ahead(self, position: int) -> Iterator[Document]:
-        """The documents of this pass from a position on; the next few are tokenised together.
+    def _ahead(self, position: int) -> Iterator[tuple[Document, bool]]:
+        """Documents of this pass from `position` on, each with whether this process reads it.
 
-        Few at first, so that a run starts without delay.
+        Documents to read are tokenised in batches. The first batches are small, so that a run
+        starts without delay.
         """
         documents, n = self.corpus.epoch(self.epoch, position), 1
         while batch := [*islice(documents, n)]:
-            mine = [d for i, d in enumerate(batch, position) if self._is_mine(d, i)]
-            made = iter(self.encoder.with_tokens(mine))
-            for document in batch:
-                yield next(made) if self._is_mine(document, position) else document
-                position += 1
-            n = min(2 * n, AHEAD)
+            mine = [self._is_mine(document, i) for i, document in enumerate(batch, position)]
+            made = iter(self.encoder.with_tokens([*compress(batch, mine)]))
+            for document, is_mine in zip(batch, mine, strict=True):
+                yield next(made) if is_mine else document, is_mine
+            position, n = position + len(batch), min(2 * n, AHEAD)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: pass, document, piece of it, and tokens not yet in a block."""

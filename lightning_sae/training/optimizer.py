@@ -15,8 +15,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_sae.checks import require_betas, require_positive
 from lightning_sae.functional.waiting import waiting_is_slow
-from lightning_sae.training.lengths import Length, steps_of, two_steps_of, unknown
+from lightning_sae.training.lengths import (
+    Length,
+    require_lengths,
+    steps_of,
+    two_steps_of,
+    unknown,
+)
 
 NAMES = "lr_warmup_steps", "lr_decay_steps"
 
@@ -54,6 +61,15 @@ def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float
     rise = (step + 1) / warmup if step < warmup else 1.0
     fall = (total - step) / decay if decay and step > total - decay else 1.0
     return max(0.0, min(rise, fall))
+
+
+def require_rates(lr: float, betas: tuple[float, float], warmup: Length, decay: Decay) -> None:
+    """Raise a ValueError if an argument of the optimizer or of its schedule is out of range."""
+    require_positive(lr=lr)
+    require_betas(betas)
+    require_lengths(0, lr_warmup_steps=warmup)
+    if decay != "auto":
+        require_lengths(0, lr_decay_steps=decay)
 
 
 def schedule_steps(warmup: Length, decay: Decay, total: int) -> tuple[int, int]:

@@ -273,7 +273,7 @@ def test_a_missed_target_is_reported_with_figures(share, missed, recwarn):
 
 @pytest.mark.parametrize(("held_out", "said"), [(1.0, False), (0.0, True)])
 def test_a_different_held_out_l0_is_reported(held_out, said, recwarn):
-    """Where held-out activations are all zeros, nothing fires."""
+    """Held-out activations are zeros, on which no latent fires."""
     sae, x, _ = still(1.0)
     loaders = [DataLoader(rows, batch_size=None) for rows in (x, x[:1] * held_out)]
     warnings.simplefilter("always")

@@ -275,7 +275,7 @@ def test_what_is_within_a_twentieth_is_reached(share, missed, recwarn):
 
 @pytest.mark.parametrize(("held_out", "said"), [(1.0, False), (0.0, True)])
 def test_a_different_held_out_l0_is_reported(held_out, said, recwarn):
-    """Where held-out activations are all zeros, nothing fires."""
+    """Held-out activations are zeros, on which no latent fires."""
     sae = build_sae(b_dec_init="zero")
     sae.lr = 1e-30
     x = batches().dataset[:1].expand(BATCHES, -1, -1)

@@ -292,7 +292,7 @@ def test_text_without_a_document_for_the_part_is_refused_with_the_remedy(
 
 
 def tokenised(calls: list[Any]) -> list[list[str]]:
-    """The texts of each call of a tokenizer, marks left out."""
+    """The texts of each call of a tokenizer, as lists."""
     return [[call] if isinstance(call, str) else call for call in calls]
 
 

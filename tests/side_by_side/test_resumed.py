@@ -101,7 +101,7 @@ def test_what_members_do_at_the_end_of_a_step_is_in_its_checkpoint(
 def test_a_run_that_is_prolonged_from_a_checkpoint_of_its_last_step_is_the_longer_one(
     tmp_path: Path,
 ) -> None:
-    """But for a decay and a resampling due after that step, which end with the run."""
+    """Without a decay, and except for a resampling, which is left out at the end of a run."""
     whole = fit(tmp_path / "whole", max_steps=14)
     fit(tmp_path / "parts", max_steps=8)
     last = tmp_path / "parts" / "checkpoints" / "last.ckpt"
