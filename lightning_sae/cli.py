@@ -219,6 +219,7 @@ class SAECLI(LightningCLI):
         data, model = self._get(self.config, "data"), self._get(self.config, "model")
         _look_at_text(_instance(LightningDataModule, data))
         if not model.class_path.endswith("SideBySide"):
+            # Sizes that the data would give: small, and with room for any `k` and `prefixes`.
             model.init_args.d_in = 2
             if model.init_args.get("d_sae") is None:
                 model.init_args.d_sae = 2**20
