@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sae.architectures.decoder_norm import DecoderNormProjection, keep_unit_rows
+from lightning_sae.architectures.decoder_norm import (
+    DecoderNormProjection,
+    keep_unit_rows,
+    require_init_norm,
+)
 from lightning_sae.architectures.held_out import Evaluated
 from lightning_sae.architectures.initial import create_directions
 from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chunks
@@ -99,6 +103,8 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         b_dec_init: Initial `b_dec`: `mean` of the first batch, or `zero`.
         decoder_norm: `unit` keeps decoder rows at norm 1 (with the callback
             `DecoderNormProjection`); `free` weights the penalty by their norms instead.
+        decoder_init_norm: Initial norm of decoder rows, and of the encoder's columns, which start
+            equal to them. Other than 1 only with `decoder_norm="free"`; SAELens has 0.1.
         dead_after: A latent is dead if it did not fire on this many activations in a row.
         revive: Loss that gives dead latents a gradient: `auxk`, `ghost` or `none`; see
             `lightning_sae.functional.revival`. The callback `DeadFeatureResampling` is another way.
@@ -195,6 +201,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         apply_b_dec_to_input: bool = True,
         b_dec_init: Literal["mean", "zero"] = "mean",
         decoder_norm: Literal["unit", "free"] = "unit",
+        decoder_init_norm: float = 1.0,
         dead_after: int = 1_000_000,
         revive: Literal["none", "auxk", "ghost"] = "none",
         revive_coefficient: float = 1 / 32,
@@ -212,7 +219,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         given = {"clip_grad_norm": clip_grad_norm, "chunk_rows": chunk_rows, "k_aux": k_aux}
         require_positive(**{name: value for name, value in given.items() if value is not None})
         require_one_of(("mean", "zero"), b_dec_init=b_dec_init)
-        require_one_of(("unit", "free"), decoder_norm=decoder_norm)
+        require_init_norm(decoder_init_norm, decoder_norm)
         require_one_of(("none", "auxk", "ghost"), revive=revive)
         self.d_in, self.d_sae = d_in, d_sae
         self.lr, self.betas = lr, betas
@@ -221,7 +228,7 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
         self.clip_grad_norm = clip_grad_norm
         self.apply_b_dec_to_input = apply_b_dec_to_input
         self.b_dec_init = b_dec_init
-        self.decoder_norm = decoder_norm
+        self.decoder_norm, self.decoder_init_norm = decoder_norm, decoder_init_norm
         self.dead_after = dead_after
         self.revive, self.revive_coefficient = revive, revive_coefficient
         self.k_aux = k_aux or max(1, d_in // 2)
@@ -255,11 +262,12 @@ class SparseAutoencoder(Saved, Evaluated, QuickLogging, ABC):
                     noted[name] = getattr(self, name)
 
     def _create_dictionary(self) -> None:
-        """Decoder: random unit rows; encoder: its transpose; encoder bias: zero.
+        """Decoder: random rows of one norm; encoder: its transpose; encoder bias: zero.
 
         The encoder is stored with one latent after another, as are its sparse gradients.
         """
-        create_directions(self, self.d_sae, self.d_in, {"W_enc": 1, "W_dec": 0})
+        axes, norm = {"W_enc": 1, "W_dec": 0}, self.decoder_init_norm
+        create_directions(self, self.d_sae, self.d_in, axes, norm)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
 
     def _create_weights(self) -> None:

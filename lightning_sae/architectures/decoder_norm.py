@@ -1,12 +1,14 @@
 """Unit-norm decoder rows, kept through training."""
 
+import math
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sae.checks import refuse_second
+from lightning_sae.checks import expect, refuse, refuse_second, require_one_of
 from lightning_sae.distributed.undrawn import without_drawing
 from lightning_sae.training.optimizer import AfterOptimizerSteps
 
@@ -92,6 +94,19 @@ def keep_unit_rows(optimizer: Optimizer, w: Tensor) -> None:
 
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(lambda *_: projection.renormalise(w))
+
+
+def require_init_norm(decoder_init_norm: float, decoder_norm: str) -> None:
+    """Raise a ValueError if rows cannot start at this norm."""
+    require_one_of(("unit", "free"), decoder_norm=decoder_norm)
+    expected = "a positive, finite number"
+    expect(0 < decoder_init_norm < math.inf, "decoder_init_norm", expected, decoder_init_norm)
+    if decoder_norm == "unit" and decoder_init_norm != 1:
+        refuse(
+            'Expected argument `decoder_init_norm` to be 1 with `decoder_norm="unit"`, which '
+            f"rescales rows to norm 1 before the first step, but got {decoder_init_norm!r}: set "
+            '`decoder_norm="free"` too, or leave it out.'
+        )
 
 
 def _decoder(pl_module: LightningModule) -> Tensor:

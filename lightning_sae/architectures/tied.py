@@ -75,7 +75,7 @@ class TiedSAE(ReLUSAE):
         return self.W_dec.T
 
     def _create_dictionary(self) -> None:
-        create_directions(self, self.d_sae, self.d_in, {"W_dec": 0})
+        create_directions(self, self.d_sae, self.d_in, {"W_dec": 0}, self.decoder_init_norm)
         self.register_buffer("b_enc", torch.zeros(self.d_sae))
 
     def activate(self, pre: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:

@@ -137,6 +137,9 @@ def _model(runner: dict[str, Any], sae: dict[str, Any], batch: int) -> dict[str,
     found["dead_after"] = (runner.get("dead_feature_window") or 1000) * batch
     # Selection by value times norm equals that of an SAE with unit rows.
     found["decoder_norm"] = "unit" if sae.get("rescale_acts_by_decoder_norm") else "free"
+    norm = sae.get("decoder_init_norm", 0.1)
+    if found["decoder_norm"] == "free" and norm is not None:
+        found["decoder_init_norm"] = norm
     if "topk_threshold_lr" in sae and sae["architecture"] == "batchtopk":
         found["threshold_decay"] = 1 - sae["topk_threshold_lr"]
     if "matryoshka_widths" in sae:
@@ -168,10 +171,11 @@ def _data(runner: dict[str, Any], sae: dict[str, Any]) -> dict[str, Any]:
 def _differences(runner: dict[str, Any], sae: dict[str, Any]) -> list[str]:
     both = {**runner, **sae}
     found = [
-        "`decoder_init_norm`: decoder rows start at norm 1 here",
         "`prepend_bos`: here a document begins with BOS, in SAELens each context does",
         "`n_batches_in_buffer`: `data.buffer_size` is in activations, and at least two batches",
     ]
+    if sae.get("rescale_acts_by_decoder_norm") or sae.get("decoder_init_norm", 0.1) is None:
+        found.append("`decoder_init_norm`: decoder rows start at norm 1 here")
     name, how = str(runner.get("model_name")), sae.get("normalize_activations")
     if "/" not in name:
         found.append(

@@ -23,7 +23,13 @@ from lightning_sae.training.optimizer import AUTO_DECAY
 # Settings of an SAE that give its weights their meaning or are only used at the start of a run.
 # Widths and architecture are compared with the weights, see `require_matching`. All others may
 # change.
-FIXED_IN_MODEL = {"apply_b_dec_to_input", "decoder_norm", "b_dec_init", "threshold_init"}
+FIXED_IN_MODEL = {
+    "apply_b_dec_to_input",
+    "decoder_norm",
+    "decoder_init_norm",
+    "b_dec_init",
+    "threshold_init",
+}
 # Settings of the package's data that may change. Text, model and hook are compared as the SAE's
 # `source`, see `compare_sources`. All others are fixed, because they would change the buffer.
 FREE_IN_DATA = {

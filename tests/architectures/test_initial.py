@@ -62,6 +62,35 @@ def later(kind: Callable[..., Any]) -> SparseAutoencoder:
     return kind(8, 96)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("large", [False, True])
+def test_rows_start_at_the_norm_that_is_given_in_the_same_directions(
+    kind: Callable[..., Any], large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoder and decoder both, so that they start as each other's transpose."""
+    monkeypatch.setattr(initial, "LARGE", 0 if large else 2**28)
+    unit, short = (seeded(kind, decoder_init_norm=norm) for norm in (1.0, 0.1))
+    torch.testing.assert_close(unit.W_dec.norm(dim=1), torch.ones(96))
+    torch.testing.assert_close(short.W_dec, 0.1 * unit.W_dec)
+    torch.testing.assert_close(short.W_enc, short.W_dec.T)
+
+
+def seeded(kind: Callable[..., Any], **arguments: Any) -> SparseAutoencoder:
+    torch.manual_seed(5)
+    return kind(8, 96, decoder_norm="free", **arguments)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_norm_of_no_row_is_refused(norm: float) -> None:
+    with pytest.raises(ValueError, match="`decoder_init_norm` to be"):
+        ReLUSAE(4, 6, decoder_norm="free", decoder_init_norm=norm)
+
+
+def test_another_norm_needs_free_rows() -> None:
+    with pytest.raises(ValueError, match='`decoder_init_norm` to be 1 with `decoder_norm="unit"`'):
+        ReLUSAE(4, 6, decoder_init_norm=0.1)
+
+
 USES: dict[str, Callable[[SparseAutoencoder], Any]] = {
     "state_dict": lambda sae: sae.state_dict(),
     "W_dec": lambda sae: sae.W_dec,

@@ -89,7 +89,7 @@ def test_the_configuration_is_one_that_fit_takes(tmp_path: Path, capsys: Any) ->
     [
         (
             {"architecture": "standard", "l1_coefficient": 3.0, "l1_warm_up_steps": 100},
-            {"l1_coefficient": 3.0, "decoder_norm": "free"},
+            {"l1_coefficient": 3.0, "decoder_norm": "free", "decoder_init_norm": 0.1},
         ),
         (
             {
@@ -118,6 +118,17 @@ def test_each_architecture_has_its_own_settings(
     assert [each["init_args"] for each in callbacks] == [{"n_steps": 100}] * len(callbacks)
     assert bool(callbacks) == any(name.endswith("_warm_up_steps") for name in sae)
     assert L1Warmup.__name__ in str(callbacks) or not callbacks
+
+
+def test_the_norm_of_the_first_decoder_rows_is_taken_over_or_named(tmp_path: Path) -> None:
+    standard = {"architecture": "standard"}
+    plan = plan_of(written(tmp_path, {**standard, "decoder_init_norm": 0.3}))
+    assert plan.config["model"]["init_args"]["decoder_init_norm"] == 0.3
+    assert "decoder_init_norm" not in " ".join(plan.differs)
+    for other in ({**standard, "decoder_init_norm": None}, BATCH_TOPK):
+        plan = plan_of(written(tmp_path, other))
+        assert "decoder_init_norm" not in plan.config["model"]["init_args"]
+        assert "`decoder_init_norm`: decoder rows start at norm 1 here" in plan.differs
 
 
 def test_unsupported_settings_are_named(tmp_path: Path) -> None:

@@ -78,6 +78,10 @@ FIXED: dict[str, dict[str, Any]] = {
     "`callbacks.L1Warmup.n_steps` to be 3 but got 4": {"callbacks": [L1Warmup(4), Mine()]},
     "`model.apply_b_dec_to_input` to be True but got False": {"apply_b_dec_to_input": False},
     "`model.decoder_norm` to be unit but got free": {"decoder_norm": "free"},
+    "`model.decoder_init_norm` to be 1.0 but got 0.1": {
+        "decoder_norm": "free",
+        "decoder_init_norm": 0.1,
+    },
     "`model.b_dec_init` to be mean but got zero": {"b_dec_init": "zero"},
     "`trainer.overfit_batches` to be 0.0 but got 2": {"overfit_batches": 2},
     "`trainer.max_steps` to be at least 4": {"max_steps": 3},

@@ -80,8 +80,10 @@ def measure(
         sample: Held-out activations with their features.
         f: Its latents on the sample.
     """
-    fires = f > FAINT * f.max()
-    kept = torch.where(fires, f, 0.0)
+    norms = sae.penalty_norms()
+    sizes = f if norms is None else f * norms  # of what latents add to the reconstruction
+    fires = sizes > FAINT * sizes.max()
+    kept = torch.where(fires, sizes, 0.0)
     decoder = cosine_matrix(sae.W_dec, world.features)
     with_feature = sample.magnitudes[:, decoder.abs().argmax(1)] > 0
     silent = silent_alone = inside = None

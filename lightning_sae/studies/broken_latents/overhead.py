@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def overhead(run: ExperimentRun, steps: int = 200, rounds: int = 5) -> dict[str,
     difference is Lightning's.
 
     Args:
-        run: Gives world and size; the SAE is tied, without the auxiliary loss.
+        run: Gives world and size; the SAE is tied, with unit rows and without the auxiliary loss.
         steps: Steps that are timed in each round.
         rounds: Times that each way is timed in turn. The least mean counts, since other work on
             the machine only adds to it.
@@ -40,7 +39,8 @@ def overhead(run: ExperimentRun, steps: int = 200, rounds: int = 5) -> dict[str,
         `trainer_microseconds`, `plain_microseconds`, and `share_of_lightning`, 1 - plain / trainer.
     """
     variant = Variant(TIED, reported="", checks=())
-    short = replace(run, variant=variant, samples=(UNTIMED + steps) * BATCH_SIZE)
+    samples = (UNTIMED + steps) * BATCH_SIZE
+    short = ExperimentRun(run.experiment, variant, run.seed, samples)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the study's runs
     try:

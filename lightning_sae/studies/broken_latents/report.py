@@ -29,15 +29,18 @@ def report(folder: Path, experiments: Sequence[Experiment], results: dict[str, A
     Args:
         folder: The study's, with the pictures of all SAEs.
         experiments: What was trained.
-        results: Seconds that it took, what `overhead` measured as `step`, and all `runs`.
+        results: Seconds that it took, what `overhead` measured as `step`, the arguments of
+            `decoder` rows, and all `runs`.
     """
     own = [select(results["runs"], experiment=each.number) for each in experiments]
     pairs = list(zip(experiments, own, strict=True))
+    settings = {"all SAEs:": _listed(results["decoder"])}
+    settings |= dict(each for experiment in experiments for each in _settings(experiment))
     return Page(
         "Broken latents",
         "When does a latent stand for one feature, and when for a mixture?",
         [*METHOD, cost_in_words(results["step"])],
-        {name: values for experiment in experiments for name, values in _settings(experiment)},
+        settings,
         [_section(folder, *pair) for pair in pairs],
         [row for pair in pairs for row in comparison(*pair)],
         "Chanin et al., Broken latents: studying SAEs and feature co-occurrence in toy models "

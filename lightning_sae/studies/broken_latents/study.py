@@ -3,10 +3,11 @@
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from lightning_sae.architectures.decoder_norm import require_init_norm
 from lightning_sae.checks import require_positive
 from lightning_sae.data.toy.stream import seed_of
 from lightning_sae.studies.broken_latents import plots
@@ -28,6 +29,8 @@ def broken_latents(
     seeds: int | None = None,
     output: str = "runs/broken-latents",
     workers: int | None = None,
+    decoder_norm: Literal["unit", "free"] = "unit",
+    decoder_init_norm: float = 1.0,
 ) -> None:
     """Repeat the experiments of "Broken latents" and compare each with what the document reports.
 
@@ -43,10 +46,13 @@ def broken_latents(
             The document has 150 million.
         seeds: SAEs of each kind, with seeds from 0 on; world and weights follow from the seed. By
             default 3, and 5 in experiments 8 and 9.
-        output: A new or empty folder, or that of this study with the same `samples`, which then
-            resumes.
+        output: A new or empty folder, or that of this study with the same `samples` and norms,
+            which then resumes.
         workers: SAEs trained at one time, each in a process with one thread; by default one for
             each core.
+        decoder_norm: `unit` keeps decoder rows at norm 1; `free` weights the penalty by their norms
+            instead, as in SAELens.
+        decoder_init_norm: Initial norm of rows that are `free`; 0.1 in SAELens.
 
     Raises:
         ValueError: If an argument is out of range or `output` has something else in it.
@@ -54,9 +60,12 @@ def broken_latents(
     chosen = _chosen(experiments)
     sizes = {"samples": samples, "seeds": seeds, "workers": workers}
     require_positive(**{name: value for name, value in sizes.items() if value is not None})
-    folder = open_folder(output, {"samples": samples})
+    require_init_norm(decoder_init_norm, decoder_norm)
+    rows_of = {"decoder_norm": decoder_norm, "decoder_init_norm": decoder_init_norm}
+    folder = open_folder(output, {"samples": samples} | (rows_of if decoder_norm == "free" else {}))
+    new = partial(ExperimentRun, decoder_norm=decoder_norm, decoder_init_norm=decoder_init_norm)
     runs = [
-        ExperimentRun(experiment, variant, seed, samples or experiment.samples)
+        new(experiment, variant, seed, samples or experiment.samples)
         for seed in range(seeds or max(experiment.seeds for experiment in chosen))
         for experiment in chosen
         if seed < (seeds or experiment.seeds)
@@ -66,7 +75,8 @@ def broken_latents(
     began = time.perf_counter()
     rows = run_all(partial(one_run, folder=folder), runs, workers)
     seconds = time.perf_counter() - began
-    page = report(folder, chosen, {"seconds": seconds, "step": step, "runs": rows})
+    found = {"seconds": seconds, "step": step, "decoder": rows_of, "runs": rows}
+    page = report(folder, chosen, found)
     publish(page, folder, f"and the pictures of {len(runs)} SAEs, in {seconds:.0f} s")
 
 

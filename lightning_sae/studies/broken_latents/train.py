@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -28,12 +29,16 @@ class ExperimentRun:
         variant: Its kind of SAE.
         seed: Seed of the toy data, its samples and the SAE's initial weights.
         samples: Activations to train on.
+        decoder_norm: Argument of the SAE.
+        decoder_init_norm: Argument of the SAE.
     """
 
     experiment: Experiment
     variant: Variant
     seed: int
     samples: int
+    decoder_norm: Literal["unit", "free"] = "unit"
+    decoder_init_norm: float = 1.0
 
     @property
     def name(self) -> str:
@@ -60,12 +65,14 @@ class ExperimentRun:
                 d_in,
                 self.experiment.d_sae,
                 self.experiment.l1_coefficient,
+                decoder_norm=self.decoder_norm,
+                decoder_init_norm=self.decoder_init_norm,
                 **(OPTIMISATION | self.variant.sae),
             )
 
     def callbacks(self) -> list[Callback]:
-        """Unit decoder rows; the auxiliary loss is off for a third of the run and rises for one."""
-        found: list[Callback] = [DecoderNormProjection()]
+        """Of unit rows and of the auxiliary loss, off for a third of the run and rising for one."""
+        found: list[Callback] = [DecoderNormProjection()] if self.decoder_norm == "unit" else []
         if self.variant.has_loss:
             found.append(AuxThresholdWarmup(self.steps // 3, max(1, self.steps // 3)))
         return found

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_sae.architectures.decoder_norm import require_init_norm
 from lightning_sae.checks import require_at_least, require_positive
 from lightning_sae.studies.ground_truth.measure import held_out, measure
 from lightning_sae.studies.ground_truth.report import report
@@ -28,6 +29,7 @@ def ground_truth(
     samples: int = 1_000_000,
     seeds: int = 3,
     decoder_norm: Literal["unit", "free"] | None = None,
+    decoder_init_norm: float = 1.0,
     output: str = "runs/ground-truth",
     workers: int | None = None,
 ) -> None:
@@ -54,6 +56,7 @@ def ground_truth(
         decoder_norm: Whether decoder rows of all SAEs have norm 1 (`unit`) or any (`free`); null
             for the best choice of each architecture: `unit` where a penalty depends on how strong
             latents are.
+        decoder_init_norm: Initial norm of rows that may have any.
         output: A new or empty folder, or that of a study with this world and recipe.
         workers: SAEs trained at one time, each in a process with one thread; by default one for
             each core.
@@ -65,6 +68,7 @@ def ground_truth(
     require_at_least(2, n_features=n_features, d_in=d_in, d_sae=d_sae)
     require_at_least(1, samples=samples, seeds=seeds, workers=workers)
     require_positive(rare_magnitude=rare_magnitude)
+    require_init_norm(decoder_init_norm, decoder_norm or "free")
     world = World(n_features, d_in, noise, rare_magnitude)
     world.data(0)  # raises if there are no such features
     settings: dict[str, Any] = {
@@ -74,10 +78,12 @@ def ground_truth(
         "recipe": RECIPE,
         "entrants": {name: str(kind.settings) for name, kind in ARCHITECTURES.items()},
         "decoder_norm": decoder_norm,
+        **({} if decoder_init_norm == 1 else {"decoder_init_norm": decoder_init_norm}),
     }
     folder = open_folder(output, settings)
+    norms = decoder_norm, decoder_init_norm
     runs = [
-        ArchitectureRun(name, target, seed, world, d_sae, samples, decoder_norm)
+        ArchitectureRun(name, target, seed, world, d_sae, samples, *norms)
         for seed in range(seeds)
         for target in targets
         for name in names

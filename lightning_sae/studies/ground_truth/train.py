@@ -26,6 +26,7 @@ class ArchitectureRun:
         d_sae: Number of latents.
         samples: Activations to train on.
         decoder_norm: `unit` or `free`; None for that of the architecture.
+        decoder_init_norm: Initial norm of rows that are `free`.
     """
 
     architecture: str
@@ -35,6 +36,7 @@ class ArchitectureRun:
     d_sae: int
     samples: int
     decoder_norm: str | None = None
+    decoder_init_norm: float = 1.0
 
     @property
     def name(self) -> str:
@@ -65,6 +67,8 @@ class ArchitectureRun:
         """The SAE before training."""
         architecture = ARCHITECTURES[self.architecture]
         own = architecture.settings | {"decoder_norm": self.norm_of_rows}
+        if self.norm_of_rows == "free":
+            own["decoder_init_norm"] = self.decoder_init_norm
         if not architecture.is_steered:
             own["k"] = self.l0
         if architecture.kind is MatryoshkaSAE:

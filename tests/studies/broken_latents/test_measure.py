@@ -84,6 +84,18 @@ def test_an_sae_of_the_features_is_measured_as_such(world: ToyDataModule) -> Non
     assert m.parent_in_child == pytest.approx(0, abs=1e-6)
 
 
+def test_a_latent_counts_by_what_it_adds_to_the_reconstruction(world: ToyDataModule) -> None:
+    """An activation of a thousandth with a decoder row of norm 1000 is no faint one."""
+    sae = ReLUSAE(6, 3, decoder_norm="free")
+    sizes = torch.tensor([1.0, 1000.0, 1.0])
+    sae.W_dec.data.copy_(world.features * sizes.unsqueeze(1))
+    sae.W_enc.data.copy_(world.features.T / sizes)
+    m = measured(sae, world)
+    torch.testing.assert_close(m.frequency, torch.tensor([0.5, 0.2, 0.3]), atol=0.02, rtol=0)
+    assert m.alive.all()
+    assert m.peaks.tolist() == [1, 1, 1]
+
+
 def test_a_latent_of_two_features_has_the_peaks_of_their_combinations(world: ToyDataModule) -> None:
     mixture = 0.8 * world.features[0] + 0.6 * world.features[2]
     m = measured(tied(torch.stack([mixture, world.features[1]])), world)

@@ -98,6 +98,13 @@ def test_norms_can_be_the_same_for_all(name: str, norm: str) -> None:
     assert (run.sae().decoder_norm, kept) == (norm, norm == "unit")
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_that_may_have_any_norm_start_at_the_one_asked_for(name: str) -> None:
+    run = ArchitectureRun(name, 3, 0, World(16, 16), 16, 10_240, None, 0.1)
+    expected = 0.1 if run.norm_of_rows == "free" else 1.0
+    torch.testing.assert_close(run.sae().W_dec.norm(dim=1), torch.full((16,), expected))
+
+
 def test_norms_asked_for_are_those_of_the_study(tmp_path: Path) -> None:
     study(tmp_path / "free", "--l0", "2", "--seeds", "1", "--architectures", "topk")
     free = json.loads((tmp_path / "free" / "results.json").read_text())["runs"][0]
