@@ -54,7 +54,7 @@ def evaluate(
 
     Args:
         saes: Folders that `save_pretrained` wrote, or checkpoints.
-        output: New folder for `evaluation.json`, `.csv`, `.md` and `.png`.
+        output: New folder for `evaluation.json`, `.csv`, `.md`, `.png` and `tensorboard`.
         tokens: Held-out tokens for the figures of `test`.
         probe_tokens: Held-out tokens for probing, absorption and redundancy.
         properties: User-defined properties, as `module:function` or `file.py:function`. The
@@ -225,4 +225,5 @@ def main(args: list[str]) -> None:
         f"  {folder / 'evaluation.png'}  the same as a picture\n"
         f"  {folder / 'evaluation.csv'}  a row for each SAE, with all figures\n"
         f"  {folder / 'evaluation.json'}  those of each property, and the settings\n"
+        f"  {folder / 'tensorboard'}  a run for each SAE, for the page HParams\n"
     )

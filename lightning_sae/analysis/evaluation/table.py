@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lightning_sae.analysis.evaluation.hparams import write_hparams
 from lightning_sae.analysis.evaluation.probing import WIDTHS
 from lightning_sae.files import write_atomically, written_whole
 
@@ -223,7 +224,7 @@ TITLES = {
 
 
 def write(folder: Path, evaluation: Mapping[str, Any]) -> None:
-    """Write `evaluation.json`, `.csv`, `.md` and `.png` into a folder."""
+    """Write `evaluation.json`, `.csv`, `.md`, `.png` and `tensorboard` into a folder."""
     results, references = evaluation["saes"], evaluation["references"]
     tables = [markdown(results, references), over_seeds(results)]
     texts = {
@@ -236,6 +237,8 @@ def write(folder: Path, evaluation: Mapping[str, Any]) -> None:
         for name, text in texts.items():
             write_atomically(new / name, partial(Path.write_text, data=text))
         write_atomically(new / "evaluation.png", lambda path: figure.savefig(path, format="png"))
+        rows = [flat(result["figures"]) for result in results]
+        write_hparams(new / "tensorboard", results, rows)
 
 
 def _plain(value: Any) -> Any:

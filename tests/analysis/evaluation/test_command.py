@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_sae import ActivationDataModule, ReLUSAE, TopKSAE, load
-from lightning_sae.analysis.evaluation import command
+from lightning_sae.analysis.evaluation import command, hparams
 from lightning_sae.analysis.evaluation.command import evaluate, function_of, names_of
 from lightning_sae.analysis.evaluation.figures import _stability
 from lightning_sae.analysis.evaluation.table import flat, over_seeds
@@ -115,6 +117,29 @@ def test_all_forms_hold_the_same_figures(root: Path, evaluation: dict) -> None:
     assert f"| {table['l0'][0]:.1f} |" in text
     assert "| the whole activation |" in text
     assert (root / "out" / "evaluation.png").stat().st_size > 10_000
+
+
+def test_tensorboard_has_a_run_for_each_sae_with_its_figures(root: Path, evaluation: dict) -> None:
+    for result in evaluation["saes"]:
+        run = root / "out" / "tensorboard" / result["name"]
+        events = EventAccumulator(str(run)).Reload()
+        figures = flat(result["figures"])
+        assert set(events.Tags()["scalars"]) == set(figures)
+        for name, value in figures.items():
+            assert events.Scalars(name)[0].value == pytest.approx(value)
+        content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        shown = HParamsPluginData.FromString(content).session_start_info.hparams
+        assert shown["architecture"].string_value == result["architecture"]
+        assert shown["d_sae"].number_value == result["d_sae"]
+
+
+@pytest.mark.parametrize("name", ["/somewhere/a/sae", "../a/sae", "a/sae"])
+def test_paths_as_names_stay_inside_tensorboards_folder(name: str, tmp_path: Path) -> None:
+    about = dict.fromkeys(hparams.ABOUT, "x")
+    outside = tmp_path / "outside"
+    hparams.write_hparams(outside / "in", [{"name": name, **about}], [{"l0": 1.0}])
+    assert [path.name for path in outside.iterdir()] == ["in"]
+    assert len([*(outside / "in").rglob("sae/events*")]) == 1
 
 
 def test_saes_that_differ_in_their_seeds_have_a_mean_and_a_spread(
