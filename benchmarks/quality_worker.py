@@ -52,7 +52,11 @@ SEARCHED = ("relu", "gated")
 """Architectures whose L0 follows from a coefficient in the other libraries."""
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    OURS: {"unit rows": {}, "free rows": {"decoder_norm": "free"}},
+    OURS: {
+        "unit rows": {},
+        "free rows": {"decoder_norm": "free"},
+        "free rows from 0.1": {"decoder_norm": "free", "decoder_init_norm": 0.1},
+    },
     "SAELens": {"norm 0.1": {}, "norm 1": {"decoder_init_norm": 1.0}},
 }
 """Arguments on decoder norms that a library has, from which the best is chosen with the rate."""
