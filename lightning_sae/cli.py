@@ -43,15 +43,12 @@ from lightning_sae.callbacks import (
 )
 from lightning_sae.callbacks.results import unused
 from lightning_sae.callbacks.run_folder import held, require_new_run, without_empty_curves
+from lightning_sae.checkpoints import AtomicCheckpointIO
 from lightning_sae.checks import all_at_once, is_noted, of_ours, refuse
 from lightning_sae.commands import configs
 from lightning_sae.data import ActivationDataModule, CachedDataModule, ToyDataModule
 from lightning_sae.distributed.ranks import require_agreement
-from lightning_sae.files import (
-    AtomicCheckpointIO,
-    remove_unfinished,
-    write_atomically,
-)
+from lightning_sae.files import remove_unfinished, write_atomically
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.side_by_side.results import after_fit, after_predict, after_test, after_validate
 from lightning_sae.training.lengths import problems_of_lengths
