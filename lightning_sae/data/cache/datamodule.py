@@ -23,7 +23,7 @@ from lightning_sae.data.cache.rows import ByHook
 from lightning_sae.data.cache.shards import require_hashes
 from lightning_sae.data.cache.shuffled import ShuffledRows
 from lightning_sae.data.cache.stored import Activations, StoredActivations
-from lightning_sae.data.datamodule import LoadedModel
+from lightning_sae.data.load_model import LoadedModel
 from lightning_sae.data.loaders import Rows, as_asked_for, begins_anew, require_an_end
 from lightning_sae.data.notices import OFTEN, activations_asked_for
 from lightning_sae.data.scaling import require_usable

@@ -18,7 +18,8 @@ from lightning_sae.data.cache.manifest import SPLITS, Manifest, Split
 from lightning_sae.data.cache.rows import ByHook
 from lightning_sae.data.cache.rows import Rows as CachedRows
 from lightning_sae.data.cache.shards import open_rows
-from lightning_sae.data.datamodule import ActivationDataModule, LoadedModel
+from lightning_sae.data.datamodule import ActivationDataModule
+from lightning_sae.data.load_model import LoadedModel
 from lightning_sae.data.loaders import Rows
 from lightning_sae.data.scaling import Scaling, estimate_scaling
 from lightning_sae.data.source import ActivationSource
