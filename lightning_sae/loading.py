@@ -15,8 +15,9 @@ from lightning_sae.architectures.portable import (
     read,
     require_entries,
 )
+from lightning_sae.checkpoints import read_checkpoint
 from lightning_sae.checks import expect
-from lightning_sae.files import first_line, read_checkpoint
+from lightning_sae.files import first_line
 
 NEEDED = ("state_dict", "hyper_parameters", "lightning_sae", "members")
 """Entries of a checkpoint that an SAE needs."""

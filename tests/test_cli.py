@@ -329,6 +329,16 @@ def test_help_lists_the_models_that_a_user_can_choose_and_no_others(help_of: Any
     }
 
 
+def test_help_lists_the_data_that_a_user_can_choose_and_no_parts_of_it(help_of: Any) -> None:
+    import lightning_sae
+
+    listed = help_of("--help").split("known subclasses: lightning.LightningDataModule,")[1]
+    found = {name.strip() for name in listed.split(")", 1)[0].split(",")}
+    assert "lightning_sae.CachedDataModule" in found
+    named = {name for name in found if name.startswith("lightning_sae.")}
+    assert named <= {f"lightning_sae.{name}" for name in lightning_sae.__all__}
+
+
 BAD_INPUT = {
     "--data.hook_name=blocks.1.hook_resid_pots": "similar ones are: blocks.1.hook_resid_post",
     "--data.hook_name=blocks.7.hook_resid_post": "a layer from 0 to 2 but got",

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_sae import cli
 from lightning_sae.cli import main
+from lightning_sae.commands import run
 
 TOY = [
     "--trainer.accelerator=cpu",
@@ -44,7 +44,7 @@ def test_a_run_is_validated_though_its_stream_has_no_epochs(
 def test_a_long_run_is_validated_in_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "VALIDATE_EVERY", 3)
+    monkeypatch.setattr(run, "VALIDATE_EVERY", 3)
     root = f"--trainer.default_root_dir={tmp_path}"
     main(["fit", *TOY, "--trainer.max_steps=7", root])
     assert validated_at(tmp_path) == [3, 6]

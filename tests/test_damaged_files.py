@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 import lightning_sae
 from benchmarks.damaged_files import RunsCode, trials
 from lightning_sae import ReLUSAE, TopKSAE
+from lightning_sae.checkpoints import read_checkpoint
 from lightning_sae.checks import require_types
-from lightning_sae.files import read_checkpoint, read_json
+from lightning_sae.files import read_json
 from lightning_sae.functional.penalties import Sqrt
 
 

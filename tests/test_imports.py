@@ -9,7 +9,7 @@ import pytest
 # From the bottom to the top; a folder imports from its own layer and from those below.
 LAYERS = (
     {"version"},
-    {"files", "checks"},
+    {"files", "archives", "tensors", "checkpoints", "checks"},
     {"distributed"},
     {"functional"},
     {"metrics", "data", "training"},

@@ -15,12 +15,8 @@ from torch.utils.data import DataLoader
 
 import lightning_sae
 from lightning_sae import ReLUSAE
-from lightning_sae.files import (
-    AtomicCheckpointIO,
-    read_checkpoint,
-    write_atomically,
-    written_whole,
-)
+from lightning_sae.checkpoints import AtomicCheckpointIO, read_checkpoint
+from lightning_sae.files import write_atomically, written_whole
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from lightning_sae import files
-from lightning_sae.files import not_finite, read_checkpoint
+from lightning_sae import checkpoints, tensors
+from lightning_sae.archives import tensors_in
+from lightning_sae.checkpoints import read_checkpoint
+from lightning_sae.tensors import not_finite
 from tests.ranks.split_memory import most_bytes
 
 
@@ -30,14 +31,10 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "last.ckpt"
 
 
-def tensors(value: Any) -> list[Tensor]:
-    return list(files._tensors(value))
-
-
 def test_it_has_the_same_content(saved: Path) -> None:
     read, mapped = read_checkpoint(saved), read_checkpoint(saved, mapped=True)
     assert list(mapped) == list(read)
-    for found, expected in zip(tensors(mapped), tensors(read), strict=True):
+    for found, expected in zip(tensors_in(mapped), tensors_in(read), strict=True):
         assert torch.equal(found, expected)
         assert found.stride() == expected.stride()
     assert mapped["callbacks"]["Counts"]["n"] == 3
@@ -48,7 +45,7 @@ def test_only_weights_and_moments_stay_in_the_file(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Anything else may be kept for the rest of the run, when the file is gone."""
-    monkeypatch.setattr(files, "PIECE", 128)
+    monkeypatch.setattr(tensors, "PIECE", 128)
     found: list[dict[str, Any]] = []
     size = saved.stat().st_size
     used = most_bytes(lambda: found.append(read_checkpoint(saved, mapped=True)), mapped=size)
@@ -91,7 +88,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the check of its checksums and reading, another process may put a new one there."""
-    damaged_entries = files._damaged_entries
+    damaged_entries = checkpoints._damaged_entries
 
     def replacing(path: Any, file: Any) -> set[str]:
         found = damaged_entries(path, file)
@@ -100,7 +97,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(
         os.replace(other, saved)
         return found
 
-    monkeypatch.setattr(files, "_damaged_entries", replacing)
+    monkeypatch.setattr(checkpoints, "_damaged_entries", replacing)
     with pytest.raises(ValueError, match="was replaced meanwhile"):
         read_checkpoint(saved, mapped=True)
 
@@ -110,7 +107,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(
 def test_a_value_that_is_not_finite_is_found_in_any_piece(
     place: tuple[int, int], transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "PIECE", 300)
+    monkeypatch.setattr(tensors, "PIECE", 300)
     weight = torch.zeros(64, 100)
     weight[place] = torch.nan
     weight = weight.T if transposed else weight
@@ -122,7 +119,7 @@ def test_a_value_that_is_not_finite_is_found_in_any_piece(
 
 def test_low_thresholds_are_allowed_in_any_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """-inf, below all values; but neither inf nor nan."""
-    monkeypatch.setattr(files, "PIECE", 4)
+    monkeypatch.setattr(tensors, "PIECE", 4)
     for value, bad in ((-torch.inf, []), (torch.inf, ["t"]), (torch.nan, ["t"])):
         threshold = torch.zeros(10)
         threshold[8] = value
@@ -130,6 +127,6 @@ def test_low_thresholds_are_allowed_in_any_piece(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_check_needs_memory_for_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PIECE", 2**12)
+    monkeypatch.setattr(tensors, "PIECE", 2**12)
     weights = {"W_enc": torch.zeros(2**10, 2**8).T, "W_dec": torch.zeros(2**10, 2**8)}
     assert most_bytes(lambda: not_finite(weights)) < 12 * 2**12

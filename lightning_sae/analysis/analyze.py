@@ -21,17 +21,13 @@ from lightning_sae.analysis.site.writer import write_page, write_site
 from lightning_sae.analysis.store import FeatureStore, write_store
 from lightning_sae.analysis.unembedding import null_space_matrix, unembedding_of
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.checks import (
-    expect,
-    require_new_folder,
-    require_positive,
-    warn_of_other_activations,
-)
+from lightning_sae.checks import expect, require_new_folder, require_positive
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.language_model import LanguageModel
 from lightning_sae.files import written_whole
 from lightning_sae.functional.peaks import two_peaks
 from lightning_sae.loading import load
+from lightning_sae.training.compatibility import warn_of_other_activations
 
 QUANTILES = (0.5, 0.9, 0.99)
 HISTOGRAM_BINS = 40

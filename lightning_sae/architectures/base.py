@@ -27,19 +27,8 @@ from lightning_sae.architectures.objective import Outcome, Step, at_once, in_chu
 from lightning_sae.architectures.saving import Saved
 from lightning_sae.architectures.silence import Silence
 from lightning_sae.architectures.target_l0 import TargetL0
-from lightning_sae.checks import (
-    require_a_batch,
-    require_batch,
-    require_finite_weights,
-    require_integers,
-    require_latents,
-    require_on,
-    require_one_of,
-    require_positive,
-    require_trainable_norm,
-    require_width,
-    warn_of_other_activations,
-)
+from lightning_sae.checkpoints import AtomicCheckpointIO
+from lightning_sae.checks import require_integers, require_one_of, require_positive
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed.parts import ALONE, Parts
 from lightning_sae.distributed.ranks import Devices, Ranks, require_agreement, trainer_of
@@ -51,7 +40,7 @@ from lightning_sae.distributed.split import (
     require_whole,
 )
 from lightning_sae.distributed.undrawn import without_drawing
-from lightning_sae.files import AtomicCheckpointIO, first_line
+from lightning_sae.files import first_line
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.functional.revival import auxk, ghost_gradients, variance
 from lightning_sae.functional.sparse.code import Code, Layout, default_chunk_rows, encode
@@ -59,7 +48,9 @@ from lightning_sae.functional.sparse.memory import keep_freed_blocks
 from lightning_sae.functional.sparse.selection import Rule
 from lightning_sae.functional.waiting import Behind
 from lightning_sae.metrics import held_out_metrics
-from lightning_sae.training.finite import LossCheck
+from lightning_sae.tensors import require_batch, require_latents, require_on, require_width
+from lightning_sae.training.compatibility import warn_of_other_activations
+from lightning_sae.training.finite import LossCheck, require_finite_weights, require_trainable_norm
 from lightning_sae.training.lengths import Length, refuse_lengths
 from lightning_sae.training.logging import QuickLogging
 from lightning_sae.training.optimizer import (
@@ -73,6 +64,7 @@ from lightning_sae.training.optimizer import (
     set_peak_rates,
 )
 from lightning_sae.training.supported import (
+    require_a_batch,
     require_supported_callbacks,
     require_supported_features,
     require_usable_optimizers,

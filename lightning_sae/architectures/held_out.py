@@ -10,10 +10,11 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from lightning_sae.checks import require_batch, require_one_loader
 from lightning_sae.distributed.parts import ALONE, Parts
 from lightning_sae.distributed.ranks import trainer_of
 from lightning_sae.distributed.split import copies_of
+from lightning_sae.tensors import require_batch
+from lightning_sae.training.supported import require_one_loader
 
 
 class Evaluated(LightningModule, ABC):

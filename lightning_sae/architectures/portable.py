@@ -13,18 +13,13 @@ from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
+from lightning_sae.checkpoints import read_checkpoint
 from lightning_sae.checks import expect, require_new_folder, require_types
 from lightning_sae.distributed.parts import Parts
 from lightning_sae.distributed.undrawn import leave_undrawn
-from lightning_sae.files import (
-    first_line,
-    not_finite,
-    read_checkpoint,
-    read_json,
-    write_atomically,
-    written_whole,
-)
+from lightning_sae.files import first_line, read_json, write_atomically, written_whole
 from lightning_sae.functional.penalties import from_description, plain_arguments
+from lightning_sae.tensors import not_finite
 from lightning_sae.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"

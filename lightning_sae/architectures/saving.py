@@ -13,13 +13,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.architectures import hub, portable
-from lightning_sae.checks import compare_sources, require_finite_weights, require_matching
 from lightning_sae.distributed.parts import ALONE, Parts
 from lightning_sae.distributed.ranks import take_part, trainer_of
 from lightning_sae.distributed.split import copies_of, whole_shapes
 from lightning_sae.files import first_line
 from lightning_sae.functional.penalties import plain_arguments
 from lightning_sae.functional.sparse.code import Layout
+from lightning_sae.training.compatibility import compare_sources, require_matching
+from lightning_sae.training.finite import require_finite_weights
 from lightning_sae.training.resuming import Settings, compare_settings, note_settings, settings_of
 
 S = TypeVar("S", bound="Saved")

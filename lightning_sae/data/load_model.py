@@ -2,9 +2,10 @@
 
 import copy
 import os
+from abc import ABC
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +19,15 @@ from lightning_sae.data.pretrained import (
     load_tokenizer,
 )
 from lightning_sae.data.trial import trial_tokens
+
+if TYPE_CHECKING:
+    LoadedModel = nn.Module
+else:
+
+    class LoadedModel(ABC):  # noqa: B024
+        """Stands for `nn.Module`, whose many subclasses `--help` would list."""
+
+    LoadedModel.register(nn.Module)
 
 
 def load_language_model(

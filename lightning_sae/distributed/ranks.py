@@ -23,9 +23,10 @@ from jaxtyping import Shaped
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_sae.checkpoints import read_checkpoint
 from lightning_sae.distributed.parts import Parts
 from lightning_sae.distributed.split import Copies, copies_of
-from lightning_sae.files import read_checkpoint, write_atomically
+from lightning_sae.files import write_atomically
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

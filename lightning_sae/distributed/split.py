@@ -22,11 +22,11 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from typing_extensions import Protocol, override, runtime_checkable
 
+from lightning_sae.checkpoints import AtomicCheckpointIO
 from lightning_sae.checks import require_positive
 from lightning_sae.distributed.parts import ALONE, Parts
 from lightning_sae.distributed.undrawn import drawn_for, without_drawing
 from lightning_sae.distributed.waiting import told_of_waiting
-from lightning_sae.files import AtomicCheckpointIO
 
 
 class Copies(NamedTuple):

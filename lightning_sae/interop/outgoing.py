@@ -18,9 +18,9 @@ from lightning_sae.architectures import (
     TopKSAE,
 )
 from lightning_sae.architectures.portable import folded_state
-from lightning_sae.files import not_finite
 from lightning_sae.interop.found import fold_norms
 from lightning_sae.interop.thresholds import just_below, rounded_down
+from lightning_sae.tensors import not_finite
 
 Form = Literal["relu", "threshold", "topk", "gated"]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_sae.architectures.portable import FLOATS
-from lightning_sae.files import damaged_records, first_line, read_json
+from lightning_sae.archives import damaged_records
+from lightning_sae.files import first_line, read_json
 
 LARGEST_CONFIG = 2**24
 """In bytes. A description of an SAE has a few thousand."""

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.checks import require_finite_weights
 from lightning_sae.data.source import source_of
 from lightning_sae.distributed.ranks import require_agreement, take_part, trainer_of
 from lightning_sae.functional.sparse.memory import Workspace
@@ -26,6 +25,7 @@ from lightning_sae.side_by_side.checks import (
 from lightning_sae.side_by_side.descriptions import build_members, named
 from lightning_sae.side_by_side.member import Member
 from lightning_sae.side_by_side.optimizer import SideBySideOptimizer
+from lightning_sae.training.finite import require_finite_weights
 from lightning_sae.training.resuming import (
     Setting,
     Settings,

@@ -1,4 +1,4 @@
-"""Features of Lightning that a run refuses before it starts, each with the reason.
+"""Features of Lightning that a run refuses, most of them before it starts, each with the reason.
 
 `docs/lightning.md` lists all features. Data modules refuse what needs the end of an epoch, see
 `lightning_sae.data.loaders`.
@@ -198,4 +198,22 @@ def _require_right_ranking(callback: Any) -> None:
             f"`ModelCheckpoint(monitor={callback.monitor!r})` with `every_n_train_steps` or "
             "`train_time_interval` saves before the validation of its step, and would rank by the "
             "one before: leave them out, and it saves after each validation."
+        )
+
+
+def require_one_loader(dataloader_idx: int) -> None:
+    """Raise a ValueError if there are several held-out loaders, whose metrics would be mixed."""
+    if dataloader_idx:
+        raise ValueError(
+            "Expected one loader of held-out activations but got several, and metrics are those of "
+            "one: call `trainer.validate` or `trainer.test` once for each."
+        )
+
+
+def require_a_batch(n_batches: float) -> None:
+    """Raise a ValueError if there is no batch to train on."""
+    if n_batches == 0:
+        raise ValueError(
+            "The training data gave no batch, so nothing was trained: give more activations, or "
+            "smaller batches without `drop_last`."
         )

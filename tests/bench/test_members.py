@@ -73,7 +73,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
         found: dict[str, Any] = {}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # what is so small is done sooner by one
-        patch.setattr("lightning_sae.cli.say", lambda *lines: found.update(lines=lines))
+        patch.setattr("lightning_sae.commands.run.say", lambda *lines: found.update(lines=lines))
         cli = main(["bench", "--config", "config.yaml"])
         torch.set_num_threads(threads)
         found["files"] = sorted(str(path) for path in Path("run").rglob("*"))

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from lightning_sae import SplitDictionary, TopKSAE, files
+from lightning_sae import SplitDictionary, TopKSAE, tensors
 from lightning_sae.architectures import base, initial
 from lightning_sae.callbacks import RunCheckpoint
 from lightning_sae.functional import directions
@@ -39,7 +39,7 @@ def large(piece: int = 128) -> Iterator[list[int]]:
         patches.enter_context(patch.object(RandomUnitRows, "draw", noted))
         patches.enter_context(patch.object(initial, "LARGE", 0))
         patches.enter_context(patch.object(directions, "PIECE", piece))
-        patches.enter_context(patch.object(files, "PIECE", piece))
+        patches.enter_context(patch.object(tensors, "PIECE", piece))
         patches.enter_context(patch.object(base, "keep_freed_blocks"))  # which allocates 32 MB
         yield drawn
 

@@ -2,55 +2,41 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_sae.checks import expect, require_integers, require_positive
-from lightning_sae.data.cache.description import SCALED_ON, probe, require_same_model
-from lightning_sae.data.cache.foreign import NAMELESS, open_foreign
+from lightning_sae.data.cache.foreign import NAMELESS
 from lightning_sae.data.cache.manifest import (
-    SPLITS,
-    Manifest,
     Split,
     is_cache,
     read_manifest,
     require_complete,
 )
 from lightning_sae.data.cache.rows import ByHook
-from lightning_sae.data.cache.rows import Rows as CachedRows
-from lightning_sae.data.cache.shards import open_rows, require_hashes
+from lightning_sae.data.cache.shards import require_hashes
 from lightning_sae.data.cache.shuffled import ShuffledRows
-from lightning_sae.data.datamodule import ActivationDataModule, LoadedModel
+from lightning_sae.data.cache.stored import Activations, StoredActivations
+from lightning_sae.data.load_model import LoadedModel
 from lightning_sae.data.loaders import Rows, as_asked_for, begins_anew, require_an_end
 from lightning_sae.data.notices import OFTEN, activations_asked_for
-from lightning_sae.data.scaling import Scaling, estimate_scaling, require_usable
+from lightning_sae.data.scaling import require_usable
 from lightning_sae.data.several_hooks import checked_names
-from lightning_sae.data.source import ActivationSource
 from lightning_sae.data.text import Text
-from lightning_sae.distributed.split import copies_of
 
 log = logging.getLogger("lightning.pytorch")
-
-Activations = str | Path | Sequence[str | Path] | Mapping[str, Any] | Tensor | np.ndarray
-Data = TypeVar("Data", bound="CachedDataModule")
 
 LOOKED_AT = 2**13
 """Number of evenly spaced rows that are checked before a run."""
 
 LARGE = 2**30
 """Size in bytes from which the check of hashes is announced, because it takes a while."""
-
-OPEN = ("_rows", "_at_each", "_text_data")
-"""Attributes that hold files or models, which copies leave out."""
 
 
 class HeldOutRows:
@@ -77,7 +63,7 @@ class HeldOutRows:
             yield self.data.by_hook({name: rows.float() for name, rows in batch.items()})
 
 
-class CachedDataModule(ActivationSource):
+class CachedDataModule(StoredActivations):
     """Batches of stored activations: a cache, files, or a tensor.
 
     A cache is written by `lightning-sae cache`. It is read without its model or text, in random
@@ -116,6 +102,7 @@ class CachedDataModule(ActivationSource):
             the cache has no such hook; from `setup`, if a file was altered.
 
     Example:
+        >>> import torch
         >>> data = CachedDataModule(torch.randn(1000, 8), batch_size=100)
         >>> data.d_in, next(iter(data.train_dataloader())).shape
         (8, torch.Size([100, 8]))
@@ -157,7 +144,7 @@ class CachedDataModule(ActivationSource):
         self.seed, self.verify = seed, verify
         self.evaluation_model, self.evaluation_text = evaluation_model, evaluation_text
         self.folder = self._cache_folder()
-        self.manifest: Manifest | None = None
+        self.manifest = None
         if self.folder is not None:
             self.manifest = read_manifest(self.folder)
             require_complete(self.folder, self.manifest)
@@ -196,142 +183,6 @@ class CachedDataModule(ActivationSource):
                 "these, or write a cache of that hook."
             )
         return names or [*self.manifest.widths]
-
-    # Rows.
-
-    def rows(self, split: Split) -> CachedRows:
-        """All training rows, or all held-out rows."""
-        return self._rows[split]
-
-    @cached_property
-    def _rows(self) -> dict[Split, CachedRows]:
-        if self.manifest is not None and self.folder is not None:
-            folder, manifest = self.folder, self.manifest
-            return {s: open_rows(folder, manifest, s).only(self._names) for s in SPLITS}
-        rows = open_foreign(self.activations, self._names)
-        n = len(rows) - round(self.validation_fraction * len(rows))
-        return {"training": rows.between(0, n), "held_out": rows.between(n, len(rows))}
-
-    def by_hook(self, rows: ByHook) -> Rows:
-        """Rows in the form of a batch: a tensor, or a dictionary of tensors by hook."""
-        return rows if len(rows) > 1 else next(iter(rows.values()))
-
-    @override
-    def at(self: Data, hook_name: str) -> Data:
-        """The same data with only one of its hooks."""
-        if len(self.hook_names) <= 1:
-            return self
-        one = type(self).__new__(type(self))
-        vars(one).update(vars(self))
-        one.hook_names = one._names = [hook_name]
-        one.d_in, one._whole = self.d_in[hook_name], self
-        vars(one).pop("_text_data", None)
-        vars(one).update(_rows=self._at_each[hook_name])
-        return one
-
-    @cached_property
-    def _at_each(self) -> dict[str, dict[Split, CachedRows]]:
-        return {
-            name: {split: rows.only([name]) for split, rows in self._rows.items()}
-            for name in self.hook_names
-        }
-
-    def place(self) -> tuple[int, int]:
-        """This process's rank, and the number of ranks; those of a split dictionary are one."""
-        if self.trainer is None:
-            return 0, 1
-        return copies_of(self.trainer)[:2]
-
-    # What the rows are.
-
-    @property
-    @override
-    def source(self) -> dict[str, Any]:
-        """Where the activations come from, as plain values that are saved with an SAE."""
-        names = self.hook_names
-        hooks = {"hook_name": names[0] if len(names) == 1 else [*names]} if names else {}
-        if self.manifest is not None:
-            return {**self.manifest.source, **hooks, "cache": self.manifest.digest()}
-        given = self.activations
-        named = isinstance(given, str | Path) or (
-            isinstance(given, list | tuple) and all(isinstance(each, str | Path) for each in given)
-        )
-        listed = [given] if isinstance(given, str | Path) else given
-        where = [str(each) for each in listed] if named else f"a Python {type(given).__name__}"
-        own = {"model": self.evaluation_model, "text": self.evaluation_text}
-        plain = {name: str(v) for name, v in own.items() if isinstance(v, str | Path)}
-        return {"activations": where, **hooks, **plain}
-
-    @override
-    def scaling(self) -> Scaling | None:
-        """Centring and scaling, from the statistics of all rows of a cache; None if not requested.
-
-        For other activations, from evenly spaced rows.
-        """
-        name, *others = self.rows("training").widths
-        if others or not (self.center or self.scale):
-            return None
-        if self.manifest is None:
-            return estimate_scaling(self._spread(SCALED_ON)[name], self.center, self.scale)
-        found = self.manifest.statistics[name]
-        mean = torch.tensor(found["mean"])
-        scale = found["centered_scale" if self.center else "scale"] if self.scale else 1.0
-        return Scaling(mean if self.center else torch.zeros_like(mean), torch.tensor(scale))
-
-    def _spread(self, n: int) -> ByHook:
-        """Evenly spaced training rows."""
-        rows = self.rows("training")
-        return rows.take(torch.linspace(0, len(rows) - 1, min(n, len(rows))).long())
-
-    @override
-    def text_data(self) -> ActivationDataModule | None:
-        """The same activations read from text by their model, which is loaded here.
-
-        Returns None with a warning if model or text cannot be opened.
-
-        Raises:
-            ValueError: If the model is not the cache's, or a given model or text cannot be opened.
-        """
-        if self._text_data is not None and self.trainer is not None:
-            self._text_data.trainer = self.trainer
-            self._text_data.language_model.to(self.trainer.strategy.root_device)
-        return self._text_data
-
-    @cached_property
-    def _text_data(self) -> ActivationDataModule | None:
-        if self._whole is not None:
-            of_all = self._whole.text_data()
-            return None if of_all is None else of_all.at(self.hook_names[0])
-        given = {"model": self.evaluation_model, "text": self.evaluation_text}
-        own = {name: value for name, value in given.items() if value is not None}
-        noted = {} if self.manifest is None else self.manifest.data
-        known = {**{k: v for k, v in noted.items() if v is not None}, **own}
-        names = self.hook_names
-        if not names or "model" not in known or "text" not in known:
-            return None
-        if isinstance(known.get("positions"), list):
-            known["positions"] = tuple(known["positions"])
-        known["hook_name"] = names[0] if len(names) == 1 else [*names]
-        data = ActivationDataModule(**known, n_validation=self.n_validation, n_test=self.n_test)
-        try:
-            identity = data.language_model.identity
-            _ = data.held_out_corpus
-        except (ValueError, OSError) as error:
-            if own:
-                raise
-            log.warning(
-                "Metrics that need the language model are left out: what the cache names cannot be "
-                "opened: %s Give `evaluation_model` and `evaluation_text`, as they are now.",
-                error,
-            )
-            return None
-        if self.manifest is not None:
-            require_same_model(
-                self.manifest.probe, probe(data), identity["model_dtype"], identity["model"]
-            )
-        return data
-
-    # Lightning.
 
     def setup(self, stage: str) -> None:
         """Check that the run ends and that the cache is unaltered.
@@ -492,6 +343,5 @@ class CachedDataModule(ActivationSource):
     @override
     def __getstate__(self) -> dict[str, Any]:
         """State for a copy or another process: all but the trainer and open files or models."""
-        kept = {name: value for name, value in super().__getstate__().items() if name not in OPEN}
         stands = self._restored if self.batches is None else self.state_dict()
-        return {**kept, "batches": None, "_restored": {**stands}}
+        return {**super().__getstate__(), "batches": None, "_restored": {**stands}}

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sae.checks import DTYPES
 from lightning_sae.data.cache.rows import Rows
 from lightning_sae.data.cache.shards import POSITIONS, TOKENS, mapped
 from lightning_sae.files import first_line
+from lightning_sae.tensors import DTYPES
 
 SUFFIXES = (".npy", ".safetensors")
 NAMELESS = "activations"

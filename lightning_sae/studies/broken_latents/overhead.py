@@ -12,11 +12,11 @@ from typing_extensions import override
 from lightning_sae.architectures import ReLUSAE
 from lightning_sae.architectures.objective import at_once
 from lightning_sae.callbacks import DecoderNormProjection
-from lightning_sae.checks import require_finite
 from lightning_sae.data import ToyDataModule
 from lightning_sae.studies.broken_latents.settings import BATCH_SIZE, TIED, Variant
 from lightning_sae.studies.broken_latents.train import ExperimentRun
 from lightning_sae.studies.shared.toy_training import train_on_toy
+from lightning_sae.training.finite import require_finite
 from lightning_sae.training.optimizer import MemoryOrderAdam, clip_norm
 
 UNTIMED = 50  # first steps, in which memory is allocated and threads start

@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.callbacks import RunCheckpoint, SAEProgressBar
+from lightning_sae.checkpoints import AtomicCheckpointIO
 from lightning_sae.data import ActivationDataModule
-from lightning_sae.files import AtomicCheckpointIO
 from lightning_sae.loading import load
 from lightning_sae.side_by_side import SideBySide
 from lightning_sae.studies.shared.folder import write_json
