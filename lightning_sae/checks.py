@@ -1,6 +1,7 @@
 """Checks of arguments: each error says what was expected, what came and the remedy."""
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -180,10 +181,17 @@ def refuse_second(trainer: Trainer, callback: Callback) -> None:
 
 
 def require_new_folder(name: str, folder: Path) -> None:
-    """Raise a ValueError about the argument `name` if a folder holds files, or is a file."""
+    """Raise a ValueError about the argument `name` if a folder holds files, or cannot be made."""
     files = [folder] if folder.is_file() else folder.glob("*")
     holds = any(not path.name.startswith(UNFINISHED) for path in files)
     expect(not holds, name, "a new or empty folder", f"{folder}, which holds files: choose another")
+    above = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    expect(
+        above.is_dir() and os.access(above, os.W_OK),
+        name,
+        "a folder that can be made",
+        f"{folder}, for {above} is no folder that can be written to: choose another",
+    )
 
 
 def expect(holds: bool, name: str, expected: str, value: object) -> None:

@@ -68,6 +68,7 @@ def evaluate_all_in_model(
     data: ActivationDataModule,
     n_tokens: int,
     known: Mapping[str, float] | None = None,
+    seen: Callable[[int], None] = lambda _: None,
 ) -> dict[str, dict[str, float]]:
     """`evaluate_in_model` of several replacements, with the text and the ablations read once.
 
@@ -76,6 +77,7 @@ def evaluate_all_in_model(
         data: As for `evaluate_in_model`.
         n_tokens: As for `evaluate_in_model`.
         known: As for `evaluate_in_model`.
+        seen: Called after each pass with its number of tokens.
 
     Returns:
         By name, the figures of `evaluate_in_model`.
@@ -97,6 +99,7 @@ def evaluate_all_in_model(
         for name, value, divergence in zip(replacements, nats[own:], kl[own:], strict=True):
             spliced[name] += value
             kl_sums[name] += divergence
+        seen(tokens.numel())
     for sums in (common, spliced, kl_sums):
         _add_up(sums, data)
     n_counted = common.pop("n_tokens")

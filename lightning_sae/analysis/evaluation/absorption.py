@@ -128,7 +128,8 @@ def own_latents(latents: Any, rows: Rows) -> tuple[list[int], float]:
     """The latents of a property, by k-sparse probes of growing k, and the F1 of the last.
 
     An L1-penalised logistic regression on all latents ranks them by weight; latents are added while
-    F1 on the test half rises by more than .03.
+    F1 on the test half rises by more than .03. There are none if no latent has a positive weight,
+    as when all are dead: then the order would be arbitrary.
 
     Args:
         latents: Sparse matrix [n, d_sae].
@@ -137,7 +138,10 @@ def own_latents(latents: Any, rows: Rows) -> tuple[list[int], float]:
     train, test = latents[rows.train.numpy()], latents[rows.test.numpy()]
     y, truth = rows.labels[rows.train].numpy(), rows.labels[rows.test].numpy()
     unit = train.data.mean() if train.nnz else 1.0  # makes the penalty independent of the unit
-    ranked = np.argsort(-l1_probe(train / unit, y)[0], kind="stable")
+    weights = l1_probe(train / unit, y)[0]
+    if not weights.max() > 0:
+        return [], 0.0
+    ranked = np.argsort(-weights, kind="stable")
     best = -1.0
     own: list[int] = []
     for k in range(1, MOST_LATENTS + 1):

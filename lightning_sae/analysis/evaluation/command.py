@@ -16,17 +16,22 @@ from lightning_sae.analysis.evaluation import table
 from lightning_sae.analysis.evaluation.compute import read_curve
 from lightning_sae.analysis.evaluation.figures import Questions, evaluate_saes, questions_of
 from lightning_sae.analysis.evaluation.passages import read_passages
+from lightning_sae.analysis.evaluation.places import Place, grouped
 from lightning_sae.analysis.evaluation.properties import Question
 from lightning_sae.architectures import SparseAutoencoder
-from lightning_sae.checks import expect, require_integers, require_new_folder, require_positive
+from lightning_sae.checks import (
+    expect,
+    require_between,
+    require_integers,
+    require_new_folder,
+    require_positive,
+)
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.files import read_json
 from lightning_sae.loading import load
 
 SHORT = """Evaluate SAEs: the figures of a test, sparse probing, absorption and splitting, the
 compute that splicing costs, redundancy and stability, in one table."""
-SAME = ("model", "hook_name", "text", "text_column", "context_length", "head", "positions")
-"""Settings shared by SAEs that are evaluated in one pass over the text."""
 
 
 def evaluate(
@@ -82,28 +87,37 @@ def evaluate(
     folder = Path(output)
     require_new_folder("output", folder)
     expect(len(saes) > 0, "saes", "one SAE or more", "none")
-    require_integers(tokens=tokens, probe_tokens=probe_tokens)
+    require_integers(tokens=tokens, probe_tokens=probe_tokens, seed=seed)
     require_positive(tokens=tokens, probe_tokens=probe_tokens)
-    questions = {name.rpartition(":")[2]: function_of(name) for name in properties or ()}
+    require_between(0, 1, validation_fraction=validation_fraction)
+    expect(0 <= seed < 2**32, "seed", "from 0 to 2**32 - 1", seed)
+    questions = functions_of(properties or ())
     known_curve = None if curve is None else read_curve(curve)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = {name: load(p, device=place) for name, p in zip(names_of(saes), saes, strict=True)}
+    chosen_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = {
+        name: load(p, device=chosen_device) for name, p in zip(names_of(saes), saes, strict=True)
+    }
     given = {"model": model, "hook_name": hook_name, "text": text, "text_column": text_column}
     chosen = {key: value for key, value in given.items() if value is not None}
-    groups = _groups(loaded, chosen)
+    groups, places = grouped(loaded, chosen)
     of_groups = [_data(members, chosen, streaming, validation_fraction) for members in groups]
+    if known_curve is not None:
+        _require_one_model([data.source["model"] for data in of_groups])
     asked = [_questions(data, probe_tokens, questions, label_column) for data in of_groups]
 
     started = time.perf_counter()
     results, references = [], []
     paths = dict(zip(loaded, saes, strict=True))
-    for members, data, of_group in zip(groups, of_groups, asked, strict=True):
-        data.language_model.to(place)
+    for members, data, of_group, place in zip(groups, of_groups, asked, places, strict=True):
+        if place:
+            _say(f"{', '.join(place)}: {', '.join(members)}")
+        data.language_model.to(chosen_device)
         figures, reference = evaluate_saes(
             members, data, of_group, n_tokens=tokens, curve=known_curve, seed=seed, say=_say
         )
-        results += [_result(n, paths[n], loaded[n], data, f) for n, f in figures.items()]
-        references.append({**reference, "left_out": of_group.left_out})
+        results += [_result(n, paths[n], loaded[n], data, place, f) for n, f in figures.items()]
+        about = {"saes": [*members], **_about(data, place)}
+        references.append({**about, **reference, "left_out": of_group.left_out})
     settings = {
         "tokens": tokens,
         "probe_tokens": probe_tokens,
@@ -147,15 +161,14 @@ def _questions(
     return questions_of(passages, data.context_length, own, needed)
 
 
-def _groups(
-    saes: Mapping[str, SparseAutoencoder], given: Mapping[str, Any]
-) -> list[dict[str, SparseAutoencoder]]:
-    """SAEs grouped by their training data, apart from settings given for all."""
-    found: dict[str, dict[str, SparseAutoencoder]] = {}
-    for name, sae in saes.items():
-        key = repr([given.get(entry, sae.source.get(entry)) for entry in SAME])
-        found.setdefault(key, {})[name] = sae
-    return list(found.values())
+def _require_one_model(models: Sequence[str]) -> None:
+    different = dict.fromkeys(models)
+    expect(
+        len(different) == 1,
+        "curve",
+        "the curve of the one model of all SAEs",
+        f"SAEs of {', '.join(different)}: evaluate those of each model alone, with its curve",
+    )
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
@@ -167,11 +180,25 @@ def names_of(paths: Sequence[str]) -> list[str]:
     return chosen
 
 
+def functions_of(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """The functions of `properties`, by the name that the property gets.
+
+    Raises:
+        ValueError: If there is no such function, or two have the same name.
+    """
+    found: dict[str, Callable[..., Any]] = {}
+    for name in names:
+        short = name.rpartition(":")[2]
+        expect(short not in found, "properties", "functions of different names", f"{[*names]}")
+        found[short] = function_of(name)
+    return found
+
+
 def function_of(name: str) -> Callable[..., Any]:
     """Import a function by `module:function` or `file.py:function`.
 
     Raises:
-        ValueError: If there is no such function.
+        ValueError: If there is no such function, or its module cannot be imported.
     """
     where, _, function = name.rpartition(":")
     try:
@@ -184,17 +211,23 @@ def function_of(name: str) -> Callable[..., Any]:
         else:
             module = importlib.import_module(where)
         found = getattr(module, function)
-    except (ImportError, OSError, AttributeError, ValueError) as error:
+    except Exception as error:  # a module of the user's may raise any
         raise ValueError(
-            "Expected argument `properties` to name functions as `module:function` or "
-            f"`file.py:function` but got {name}: {error}."
+            "Expected argument `properties` to name functions as `file.py:function`, or as "
+            f"`module:function` of an installed module, but got {name}: "
+            f"{type(error).__name__}: {error}."
         ) from error
     expect(callable(found), "properties", "names of functions", f"{name}, a {type(found).__name__}")
     return found
 
 
 def _result(
-    name: str, path: str, sae: SparseAutoencoder, data: ActivationDataModule, figures: Any
+    name: str,
+    path: str,
+    sae: SparseAutoencoder,
+    data: ActivationDataModule,
+    place: Place,
+    figures: Any,
 ) -> dict[str, Any]:
     return {
         "name": name,
@@ -202,10 +235,13 @@ def _result(
         "architecture": type(sae).__name__,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
-        "model": data.source["model"],
-        "hook_name": data.hook_name,
+        **_about(data, place),
         "figures": figures,
     }
+
+
+def _about(data: ActivationDataModule, place: Place) -> dict[str, Any]:
+    return {"model": data.source["model"], "hook_name": data.hook_name, "place": place}
 
 
 def _say(text: str) -> None:
@@ -217,7 +253,11 @@ def main(args: list[str]) -> None:
     parser = ArgumentParser(prog="lightning-sae evaluate", description=SHORT)
     parser.add_argument("saes", nargs="+", help="folders or checkpoints of SAEs")
     parser.add_function_arguments(evaluate, skip={"saes"})
-    folder = evaluate(**parser.parse_args(args).as_dict())
+    try:
+        folder = evaluate(**parser.parse_args(args).as_dict())
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped. Nothing was written.\n")
+        sys.exit(130)
     seconds = read_json(folder / "evaluation.json")["settings"]["seconds"]
     sys.stdout.write(
         f"\n{(folder / 'evaluation.md').read_text()}\nIn {seconds:.0f} s. Made:\n"

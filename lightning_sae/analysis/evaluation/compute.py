@@ -83,27 +83,32 @@ def read_curve(path: str | Path) -> Curve:
         raise ValueError(f"Expected argument `curve` to be a file but there is no {path}: {FORM}.")
     content = read_json(path)
     try:
-        own = float(content["own_compute"])
-        points = [(float(p["compute"]), float(p["loss"])) for p in content["points"]]
+        own = _number(content["own_compute"])
+        points = [(_number(p["compute"]), _number(p["loss"])) for p in content["points"]]
         compute, loss = np.array(points, dtype=float).reshape(-1, 2).T
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"Expected argument `curve` to hold {FORM}, but {path} does not: {error!r}."
         ) from error
-    finite = np.isfinite(compute).all() and np.isfinite(loss).all()
-    if (
-        len(set(compute)) < 5
-        or not finite
-        or min(compute.min(), loss.min()) <= 0
-        or own not in compute
-    ):
-        raise ValueError(
-            f"Expected argument `curve` to hold {FORM}, of positive numbers, but {path} has "
-            f"{len(set(compute))} different computes and own_compute {own:g}."
-        )
+    wrong = [x for x in (own, *compute, *loss) if not 0 < x < np.inf]
+    problem = None
+    if wrong:
+        problem = f"{wrong[0]:g}, where all numbers are positive and finite"
+    elif len(set(compute)) < 5:
+        problem = f"{len(set(compute))} different computes"
+    elif own not in compute:
+        problem = f"no point with own_compute, {own:g}"
+    if problem is not None:
+        raise ValueError(f"Expected argument `curve` to hold {FORM}, but {path} has {problem}.")
     curve = Curve(own, compute, loss)
     _require_falling(curve, path)
     return curve
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def _require_falling(curve: Curve, path: Path) -> None:

@@ -14,6 +14,7 @@ from lightning_sae.analysis.evaluation import absorption, probing, properties
 from lightning_sae.analysis.evaluation.compute import Curve, compute_hit, curve_of
 from lightning_sae.analysis.evaluation.held_out import held_out_figures
 from lightning_sae.analysis.evaluation.passages import Blocks, Passage, blocks_of, halves
+from lightning_sae.analysis.evaluation.progress import Progress, say_nothing
 from lightning_sae.analysis.evaluation.redundancy import duplicate_share, together_share
 from lightning_sae.analysis.evaluation.sample import (
     Sample,
@@ -27,11 +28,8 @@ from lightning_sae.data import ActivationDataModule
 
 Figures = dict[str, Any]
 FIRST_LETTER = "first_letter="
+NONE = ": none has enough examples in this text, see `left_out` in evaluation.json"
 NO_QUESTIONS: Mapping[str, properties.Question] = {}
-
-
-def say_nothing(text: str) -> None:
-    """Ignore progress messages."""
 
 
 class Questions(NamedTuple):
@@ -89,7 +87,7 @@ def questions_of(
             expect(
                 name not in own,
                 "properties",
-                f"of properties with {fewest} examples of both classes in both halves of the text",
+                f"properties with at least {fewest} examples of each class in each half",
                 f"`{name}` with {counts}: give more `probe_tokens` or text, or leave it out",
             )
             left_out[name] = counts
@@ -135,22 +133,23 @@ def evaluate_saes(
     """
     say(f"reading {n_tokens:,} held-out tokens for the figures of `test`")
     curve = curve or curve_of(data.source.get("model"))
-    figures: dict[str, Figures] = {
-        name: {"held_out": found} for name, found in held_out_figures(saes, data, n_tokens).items()
-    }
-    say(f"reading {int((questions.blocks.tokens >= 0).sum()):,} tokens for probes")
-    sample = read_sample(data, questions.blocks)
+    held_out = held_out_figures(saes, data, n_tokens, say)
+    figures: dict[str, Figures] = {name: {"held_out": found} for name, found in held_out.items()}
+    say(f"reading {int((questions.blocks.number >= 0).sum()):,} tokens for probes")
+    sample = read_sample(data, questions.blocks, say)
     tasks = _tasks(sample, questions, seed)
-    say(f"probing activations and neurons for {len(tasks)} properties")
-    reference = _reference(sample, tasks)
+    say(f"probing activations and neurons, properties: {len(tasks)}{'' if tasks else NONE}")
+    reference = _reference(sample, tasks, say)
     probes = _probes(sample, questions, seed)
     for name, sae in saes.items():
         say(f"probing the latents of {name}")
         own, cpu = figures[name], sae.W_dec.detach().float().cpu()
         latents = latents_of(sae, sample.x)
+        _require_finite(name, latents)
         own["compute"] = _compute(curve, own["held_out"])
-        own["probing"] = _probed(latents, sample, tasks)
-        own["absorption"] = _absorption(sae, latents, sample, probes)
+        progress = Progress(say, f"probing the latents of {name}", len(tasks) + len(probes))
+        own["probing"] = _probed(latents, sample, tasks, progress)
+        own["absorption"] = _absorption(sae, latents, sample, probes, progress)
         alive = torch.from_numpy(np.asarray((latents > 0).sum(0)).ravel() > 0)
         own["duplicates"] = duplicate_share(cpu, alive)
         own["together"] = together_share(latents)
@@ -188,8 +187,19 @@ def _rows(matrix: Any, sample: Sample) -> dict[str, Any]:
     }
 
 
-def _reference(sample: Sample, tasks: Mapping[str, _Task]) -> Figures:
+def _require_finite(name: str, latents: Any) -> None:
+    if not np.isfinite(latents.data).all():
+        raise ValueError(
+            f"Expected argument `saes` to have finite latents but those of {name} are not on this "
+            "text: leave it out, or look at its weights."
+        )
+
+
+def _reference(
+    sample: Sample, tasks: Mapping[str, _Task], say: Callable[[str], None] = say_nothing
+) -> Figures:
     """Accuracy of probes on the whole activation, and on a few neurons."""
+    progress = Progress(say, "probing activations and neurons", len(tasks))
     x, neurons = _rows(sample.x.numpy(), sample), _rows(sample.neurons.numpy(), sample)
     found = {}
     for name, (of, task) in tasks.items():
@@ -200,15 +210,19 @@ def _reference(sample: Sample, tasks: Mapping[str, _Task]) -> Figures:
             **{f"neurons_{k}": accuracy for k, accuracy in few.items()},
             "rows": len(task.train_labels),
         }
+        progress.add()
     return {"neurons_at": sample.neurons_at, "probing": found}
 
 
-def _probed(latents: Any, sample: Sample, tasks: Mapping[str, _Task]) -> Figures:
+def _probed(
+    latents: Any, sample: Sample, tasks: Mapping[str, _Task], progress: Progress
+) -> Figures:
     """What probes reach on few latents."""
     rows, found = _rows(latents, sample), {}
     for name, (of, task) in tasks.items():
         few = probing.sparse_probes(rows[of], task)
         found[name] = {"of": of, **{f"latents_{k}": accuracy for k, accuracy in few.items()}}
+        progress.add()
     return found
 
 
@@ -247,14 +261,22 @@ def _probes(sample: Sample, questions: Questions, seed: int) -> dict[str, _Probe
 
 @torch.no_grad()
 def _absorption(
-    sae: SparseAutoencoder, latents: Any, sample: Sample, probes: Mapping[str, _Probed]
+    sae: SparseAutoencoder,
+    latents: Any,
+    sample: Sample,
+    probes: Mapping[str, _Probed],
+    progress: Progress,
 ) -> Figures:
+    """Absorption of each property that has latents of its own."""
     W_dec = sae.W_dec.detach().float().cpu()
     silent = torch.zeros_like(sae.encode(sample.x[:1].to(sae.W_dec.device)))
     origin = sae.decode(silent)[0].float().cpu()
     found = {}
     for name, (rows, probe) in probes.items():
         own, f1 = absorption.own_latents(latents, rows)
+        progress.add()
+        if not own:  # what none detects, none can be silent on
+            continue
         projection = (sample.x[probe.found] - origin) @ probe.direction
         f = torch.from_numpy(probing.dense(latents[probe.found.numpy()]))
         fraction, full = absorption.absorbed(projection, f, W_dec, probe.direction, own)
@@ -281,6 +303,7 @@ def _stability(saes: Mapping[str, SparseAutoencoder], seed: int) -> dict[str, Fi
 
 
 def _is_of_one_kind(a: SparseAutoencoder, b: SparseAutoencoder) -> bool:
-    """Whether two SAEs have the same settings, and are not copies, as of one that was imported."""
+    """Whether two SAEs differ in their seeds only: no copies, as of one that was imported."""
     same = type(a) is type(b) and dict(a.hparams) == dict(b.hparams)
+    same = same and a.n_trained == b.n_trained
     return same and not torch.allclose(a.W_dec.cpu(), b.W_dec.cpu(), rtol=1e-4)

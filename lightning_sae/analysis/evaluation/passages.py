@@ -25,7 +25,8 @@ class Passage(NamedTuple):
         name: Name of the document.
         kind: First folder of its name, or else the file that contains it.
         text: Its text; tokens may cover less.
-        tokens: Token ids, including the mark that begins the document.
+        tokens: Token ids, including the mark that begins the document. A token that is only
+            context, such as those of other roles in a chat, is stored as `~id`.
         pieces: Text of each token with the white space before it; empty for a mark. Joined, they
             are the beginning of `text`.
         label: Value of `label_column`, if one was given.
@@ -69,10 +70,13 @@ def read_passages(
         if total >= n_tokens:
             break
     if len(found) < 4 or total < 4 * data.context_length:
+        remedy = "give more text, or raise `validation_fraction`"
+        if total >= n_tokens:  # the text may have more
+            remedy = f"read more than {n_tokens} tokens (`probe_tokens`)"
         raise ValueError(
             "Expected argument `text` to have at least 4 held-out documents and "
-            f"{4 * data.context_length} tokens (4 times `context_length`) but it has {len(found)} "
-            f"and {total}: give more text, or raise `validation_fraction`."
+            f"{4 * data.context_length} tokens (4 times `context_length`) but {len(found)} and "
+            f"{total} were read: {remedy}."
         )
     return found
 
@@ -109,14 +113,19 @@ def _passage(
 ) -> Passage:
     tokenizer, content = data.language_model.tokenizer, document.text
     start = data.encoder.marks(document).start
+    in_training = data.encoder.pieces(document)  # refuses what training cannot read
     if isinstance(content, str | FileSpan) and tokenizer is not None and tokenizer.is_fast:
         text = content if isinstance(content, str) else content[: CHARACTERS_PER_TOKEN * most]
         ids, pieces = _with_offsets(tokenizer, text, most)
     else:
-        ids = list(islice(chain.from_iterable(data.encoder.pieces(document)), most))
+        ids = list(islice(chain.from_iterable(in_training), most))
         known = ids_of(torch.tensor(ids)).tolist()
         pieces = ["" if tokenizer is None else tokenizer.decode([token]) for token in known]
         text = "".join(pieces)
+    if ids in ([], start) and not document.may_be_empty:
+        raise Unreadable(f"{document.where} gives no tokens")
+    if ids[: len(start)] == start:
+        start = []  # a mark is never repeated
     return Passage(
         document.name, _kind(document), text, start + ids, [""] * len(start) + pieces, label
     )
@@ -155,19 +164,29 @@ def halves(passages: list[Passage]) -> Bool[Tensor, " passages"]:
 
 
 class Blocks(NamedTuple):
-    """Passages cut into blocks of one passage each; the last block of a passage is padded."""
+    """Passages cut into blocks of one passage each; the last block of a passage is padded.
+
+    Attributes:
+        tokens: The tokens.
+        passage: Index of each block's passage.
+        number: Index of each token among all tokens of the passages; -1 for padding. Padding cannot
+            be told from `tokens`, where a token that is only context is negative too.
+    """
 
     tokens: Int[Tensor, "blocks context_length"]
     passage: Int[Tensor, " blocks"]
+    number: Int[Tensor, "blocks context_length"]
 
 
 def blocks_of(passages: list[Passage], context_length: int) -> Blocks:
     """Cut passages into blocks."""
-    rows, owners = [], []
-    for number, passage in enumerate(passages):
+    rows, owners, numbers, before = [], [], [], 0
+    for owner, passage in enumerate(passages):
         tokens = torch.tensor(passage.tokens)
-        short = -len(tokens) % context_length
-        padded = torch.cat([tokens, torch.full((short,), PADDING)])
-        rows.append(padded.view(-1, context_length))
-        owners += [number] * len(rows[-1])
-    return Blocks(torch.cat(rows), torch.tensor(owners))
+        padding = torch.full((-len(tokens) % context_length,), -1)
+        number = torch.arange(before, before + len(tokens))
+        rows.append(torch.cat([tokens, torch.full_like(padding, PADDING)]).view(-1, context_length))
+        numbers.append(torch.cat([number, padding]).view(-1, context_length))
+        owners += [owner] * len(rows[-1])
+        before += len(tokens)
+    return Blocks(torch.cat(rows), torch.tensor(owners), torch.cat(numbers))

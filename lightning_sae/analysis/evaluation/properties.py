@@ -24,6 +24,8 @@ Values are True, False, or None where the property is undefined.
 """
 FEWEST = 20
 """Examples of each class that each half of the text needs."""
+PYTHON = ("keyword", "identifier", "in_string", "in_comment", "indentation")
+"""Properties of Python source."""
 PER_TYPE = 8
 """Maximum occurrences of a token that count for its first letter, in each half of the text."""
 
@@ -66,6 +68,7 @@ def labels_of(passages: Sequence[Passage], own: Mapping[str, Question] | None = 
         **_one_of_several("label", [p.label for p in passages]),
     }
     for name, question in (own or {}).items():
+        _require_new(name, {*word_labels([]), *PYTHON, *of_tokens, *of_passages})
         answers = [_asked(question, name, passage) for passage in passages]
         if all(_is_label(answer) for answer in answers):
             of_passages[name] = _as_labels(answers)
@@ -144,13 +147,23 @@ def _one_of_several(name: str, values: Sequence[str | None]) -> dict[str, Int[Te
     }
 
 
+def _require_new(name: str, taken: set[str]) -> None:
+    if name in taken:
+        raise ValueError(
+            f"Expected argument `properties` to have names of their own but got `{name}`, which is "
+            "a property of this package: rename the function."
+        )
+
+
 def _asked(question: Question, name: str, passage: Passage) -> Any:
     try:
-        return question(passage)
+        answer = question(passage)
+        # An array, or a tensor of another library, is as good as a list.
+        return answer.tolist() if hasattr(answer, "tolist") else answer
     except Exception as error:
         raise ValueError(
-            f"Property `{name}` could not be asked of a passage of {len(passage.pieces)} tokens: "
-            f"it raised {error!r}."
+            f"Property `{name}` could not be asked of a passage of {len(passage.pieces)} tokens "
+            f"({passage.name}): it raised {error!r}."
         ) from error
 
 
@@ -172,10 +185,18 @@ def _as_labels(values: Iterable[Any]) -> Int[Tensor, " n"]:
 
 
 def _require_labels(name: str, answer: Any, passage: Passage) -> None:
-    fits = not isinstance(answer, str) and hasattr(answer, "__len__")
-    if not fits or len(answer) != len(passage.pieces) or not all(map(_is_label, answer)):
-        raise ValueError(
-            f"Expected property `{name}` to give True, False or None for each of the "
-            f"{len(passage.pieces)} tokens of a passage, or for the passage as a whole in all "
-            f"passages, but got {answer!r:.80}: return a list as long as `passage.pieces`."
-        )
+    listed = not isinstance(answer, str | Mapping) and hasattr(answer, "__len__")
+    if listed and len(answer) == len(passage.pieces) and all(map(_is_label, answer)):
+        return
+    wrong = next((a for a in answer if not _is_label(a)), None) if listed else None
+    if wrong is not None:
+        came = f"{wrong!r:.80} among others"
+    elif listed:
+        came = f"{len(answer)} of them"
+    else:
+        came = f"{answer!r:.80}"
+    raise ValueError(
+        f"Expected property `{name}` to give True, False or None for each of the "
+        f"{len(passage.pieces)} tokens of a passage ({passage.name}), or for the passage as a "
+        f"whole in all passages, but got {came}: return a list as long as `passage.pieces`."
+    )

@@ -1,6 +1,7 @@
 """Activations, neurons and latents of the tokens of passages that training would keep."""
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
 from lightning_sae.analysis.evaluation.passages import Blocks
+from lightning_sae.analysis.evaluation.progress import Progress, say_nothing
 from lightning_sae.architectures import SparseAutoencoder
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.language_model import LanguageModel
@@ -25,7 +27,7 @@ class Sample(NamedTuple):
         neurons: Activations of the MLP's neurons in the same layer; those at the hook if the model
             has no hook for them.
         neurons_at: The hook of the neurons.
-        token: Index of each among all tokens of the passages, without padding.
+        token: Index of each among all tokens of the passages.
         block: Index of its block.
         ids: Token ids.
     """
@@ -38,20 +40,23 @@ class Sample(NamedTuple):
     ids: Int[Tensor, " n"]
 
 
-def read_sample(data: ActivationDataModule, blocks: Blocks) -> Sample:
+def read_sample(
+    data: ActivationDataModule, blocks: Blocks, say: Callable[[str], None] = say_nothing
+) -> Sample:
     """Run the language model on blocks of text, up to the hook and up to the neurons."""
     model = data.language_model
     at_neurons = neurons_of(model)
-    numbers = (blocks.tokens >= 0).flatten().cumsum(0).view_as(blocks.tokens) - 1
     which = torch.arange(len(blocks.tokens)).unsqueeze(1).expand_as(blocks.tokens)
     found: list[tuple[Tensor, ...]] = []
+    progress = Progress(say, "reading tokens for probes", len(blocks.tokens))
     for rows in torch.arange(len(blocks.tokens)).split(data.blocks_per_pass):
         tokens = blocks.tokens[rows]
         x = model.activations(tokens).cpu()
         kept = data.filter.kept(tokens, x)
         neurons = x if at_neurons is None else at_neurons.activations(tokens).cpu()
-        parts = (x.float(), neurons.float(), numbers[rows], which[rows], tokens)
+        parts = (x.float(), neurons.float(), blocks.number[rows], which[rows], tokens)
         found.append(tuple(part[kept] for part in parts))
+        progress.add(len(rows))
     x, neurons, token, block, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
     name = model.hook_name if at_neurons is None else at_neurons.hook_name
     return Sample(x, neurons, name, token, block, ids)

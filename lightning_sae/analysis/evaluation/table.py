@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lightning_sae.analysis.evaluation.hparams import write_hparams
+from lightning_sae.analysis.evaluation.places import labelled
 from lightning_sae.analysis.evaluation.probing import WIDTHS
 from lightning_sae.files import write_atomically, written_whole
 
@@ -43,7 +44,7 @@ def flat(figures: Mapping[str, Any]) -> dict[str, float]:
     Figures that are not available (no compute curve, no other seed, no property) are left out.
 
     Args:
-        figures: Result of `evaluate_saes` for one SAE.
+        figures: Result of `evaluate_saes` for one SAE, or `figures` of one in `evaluation.json`.
 
     Returns:
         All figures of a test; `ce_added`; `compute_share` with `_low` and `_high`; mean accuracies
@@ -66,7 +67,9 @@ def flat(figures: Mapping[str, Any]) -> dict[str, float]:
         row["stability_cosine"] = _mean(p["decoder_mean"] for p in pairs)
         row["stability_above_0.9"] = _mean(p["decoder_above_0.9"] for p in pairs)
         row["stability_random"] = _mean(p["random_mean"] for p in pairs)
-    return {name: float(value) for name, value in row.items() if not math.isnan(value)}
+    # NaN is null in a JSON file.
+    known = {name: value for name, value in row.items() if value is not None}
+    return {name: float(value) for name, value in known.items() if not math.isnan(value)}
 
 
 def mean_accuracies(probing: Mapping[str, Any], of: str) -> dict[str, float]:
@@ -98,7 +101,16 @@ def _mean(values: Any) -> float:
 def rows_of(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """A row for each SAE: name, path, architecture, size, and the result of `flat`."""
     about = ("name", "path", "architecture", "d_in", "d_sae", "model", "hook_name")
-    return pd.DataFrame([{**{key: r[key] for key in about}, **flat(r["figures"])} for r in results])
+    return pd.DataFrame(
+        [
+            {
+                **{key: r[key] for key in about},
+                **({"place": ", ".join(r["place"])} if r.get("place") else {}),
+                **flat(r["figures"]),
+            }
+            for r in results
+        ]
+    )
 
 
 def markdown(results: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> str:
@@ -109,24 +121,36 @@ def markdown(results: Sequence[Mapping[str, Any]], references: Sequence[Mapping[
     for result in results:
         row = flat(result["figures"])
         cells = [_cell(column, row) for column in COLUMNS.values()]
-        lines.append(f"| {result['name']} | " + " | ".join(cells) + " |")
+        label = labelled(_of_cell(result["name"]), result.get("place", []), "`")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for reference in references:
-        probing, at = reference["probing"], reference["neurons_at"]
+        probing, place = reference["probing"], reference.get("place", [])
         few = mean_accuracies(probing, "neurons")
         whole = {
             f"probing_{kind}_5": _mean(p["activation"] for p in probing.values() if p["of"] == kind)
             for kind in dict.fromkeys(p["of"] for p in probing.values())
         }
-        for name, row in ((f"neurons, `{at}`", few), ("the whole activation", whole)):
+        # Neurons are named by their own hook; several hooks of a layer have the same.
+        neurons = f"neurons, `{reference['neurons_at']}`"
+        of_neurons = [part for part in place if part != reference.get("hook_name")]
+        for name, row in (
+            (labelled(neurons, of_neurons, "`"), few),
+            (labelled("the whole activation", place, "`"), whole),
+        ):
             cells = [_cell(column, row) for column in COLUMNS.values()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def _of_cell(text: str) -> str:
+    """Text that ends no cell of a table."""
+    return text.replace("|", "\\|")
 
 
 def over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
     """A table of means ± standard deviations over SAEs that differ in their seeds only.
 
-    Empty if there are none. A row has the name of its first SAE, without the seed at its end.
+    Empty if there are none. A row has the name of its first SAE, without the seed.
     Cosines between seeds have no spread, because two SAEs share the figure of their pair.
     """
     by_name = {result["name"]: result for result in results}
@@ -140,10 +164,26 @@ def over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| | n | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) + 1)]
     for names in several:
         rows = [flat(by_name[name]["figures"]) for name in names]
-        label = re.sub(r"[-_/]?(seed)?[-_=]?\d+$", "", names[0]) or names[0]
+        label = labelled(_of_cell(without_seed(names)), by_name[names[0]].get("place", []), "`")
         cells = [_mean_and_spread(column, rows) for column in COLUMNS.values()]
         lines.append(f"| {label} | {len(names)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def without_seed(names: Sequence[str]) -> str:
+    """The first of some names, without the part that can only be the seed.
+
+    Example:
+        >>> without_seed(["relu-0", "relu-1"]), without_seed(["a-seed=0-k=16", "a-seed=1-k=16"])
+        ('relu', 'a-k=16')
+        >>> without_seed(["l1-0.5", "again"])
+        'l1-0.5'
+    """
+    for pattern in (r"[-_/]?seed[-_=]?\d+", r"[-_/]?\d+$"):
+        without = {re.sub(pattern, "", name) for name in names}
+        if len(without) == 1 and len(set(names)) > 1 and without != {""}:
+            return without.pop().lstrip("-_/")
+    return names[0]
 
 
 def _mean_and_spread(column: str, rows: Sequence[Mapping[str, float]]) -> str:
@@ -170,13 +210,15 @@ def _number(column: str, value: float) -> str:
         return f"{value:.2f}"
     if column in ("l0", "latents_per_property"):
         return f"{value:.1f}"
+    if abs(value) >= 1000:
+        return f"{value:.2e}"
     return f"{value:.3f}".lstrip("0") or "0"
 
 
 def picture(results: Sequence[Mapping[str, Any]]) -> Figure:
     """A panel for each column of the table, a bar for each SAE."""
     rows = [flat(result["figures"]) for result in results]
-    names = [result["name"] for result in results]
+    names = [labelled(result["name"], result.get("place", [])) for result in results]
     panels = [(title, c) for title, c in TITLES.items() if any(c in row for row in rows)]
     across = 4
     down = -(-len(panels) // across)
@@ -185,13 +227,23 @@ def picture(results: Sequence[Mapping[str, Any]]) -> Figure:
     )
     axes = figure.subplots(down, across, sharey=True, squeeze=False).flat
     for axis, (title, column) in zip(axes, panels, strict=False):
-        values = [row.get(column, float("nan")) for row in rows]
+        values = [_drawn(row.get(column)) for row in rows]
         axis.barh(names, values, color="#4477aa")
+        for place, value in enumerate(values):
+            if math.isnan(value):  # or else it would look like 0
+                axis.text(
+                    0.02,
+                    place,
+                    "no figure",
+                    fontsize=6,
+                    transform=axis.get_yaxis_transform(),
+                    va="center",
+                )
         if column == "compute_share":
             for place, row in enumerate(rows):
-                ends = [row.get(f"{column}_{end}", float("nan")) for end in ("low", "high")]
+                ends = [_drawn(row.get(f"{column}_{end}")) for end in ("low", "high")]
                 axis.plot(ends, [place, place], color="black", linewidth=1)
-        ends = [row.get(f"{column}_high", v) for row, v in zip(rows, values, strict=True)]
+        ends = [_drawn(row.get(f"{column}_high", v)) for row, v in zip(rows, values, strict=True)]
         largest = max((v for v in ends if not math.isnan(v)), default=0.0)
         axis.set_xlim(0.5 if column.startswith("probing") else 0.0, 1.05 * largest or 1.0)
         axis.set_title(title, fontsize=9)
@@ -201,6 +253,11 @@ def picture(results: Sequence[Mapping[str, Any]]) -> Figure:
     for axis in list(figure.axes)[len(panels) :]:
         axis.set_visible(False)
     return figure
+
+
+def _drawn(value: float | None) -> float:
+    """A value of a bar; NaN if there is none, or none that can be drawn."""
+    return value if value is not None and math.isfinite(value) else float("nan")
 
 
 TITLES = {

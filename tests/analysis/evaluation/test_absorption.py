@@ -89,6 +89,13 @@ def test_a_property_split_over_latents_has_them_all(n_parts: int) -> None:
     assert f1 == 1.0
 
 
+def test_a_property_that_no_latent_detects_has_none_of_its_own() -> None:
+    labels = torch.arange(40) // 2 % 2
+    assert own_latents(csr_matrix((40, 6)), rows_of(labels)) == ([], 0.0)
+    silent = csr_matrix(1.0 - labels[:, None].numpy())  # fires where the property does not hold
+    assert own_latents(silent, rows_of(labels)) == ([], 0.0)
+
+
 def test_a_probe_points_along_what_tells_the_classes_apart() -> None:
     torch.manual_seed(0)
     labels = (torch.rand(600) < 0.3).long()

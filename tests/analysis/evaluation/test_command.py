@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from scipy.sparse import csr_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_sae import ActivationDataModule, ReLUSAE, TopKSAE, load
 from lightning_sae.analysis.evaluation import command, hparams
 from lightning_sae.analysis.evaluation.command import evaluate, function_of, names_of
-from lightning_sae.analysis.evaluation.figures import _stability
+from lightning_sae.analysis.evaluation.figures import _require_finite, _stability
 from lightning_sae.analysis.evaluation.table import flat, over_seeds
 
 HOOK, LENGTH, TOKENS = "blocks.1.hook_resid_post", 32, 2048
@@ -175,7 +176,11 @@ def alone(evaluation: dict) -> dict:
         ({}, {"label_column": "topic", "probe_tokens": 4000}, "`label_column`"),
         ({}, {"properties": ["own.py:missing"]}, "`module:function`"),
         ({}, {"properties": ["own.py:always"], "probe_tokens": 4000}, "`always` with"),
+        ({}, {"properties": ["own.py:always", "own:always"]}, "functions of different names"),
         ({}, {"curve": "none.json"}, "there is no none.json"),
+        ({}, {"output": "own.py/out"}, "`output` to be a folder that can be made"),
+        ({}, {"validation_fraction": 2.0}, "`validation_fraction` to be from 0 to 1"),
+        ({}, {"seed": 10**20}, "`seed` to be from 0"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_any_work(
@@ -205,8 +210,63 @@ def test_saes_have_short_names_where_these_tell_them_apart() -> None:
         names_of(["a", "a"])
 
 
+def test_one_curve_is_not_read_for_two_models() -> None:
+    command._require_one_model(["gpt", "gpt"])
+    with pytest.raises(ValueError, match="SAEs of gpt, llama: evaluate those of each model alone"):
+        command._require_one_model(["gpt", "gpt", "llama"])
+
+
+def test_saes_trained_for_different_lengths_are_no_seeds_of_each_other() -> None:
+    saes = {"short": TopKSAE(8, 32, k=2), "long": TopKSAE(8, 32, k=2), "again": TopKSAE(8, 32, k=2)}
+    saes["short"].n_trained = 100
+    pairs = {name: found["pairs"] for name, found in _stability(saes, seed=0).items()}
+    assert pairs["short"] == []
+    assert [pair["with"] for pair in pairs["long"]] == ["again"]
+
+
+def test_latents_that_are_not_finite_are_named() -> None:
+    with pytest.raises(ValueError, match="those of a are not on this text"):
+        _require_finite("a", csr_matrix([[0.0, float("inf")]]))
+
+
+def test_ctrl_c_ends_in_a_line_and_writes_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "evaluate_saes", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(root / "topk" / "sae"), "--output", "out", "--probe_tokens", "4000"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("Stopped. Nothing was written.\n")
+    assert not Path("out").exists()
+
+
+def test_an_sae_with_all_latents_dead_has_no_absorption(root: Path) -> None:
+    sae = ReLUSAE(128, 16)
+    sae.b_enc.data.fill_(-1e6)
+    path = saved(sae, Path("dead") / "sae")
+    folder = evaluate([path], "out", tokens=TOKENS, probe_tokens=4000, device="cpu")
+    (result,) = json.loads((folder / "evaluation.json").read_text())["saes"]
+    assert result["figures"]["absorption"] == {}
+    assert flat(result["figures"])["dead_fraction"] == 1.0
+
+
 def test_functions_are_found_in_modules_too() -> None:
     assert function_of("json:dumps") is json.dumps
-    for wrong in ("json", "json:no", "no_such_module:f", "no.py:f", "json:__name__"):
+    Path("open.py").write_text("def f(:")
+    Path("raises.py").write_text("raise RuntimeError('at import')")
+    with pytest.raises(ValueError, match="raises.py:f: RuntimeError: at import"):
+        function_of("raises.py:f")
+    for wrong in (
+        "open.py:f",
+        "..own:f",
+        "json",
+        "json:no",
+        "no_such_module:f",
+        "no.py:f",
+        "json:__name__",
+    ):
         with pytest.raises(ValueError, match="`properties`"):
             function_of(wrong)

@@ -100,8 +100,12 @@ def rising(loss: Callable[[int], float]) -> dict[str, object]:
         ({"own_compute": 1, "points": [{"compute": 1, "loss": 2}] * 9}, "1 different computes"),
         (
             {"own_compute": 9, "points": [{"compute": c, "loss": 2} for c in range(1, 7)]},
-            "own_compute 9",
+            "own_compute, 9",
         ),
+        (rising(lambda c: -2.0), "has -2, where all numbers are positive"),
+        (rising(lambda c: 2.0) | {"own_compute": 10**400}, "too large"),
+        (rising(lambda c: 2.0) | {"own_compute": True}, "True is no number"),
+        ({"own_compute": 1.0, "points": [{"compute": "1", "loss": 2.0}]}, "'1' is no number"),
         (rising(lambda c: 2.0), "a loss that falls with compute"),
         (rising(lambda c: 2.0 + c), "a loss that falls with compute"),
         (rising(lambda c: 2.0 + (c - 3) ** 2 / 9), "a loss that falls with compute"),

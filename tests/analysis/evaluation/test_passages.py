@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_sae import ActivationDataModule
 from lightning_sae.analysis.evaluation.passages import blocks_of, halves, read_passages
+from lightning_sae.analysis.evaluation.sample import read_sample
 from lightning_sae.data.documents import held_out
 
 HOOK = "blocks.1.hook_resid_post"
@@ -74,6 +76,44 @@ def test_token_ids_and_a_column_of_labels_are_read_together(tmp_path: Path) -> N
         assert passage.text == ids.language_model.tokenizer.decode(passage.tokens)
     with pytest.raises(ValueError, match="`label_column` to name a column"):
         read_passages(data, 300, 100, "subject")
+
+
+def rows_data(rows: list, **settings: Any) -> ActivationDataModule:
+    """Rows of which all are held out."""
+    return ActivationDataModule(
+        HOOK, text=rows, validation_fraction=1.0, context_length=8, **settings
+    )
+
+
+def test_what_training_skips_is_no_passage() -> None:
+    rows: list = [{"text": f"word {i} is here"} for i in range(9)]
+    rows += [{"text": text} for text in ("", "  \n\t ", "half \ud800 of a character", None, 7)]
+    assert len(read_passages(rows_data(rows), 1000, 100)) == 9
+
+
+def test_the_mark_that_begins_a_document_is_not_repeated() -> None:
+    bos = ActivationDataModule(HOOK).language_model.tokenizer.bos_token
+    data = rows_data([{"text": f"{bos}word {i} is here"} for i in range(9)])
+    for passage in read_passages(data, 1000, 100):
+        assert passage.tokens.count(data.language_model.tokenizer.bos_token_id) == 1
+        assert len(passage.tokens) == len(passage.pieces)
+        assert passage.text.startswith("".join(passage.pieces))
+
+
+def test_tokens_that_are_only_context_shift_no_label() -> None:
+    data = rows_data([[5, 6, 7, 8, 9, 10, 11, i] for i in range(9)])
+    # Tokens of another role, in a chat, are stored as ~id; the padding at the end as ~0.
+    passages = [p._replace(tokens=[~5, ~6, *p.tokens[2:6]]) for p in read_passages(data, 1000, 100)]
+    sample = read_sample(data, blocks_of(passages, 8))
+    everything = torch.tensor([token for p in passages for token in p.tokens])
+    assert len(sample.ids) == 9 * 4
+    assert torch.equal(everything[sample.token], sample.ids)
+
+
+def test_too_few_tokens_asked_for_are_not_blamed_on_the_text() -> None:
+    data = rows_data([{"text": f"word {i} is here"} for i in range(99)])
+    with pytest.raises(ValueError, match=r"read more than 10 tokens \(`probe_tokens`\)"):
+        read_passages(data, 10, 100)
 
 
 def test_a_text_too_short_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Labels of tokens and passages against labels by hand."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,11 +79,38 @@ def test_kinds_and_own_properties_speak_of_tokens_or_passages() -> None:
     assert labels.of_tokens["is_b"].tolist() == [0, 1, -1] * 7
     with pytest.raises(ValueError, match="`fails` could not be asked .* ZeroDivisionError"):
         labels_of(passages, {"fails": lambda p: 1 / 0})
-    for wrong in (lambda p: [True], lambda p: 3, lambda p: ["yes"] * 3):
+    for came, wrong in (
+        ("1 of them", lambda p: [True]),
+        ("3", lambda p: 3),
+        ("'yes' among others", lambda p: ["yes"] * 3),
+        ("0.5 among others", lambda p: torch.full((3,), 0.5)),
+        ("{0: True", lambda p: dict.fromkeys(range(3), True)),
+    ):
         with pytest.raises(
-            ValueError, match="`wrong` to give True, False or None for each of the 3"
+            ValueError, match=f"`wrong` to give True, False or None for each of the 3.* got {came}"
         ):
             labels_of(passages, {"wrong": wrong})
+
+
+def test_an_array_or_a_tensor_of_answers_is_as_good_as_a_list() -> None:
+    passages = [passage(["a", "b", "c"])] * 2
+    own = {
+        "array": lambda p: np.array([True, False, True]),
+        "tensor": lambda p: torch.tensor([True, False, True]),
+        "whole": lambda p: np.bool_(True),
+    }
+    labels = labels_of(passages, own)
+    assert (
+        labels.of_tokens["array"].tolist() == labels.of_tokens["tensor"].tolist() == [1, 0, 1] * 2
+    )
+    assert labels.of_passages["whole"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["capital", "first_letter=a", "keyword", "kind=x"])
+def test_an_own_property_replaces_none_of_the_package(name: str) -> None:
+    passages = [passage(["It", " is"], kind=kind) for kind in "xxxxy"]
+    with pytest.raises(ValueError, match=f"`{name}`, which is a property of this package"):
+        labels_of(passages, {name: lambda p: True})
 
 
 def test_a_property_is_asked_where_both_halves_have_both_classes() -> None:

@@ -184,7 +184,7 @@ def labelled(labels: Sequence[int]) -> tuple[Sample, Questions]:
     n = len(labels)
     at = torch.arange(n)
     sample = Sample(torch.zeros(n, 2), torch.zeros(n, 2), "", at, torch.zeros_like(at), at)
-    blocks = Blocks(at[None], torch.zeros(1, dtype=torch.int64))
+    blocks = Blocks(at[None], torch.zeros(1, dtype=torch.int64), at[None])
     tested, one = torch.zeros(n, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
     return sample, Questions(blocks, {"p": torch.tensor(labels)}, {}, tested, one, {})
 
