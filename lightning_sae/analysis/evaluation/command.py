@@ -40,7 +40,7 @@ def evaluate(
     *,
     tokens: int = 131072,
     probe_tokens: int = 65536,
-    properties: list[str] | None = None,
+    properties: list[str] | str | None = None,
     label_column: str | None = None,
     curve: str | None = None,
     model: str | None = None,
@@ -62,9 +62,9 @@ def evaluate(
         output: New folder for `evaluation.json`, `.csv`, `.md`, `.png` and `tensorboard`.
         tokens: Held-out tokens for the figures of `test`.
         probe_tokens: Held-out tokens for probing, absorption and redundancy.
-        properties: User-defined properties, as `module:function` or `file.py:function`. The
-            function takes a `Passage` and returns True, False or None for each of its `pieces`, or
-            for the whole passage.
+        properties: User-defined properties, one or a list, as `module:function` or
+            `file.py:function`. The function takes a `Passage` and returns True, False or None for
+            each of its `pieces`, or for the whole passage.
         label_column: A text column whose values are used as properties of contexts.
         curve: JSON file with the loss of similar models by compute; the package has one for the
             embedded model.
@@ -91,7 +91,8 @@ def evaluate(
     require_positive(tokens=tokens, probe_tokens=probe_tokens)
     require_between(0, 1, validation_fraction=validation_fraction)
     expect(0 <= seed < 2**32, "seed", "from 0 to 2**32 - 1", seed)
-    questions = functions_of(properties or ())
+    named = [properties] if isinstance(properties, str) else properties
+    questions = functions_of(named or ())
     known_curve = None if curve is None else read_curve(curve)
     chosen_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = {

@@ -91,6 +91,12 @@ def _documents(
         # The seed fixes the order, so these are the same rows in the same order.
         labels = (d.text for d in _labels(data, label_column).epoch(0))
     for document, label in zip(documents, labels, strict=False):
+        if label is not None and label == document.text:
+            raise ValueError(
+                f"Expected argument `label_column` to name another column than the text's but got "
+                f"{label_column}, and {document.where or 'the text'} has no other: give text with "
+                "columns."
+            )
         if held_out(document.name, fraction):
             yield document, None if label is None else str(label)
 

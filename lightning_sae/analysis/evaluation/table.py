@@ -245,7 +245,9 @@ def picture(results: Sequence[Mapping[str, Any]]) -> Figure:
                 axis.plot(ends, [place, place], color="black", linewidth=1)
         ends = [_drawn(row.get(f"{column}_high", v)) for row, v in zip(rows, values, strict=True)]
         largest = max((v for v in ends if not math.isnan(v)), default=0.0)
-        axis.set_xlim(0.5 if column.startswith("probing") else 0.0, 1.05 * largest or 1.0)
+        base = 0.5 if column.startswith("probing") else 0.0
+        least = min([base, *(v for v in values if not math.isnan(v))])
+        axis.set_xlim(least, max(1.05 * largest, base) or 1.0)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)

@@ -175,6 +175,7 @@ def alone(evaluation: dict) -> dict:
         ({}, {"validation_fraction": 1e-9}, "at least 4 held-out documents"),
         ({}, {"label_column": "topic", "probe_tokens": 4000}, "`label_column`"),
         ({}, {"properties": ["own.py:missing"]}, "`module:function`"),
+        ({}, {"properties": "own.py:missing"}, "`module:function`"),
         ({}, {"properties": ["own.py:always"], "probe_tokens": 4000}, "`always` with"),
         ({}, {"properties": ["own.py:always", "own:always"]}, "functions of different names"),
         ({}, {"curve": "none.json"}, "there is no none.json"),
@@ -208,6 +209,20 @@ def test_saes_have_short_names_where_these_tell_them_apart() -> None:
     assert names_of(["x/a/sae", "y/a/sae", "z/b/sae"]) == ["x/a/sae", "y/a/sae", "b"]
     with pytest.raises(ValueError, match="name each once"):
         names_of(["a", "a"])
+
+
+def test_one_property_needs_no_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def noted(names: list[str]) -> None:
+        asked.append(names)
+        raise ValueError("noted")
+
+    monkeypatch.setattr(command, "functions_of", noted)
+    for words in ("own.py:f", "[own.py:f, own.py:g]"):
+        with pytest.raises(ValueError, match="noted"):
+            command.main(["sae", "--output", "out", "--properties", words])
+    assert asked == [["own.py:f"], ["own.py:f", "own.py:g"]]
 
 
 def test_one_curve_is_not_read_for_two_models() -> None:

@@ -110,6 +110,14 @@ def test_tokens_that_are_only_context_shift_no_label() -> None:
     assert torch.equal(everything[sample.token], sample.ids)
 
 
+def test_a_text_without_columns_has_no_labels(tmp_path: Path) -> None:
+    path = tmp_path / "plain.txt"
+    path.write_text("<|endoftext|>".join(f"word {i} is here" for i in range(20)))
+    data = ActivationDataModule(HOOK, text=str(path), validation_fraction=1.0, context_length=8)
+    with pytest.raises(ValueError, match=r"`label_column` .* got topic, and .*plain.txt has no"):
+        read_passages(data, 1000, 100, "topic")
+
+
 def test_too_few_tokens_asked_for_are_not_blamed_on_the_text() -> None:
     data = rows_data([{"text": f"word {i} is here"} for i in range(99)])
     with pytest.raises(ValueError, match=r"read more than 10 tokens \(`probe_tokens`\)"):

@@ -132,6 +132,15 @@ def test_figures_that_cannot_be_drawn_do_not_cost_the_table(fvu: float, tmp_path
     assert pd.read_csv(tmp_path / "out" / "evaluation.csv")["name"].tolist() == ["a", "b | c"]
 
 
+def test_bars_below_the_usual_range_are_drawn() -> None:
+    one, other = result("a", []), result("b", [])
+    one["figures"]["held_out"]["loss_recovered_zero"] = -0.4
+    other["figures"]["held_out"]["loss_recovered_zero"] = -0.2
+    axis = next(a for a in picture([one, other]).axes if a.get_title() == "loss recovered")
+    assert axis.get_xlim()[0] == -0.4
+    assert axis.get_xlim()[1] >= 0
+
+
 def test_a_missing_figure_does_not_look_like_zero() -> None:
     one, other = result("a", []), result("b", [])
     one["figures"]["together"] = 0.0
