@@ -88,6 +88,7 @@ def rows_data(rows: list, **settings: Any) -> ActivationDataModule:
 def test_what_training_skips_is_no_passage() -> None:
     rows: list = [{"text": f"word {i} is here"} for i in range(9)]
     rows += [{"text": text} for text in ("", "  \n\t ", "half \ud800 of a character", None, 7)]
+    rows.append({"text": ActivationDataModule(HOOK).language_model.tokenizer.bos_token})
     assert len(read_passages(rows_data(rows), 1000, 100)) == 9
 
 
