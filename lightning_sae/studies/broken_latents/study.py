@@ -61,8 +61,8 @@ def broken_latents(
     sizes = {"samples": samples, "seeds": seeds, "workers": workers}
     require_positive(**{name: value for name, value in sizes.items() if value is not None})
     require_init_norm(decoder_init_norm, decoder_norm)
-    rows_of = {"decoder_norm": decoder_norm, "decoder_init_norm": decoder_init_norm}
-    folder = open_folder(output, {"samples": samples} | (rows_of if decoder_norm == "free" else {}))
+    decoder = {"decoder_norm": decoder_norm, "decoder_init_norm": decoder_init_norm}
+    folder = open_folder(output, {"samples": samples} | (decoder if decoder_norm == "free" else {}))
     new = partial(ExperimentRun, decoder_norm=decoder_norm, decoder_init_norm=decoder_init_norm)
     runs = [
         new(experiment, variant, seed, samples or experiment.samples)
@@ -75,7 +75,7 @@ def broken_latents(
     began = time.perf_counter()
     rows = run_all(partial(one_run, folder=folder), runs, workers)
     seconds = time.perf_counter() - began
-    found = {"seconds": seconds, "step": step, "decoder": rows_of, "runs": rows}
+    found = {"seconds": seconds, "step": step, "decoder": decoder, "runs": rows}
     page = report(folder, chosen, found)
     publish(page, folder, f"and the pictures of {len(runs)} SAEs, in {seconds:.0f} s")
 

@@ -29,8 +29,8 @@ class ExperimentRun:
         variant: Its kind of SAE.
         seed: Seed of the toy data, its samples and the SAE's initial weights.
         samples: Activations to train on.
-        decoder_norm: Argument of the SAE.
-        decoder_init_norm: Argument of the SAE.
+        decoder_norm: `unit` or `free` norms of decoder rows.
+        decoder_init_norm: Their initial norm.
     """
 
     experiment: Experiment
@@ -71,7 +71,10 @@ class ExperimentRun:
             )
 
     def callbacks(self) -> list[Callback]:
-        """Of unit rows and of the auxiliary loss, off for a third of the run and rising for one."""
+        """The callbacks of unit rows and of the auxiliary loss.
+
+        The loss is off for a third of the run and rises for a third.
+        """
         found: list[Callback] = [DecoderNormProjection()] if self.decoder_norm == "unit" else []
         if self.variant.has_loss:
             found.append(AuxThresholdWarmup(self.steps // 3, max(1, self.steps // 3)))

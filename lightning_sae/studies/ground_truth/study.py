@@ -56,7 +56,7 @@ def ground_truth(
         decoder_norm: Whether decoder rows of all SAEs have norm 1 (`unit`) or any (`free`); null
             for the best choice of each architecture: `unit` where a penalty depends on how strong
             latents are.
-        decoder_init_norm: Initial norm of rows that may have any.
+        decoder_init_norm: Initial norm of decoder rows whose norm is free.
         output: A new or empty folder, or that of a study with this world and recipe.
         workers: SAEs trained at one time, each in a process with one thread; by default one for
             each core.
