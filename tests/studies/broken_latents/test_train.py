@@ -48,11 +48,11 @@ def test_rows_have_norm_one_and_an_untied_sae_has_two_matrices() -> None:
 def test_free_rows_start_at_the_norm_that_is_given_and_leave_it() -> None:
     start, end = (
         ExperimentRun(ONE_LATENT, ONE_LATENT.variants[1], 0, steps * BATCH_SIZE, "free", 0.1)
-        for steps in (1, 400)
+        for steps in (1, 60)
     )
     assert start.sae(50).W_dec.norm(dim=1).item() == pytest.approx(0.1)
     assert start.callbacks() == []
-    assert trained(end).norm(dim=1).item() > 0.5
+    assert 0.2 < trained(end).norm(dim=1).item() < 0.9
 
 
 def test_the_loss_is_off_for_a_third_and_rises_for_a_third() -> None:
