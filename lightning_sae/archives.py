@@ -69,7 +69,7 @@ def entries_in(file: BinaryIO, records: list[zipfile.ZipInfo]) -> set[str]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in a tensor, or in dictionaries and lists of them."""
+    """Yield the tensors of a nested structure of dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):

@@ -75,7 +75,7 @@ def _how_to_watch(trainer: Trainer) -> Iterator[str]:
 
 
 def _typed(*words: str | Path) -> str:
-    """An indented line with the words of a command, quoted for a shell."""
+    """Format a command as an indented line, quoted for a shell."""
     return f"  {shlex.join(map(str, words))}"
 
 

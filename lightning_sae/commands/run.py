@@ -270,7 +270,7 @@ class SAECLI(LightningCLI):
         return results.callback_of(self.trainer, SaveConfig).path
 
     def after_test(self) -> None:
-        """Print the metrics and their path."""
+        """Print the metrics of the test and the path of the file that has them."""
         if isinstance(self.model, SideBySide):
             say(*of_members.after_test(self.model, self.trainer))
         else:

@@ -25,7 +25,10 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare the ranks. `on_fit_start` writes the file, because only it knows of a resume."""
+        """Check that all ranks have the same configuration.
+
+        It is written in `on_fit_start`, when it is known whether the run resumes.
+        """
         if trainer.world_size > 1:
             text = self.parser.dump(self.config, skip_none=False)
             require_agreement(trainer, yaml.safe_load(text))

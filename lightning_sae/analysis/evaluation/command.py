@@ -87,17 +87,13 @@ def evaluate(
     folder = Path(output)
     require_new_folder("output", folder)
     expect(len(saes) > 0, "saes", "one SAE or more", "none")
-    require_integers(tokens=tokens, probe_tokens=probe_tokens, seed=seed)
-    require_positive(tokens=tokens, probe_tokens=probe_tokens)
-    require_between(0, 1, validation_fraction=validation_fraction)
-    expect(0 <= seed < 2**32, "seed", "from 0 to 2**32 - 1", seed)
+    _require_sizes(tokens, probe_tokens, validation_fraction, seed)
     named = [properties] if isinstance(properties, str) else properties
     questions = functions_of(named or ())
     known_curve = None if curve is None else read_curve(curve)
     chosen_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = {
-        name: load(p, device=chosen_device) for name, p in zip(names_of(saes), saes, strict=True)
-    }
+    paths = dict(zip(names_of(saes), saes, strict=True))
+    loaded = {name: load(path, device=chosen_device) for name, path in paths.items()}
     given = {"model": model, "hook_name": hook_name, "text": text, "text_column": text_column}
     chosen = {key: value for key, value in given.items() if value is not None}
     groups, places = grouped(loaded, chosen)
@@ -108,7 +104,6 @@ def evaluate(
 
     started = time.perf_counter()
     results, references = [], []
-    paths = dict(zip(loaded, saes, strict=True))
     for members, data, of_group, place in zip(groups, of_groups, asked, places, strict=True):
         if place:
             _say(f"{', '.join(place)}: {', '.join(members)}")
@@ -128,6 +123,14 @@ def evaluate(
     }
     table.write(folder, {"settings": settings, "saes": results, "references": references})
     return folder
+
+
+def _require_sizes(tokens: int, probe_tokens: int, validation_fraction: float, seed: int) -> None:
+    """Raise a ValueError if a number is out of range."""
+    require_integers(tokens=tokens, probe_tokens=probe_tokens, seed=seed)
+    require_positive(tokens=tokens, probe_tokens=probe_tokens)
+    require_between(0, 1, validation_fraction=validation_fraction)
+    expect(0 <= seed < 2**32, "seed", "from 0 to 2**32 - 1", seed)
 
 
 def _data(

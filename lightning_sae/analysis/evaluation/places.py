@@ -1,4 +1,4 @@
-"""SAEs that can share one pass over the text, and what tells the passes apart."""
+"""Groups of SAEs that share one pass over the text, and the settings in which groups differ."""
 
 import inspect
 from collections.abc import Mapping, Sequence

@@ -123,9 +123,10 @@ class StoredActivations(ActivationSource, ABC):
 
     @override
     def scaling(self) -> Scaling | None:
-        """Centring and scaling, from the statistics of all rows of a cache; None if not requested.
+        """Mean and scale of the activations, over all rows of a cache.
 
-        For other activations, from evenly spaced rows.
+        For other activations they are estimated from evenly spaced rows. None if neither is asked
+        for, or with several hooks.
         """
         name, *others = self.rows("training").widths
         if others or not (self.center or self.scale):
